@@ -1,0 +1,154 @@
+"""Config dataclass -> command line; the run directory; files that exist only when complete.
+
+A driver declares one frozen dataclass whose fields come from `option`; the field's name is the flag,
+the JSON key and the column of the report. No nesting, no config files, no globals.
+"""
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+import types
+import typing
+from pathlib import Path
+
+import torch
+
+
+def option(default, help: str):
+    """A config field with its default and its help sentence."""
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+def parse_config(Config, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
+    """A Config from the command line: the dataclass's defaults, then --preset, then flags."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    if presets:
+        parser.add_argument("--preset", choices=presets, help="start from these values instead of "
+                            "the defaults; flags still win")
+    for field in dataclasses.fields(Config):
+        add_flag(parser, field, typing.get_type_hints(Config)[field.name])
+    given = vars(parser.parse_args(argv))
+    preset = presets.get(given.pop("preset", None), {})
+    flags = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in given.items() if value is not None}
+    if "run_dir" in given:
+        flags.setdefault("run_dir", default_run_dir(Path(sys.argv[0]).stem, flags))
+    try:
+        return Config(**{**preset, **flags})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def default_run_dir(driver: str, flags: dict) -> str:
+    """runs/, the driver, what was asked of it, and the seed: runs/irpo-alpha0.0-s0."""
+    asked = [f"{name}{value}" for name, value in flags.items()
+             if name not in ("seed", "model", "data_path") and "/" not in str(value)]
+    return "runs/" + "-".join([driver, *asked, f"s{flags.get('seed', 0)}"])
+
+
+def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) -> None:
+    text = f"{field.metadata['help']} (default: {field.default})".replace("%", "%%")
+    flag = f"--{field.name}"
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+    elif typing.get_origin(kind) is tuple:
+        parser.add_argument(flag, type=typing.get_args(kind)[0], nargs="+", help=text)
+    elif isinstance(kind, types.UnionType):  # "int | None"
+        parser.add_argument(flag, type=typing.get_args(kind)[0], help=text)
+    else:
+        parser.add_argument(flag, type=kind, help=text)
+
+
+def open_run(config, run_dir: str | Path) -> Path:
+    """Create a run directory, or take up one that holds the same config; refuse any other."""
+    run = Path(run_dir)
+    config_path = run / "config.json"
+    values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as JSON gives them back
+    if config_path.exists():
+        before = json.loads(config_path.read_text())
+        changed = {name: (before.get(name), values.get(name))
+                   for name in {**before, **values} if name != "run_dir" and before.get(name) != values.get(name)}
+        if changed:
+            lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
+            raise SystemExit(f"{run} holds a run with another config:\n" + "\n".join(lines)
+                             + "\nGive another --run_dir, or remove that directory.")
+        return run
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(Path(__file__).parent, run / "source", dirs_exist_ok=True,
+                        ignore=lambda folder, names: [n for n in names if not is_source(folder, n)])
+        write_text(run / "command.txt", run_card())
+        write_json(config_path, values)
+    except OSError as error:
+        raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
+    return run
+
+
+def is_source(folder: str, name: str) -> bool:
+    """Files of this project that a run depends on: top-level Python, and the data package."""
+    return name.endswith(".py") or (Path(folder) / name).is_dir() and name == "data"
+
+
+def run_card() -> str:
+    """Where, when and from which source a run was started."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                         cwd=Path(__file__).parent)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (f"command  {' '.join([Path(sys.executable).name, *sys.argv])}\n"
+            f"commit   {git.stdout.strip() or 'unknown'}\n"
+            f"torch    {torch.__version__}, {torch.get_num_threads()} threads, {device}\n"
+            f"machine  {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"
+            f"start    {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it exists if and only if it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json(path: Path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def derive_seed(*names) -> int:
+    """A seed that is a pure function of names such as (seed, iteration, purpose)."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
+
+
+def fingerprint(values: dict, sources: list[str]) -> dict:
+    """What a result is made of: the config's values and a hash of each source file that matters."""
+    here = Path(__file__).parent
+    hashes = {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in sources}
+    return json.loads(json.dumps({"config": values, "source": hashes}))
+
+
+def log(run: Path, **record) -> None:
+    """Append one line to the run's log.jsonl: measurements of time live here and nowhere else."""
+    with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")

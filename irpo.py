@@ -1,0 +1,419 @@
+"""Iterative Reasoning Preference Optimization (Pang et al. 2024, arXiv 2404.19733 v3, section 2).
+
+    for t = 1 .. T:
+        1. sample N responses to every question from M_{t-1}; each is right or wrong
+        2. G_w = the right ones and the gold solution, G_l = the wrong ones
+        3. pair k of a question, k < K, is (G_w[k mod |G_w|], G_l[k mod |G_l|])
+        4. reference log-probabilities of all pairs under M_{t-1}
+        5. M_t = argmin of the mean of eq. 1 (losses.dpo_nll_loss) over these pairs, from M_{t-1}
+        6. accuracy of M_t: on dev for whoever chooses, on test for the record
+
+No reference model is in memory: the reference is M_{t-1} itself before its first update. Every step
+writes a file that exists only when complete; the same command run again goes on at the first missing.
+Left out: pairs of earlier iterations (the paper trains on the newest only).
+
+    python irpo.py --preset toy --model runs/base-s0/model --run_dir runs/irpo-s0
+    python irpo.py --preset toy --alpha 0 ...                  # plain DPO
+    python irpo.py --preset toy --method sft_chosen ...        # fine-tuning on the winners alone
+    python irpo.py --task gsm8k --prompt irpo --answer_format final_answer --model DIR --run_dir DIR
+"""
+import dataclasses
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+import data
+from checkpoint import load_model, save_model, weights_hash
+from data.tokenizer import load_tokenizer
+from evaluate import (Answered, TaskOptions, answer, load_answered, save_answered, summarize,
+                      summarize_samples)
+from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
+                        write_json, write_jsonl)
+from losses import dpo_loss, dpo_nll_loss
+from model import Llama
+from rewards import grade
+from train import TrainOptions, autocast, fit, micro_batches, num_steps, response_logps
+
+
+@dataclass(frozen=True)
+class Config(TrainOptions, TaskOptions):
+    """Defaults are the paper's values for GSM8K where it states them."""
+    model: str = option("", "directory of M_0")
+    run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
+    seed: int = option(0, "of samples, subsampling and batch order")
+    num_questions: int = option(0, "only the first so many training questions; 0: all")
+    iterations: int = option(4, "T")
+    # step 1
+    num_samples: int = option(30, "N, responses per question")
+    temperature: tuple[float, ...] = option((0.8, 0.8, 1.3, 1.3), "of sampling, per iteration; the "
+                                            "last one repeats")
+    # steps 2 and 3
+    gold: bool = option(True, "gold solutions are among the right ones")
+    dedupe: bool = option(True, "equal responses to a question count once (the paper is silent)")
+    pairs_per_question: int = option(10, "K")
+    max_pairs: int = option(60000, "random subsample of the pairs down to this; 0: keep all")
+    # step 5
+    method: str = option("irpo", "irpo; sft_chosen: NLL of the winners; sft_gold: NLL of gold")
+    alpha: float = option(1.0, "weight of the NLL term; 0 is plain DPO")
+    beta: float = option(0.1, "of the DPO term")
+    start_from: str = option("", "iteration 1 trains, and takes its reference, from this model "
+                             "instead of M_0; its pairs are still M_0's")
+    select_every: int = option(500, "train once without dev questions and measure dev accuracy every "
+                               "so many steps, then train with them for the best number; 0: do not")
+    lr: float = option(7e-7, "learning rate of AdamW")
+    max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count")
+    epochs: int = option(2, "passes over the pairs at most")
+    # step 6
+    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only")
+    eval_questions: int = option(0, "only the first so many dev and test questions; 0: all")
+
+    def __post_init__(self) -> None:
+        TrainOptions.__post_init__(self)
+        TaskOptions.__post_init__(self)
+        if self.method not in ("irpo", "sft_chosen", "sft_gold"):
+            raise ValueError(f"--method {self.method}: choose irpo, sft_chosen or sft_gold")
+        for name in ("num_samples", "pairs_per_question", "iterations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+TOY = dict(task="toy", num_samples=8, temperature=(1.0,), pairs_per_question=4, max_pairs=3000,
+           lr=1e-4, lr_schedule="linear", warmup_steps=10, epochs=1, max_steps=0, select_every=0,
+           max_new_tokens=96, eval_samples=8)
+SMOKE = TOY | dict(num_questions=40, num_samples=4, iterations=2, eval_questions=20)
+PRESETS = {"toy": TOY, "smoke": SMOKE}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Token ids of a preference, and what the reference gives both responses (summed log-probs)."""
+    id: str
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    ref_chosen: float = math.nan
+    ref_rejected: float = math.nan
+
+    @property
+    def tokens(self) -> int:
+        """Length of the longer of the two sequences."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+
+
+def make_pairs(right: list, wrong: list, num_pairs: int) -> list[tuple]:
+    """Walk both lists at once, starting over at the end of each (footnote 2); [] if either is empty."""
+    if not right or not wrong:
+        return []
+    return [(right[k % len(right)], wrong[k % len(wrong)]) for k in range(num_pairs)]
+
+
+def right_and_wrong(question: Answered, gold: list[int] | None,
+                    dedupe: bool) -> tuple[list[list[int]], list[list[int]]]:
+    """Steps 1 and 2 for one question. A response cut short of EOS is wrong, whatever it says."""
+    right = [s.ids for s in question.samples if s.right and s.finished]
+    wrong = [s.ids for s in question.samples if not (s.right and s.finished)]
+    if gold is not None:
+        right.append(gold)
+    if dedupe:
+        right, wrong = ([list(ids) for ids in dict.fromkeys(map(tuple, group))]
+                        for group in (right, wrong))
+    return right, wrong
+
+
+def collect_pairs(answered: list[Answered], golds: dict[str, list[int]], config: Config,
+                  iteration: int, max_tokens: int) -> tuple[list[Pair], dict]:
+    """Steps 2 and 3 for all questions, and the counts that tell how much was there to learn from."""
+    pairs = []
+    for question in answered:
+        gold = golds[question.id] if config.gold else None
+        right, wrong = right_and_wrong(question, gold, config.dedupe)
+        pairs += [Pair(question.id, question.prompt_ids, chosen, rejected)
+                  for chosen, rejected in make_pairs(right, wrong, config.pairs_per_question)]
+    fitting = [pair for pair in pairs if pair.tokens <= max_tokens]
+    kept = fitting
+    if config.max_pairs and len(fitting) > config.max_pairs:
+        kept = random.Random(f"{config.seed} {iteration}").sample(fitting, config.max_pairs)
+    counts = [sum(sample.right for sample in question.samples) for question in answered]
+    coverage = {
+        "questions": len(answered),
+        "all_right": sum(c == config.num_samples for c in counts) / len(counts),
+        "all_wrong": sum(c == 0 for c in counts) / len(counts),
+        "mixed": sum(0 < c < config.num_samples for c in counts) / len(counts),
+        "sample_accuracy": sum(counts) / len(counts) / config.num_samples,
+        "unfinished": sum(not s.finished for q in answered for s in q.samples),
+        "pairs_made": len(pairs), "pairs_overlong": len(pairs) - len(fitting),
+        "pairs_capped": len(fitting) - len(kept), "pairs": len(kept)}
+    if not kept:
+        raise SystemExit(
+            f"iteration {iteration} has no pairs: of {len(counts)} questions {coverage['all_right']:.0%} "
+            f"have only right and {coverage['all_wrong']:.0%} only wrong samples, and "
+            f"{coverage['pairs_overlong']} pairs exceed {max_tokens} tokens. Raise --temperature or "
+            "--num_samples, or stop at fewer --iterations.")
+    return kept, coverage
+
+
+def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+    """(2, B) summed log-probabilities and (2, B) token counts of the chosen and rejected responses."""
+    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
+    logps, mask, _ = response_logps(model, sequences)  # (2B, T-1)
+    return (logps * mask).sum(-1).view(2, -1), mask.sum(-1).view(2, -1)
+
+
+@torch.no_grad()
+def add_reference(model: Llama, pairs: list[Pair], config: Config) -> list[Pair]:
+    """Step 4: two numbers per pair from M_{t-1}, so that training needs no second model."""
+    reference: dict[int, tuple[float, float]] = {}
+    indices = range(len(pairs))
+    for batch in micro_batches(indices, lambda i: 2 * pairs[i].tokens, config.micro_batch_tokens):
+        with autocast(model, config.precision):
+            chosen, rejected = pair_logps(model, [pairs[i] for i in batch])[0].tolist()
+        reference |= dict(zip(batch, zip(chosen, rejected)))
+    return [dataclasses.replace(pair, ref_chosen=reference[i][0], ref_rejected=reference[i][1])
+            for i, pair in enumerate(pairs)]
+
+
+def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str, Tensor]:
+    """Step 5 on a micro-batch: the loss of every pair, and what the paper's figures are drawn from."""
+    (chosen, rejected), (chosen_length, rejected_length) = pair_logps(model, pairs)
+    ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in pairs])
+    ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in pairs])
+    nll = -chosen / chosen_length
+    if config.method == "irpo":
+        loss = dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length,
+                            config.beta, config.alpha)
+    else:
+        loss = nll
+    reward_chosen, reward_rejected = chosen - ref_chosen, rejected - ref_rejected
+    return {"loss": loss, "nll": nll,
+            "dpo": dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta),
+            "logps/chosen": chosen, "logps/rejected": rejected,
+            "rewards/chosen": config.beta * reward_chosen,
+            "rewards/rejected": config.beta * reward_rejected,
+            "rewards/margins": config.beta * (reward_chosen - reward_rejected),
+            "rewards/accuracies": (reward_chosen > reward_rejected).float(),
+            "length/chosen": chosen_length, "length/rejected": rejected_length}
+
+
+def gold_ids(tokenizer, problem: data.Problem, config: Config) -> list[int]:
+    """A gold solution as a response of the model's own: in the prompt's answer format, ending in EOS."""
+    return data.encode_solution(tokenizer, data.gold_text(problem, config.answer_format or None))
+
+
+def train_items(pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> list[Pair]:
+    """What step 5 runs over: the pairs; for sft_gold each question's gold solution in chosen's place."""
+    if config.method != "sft_gold":
+        return pairs
+    first = {pair.id: pair for pair in pairs}
+    return [dataclasses.replace(pair, chosen=golds[id]) for id, pair in first.items()]
+
+
+@torch.no_grad()
+def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> dict:
+    """Mean summed log-probabilities of the same few pairs and their gold, to be drawn over training."""
+    with autocast(model, config.precision):
+        (chosen, rejected), _ = pair_logps(model, pairs)
+        gold, mask, _ = response_logps(model, [(pair.prompt, golds[pair.id]) for pair in pairs])
+    totals = {"chosen": chosen, "rejected": rejected, "gold": (gold * mask).sum(-1)}
+    return {name: float(value.mean()) for name, value in totals.items()}
+
+
+def train(config: Config, model: Llama, pairs: list[Pair], golds: dict[str, list[int]],
+          iteration: int, label: str, after_step=lambda step: None) -> tuple[list[dict], list[dict]]:
+    """Step 5: M_{t-1} becomes M_t in place. Returns the records of the steps and of the probe."""
+    items = train_items(pairs, golds, config)
+    check_start(model, pairs, config)
+    fixed = pairs[::max(1, len(pairs) // 64)][:64]
+    every = max(1, num_steps(len(items), config) // 10)
+    probes = [{"step": 0, **probe(model, fixed, golds, config)}]
+
+    def measure(step: int) -> None:
+        if step % every == 0:
+            probes.append({"step": step, **probe(model, fixed, golds, config)})
+        after_step(step)
+
+    records = fit(model, items, lambda model, batch: preference_loss(model, batch, config),
+                  lambda pair: 2 * pair.tokens, config, seed=derive_seed(config.seed, iteration),
+                  label=label, after_step=measure)
+    return records, probes
+
+
+@torch.no_grad()
+def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
+    """Before its first update the policy is the reference, so the DPO loss must be ln 2."""
+    with autocast(model, config.precision):
+        loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
+    tolerance = 1e-3 if config.precision == "fp32" else 0.05  # bf16: 100 tokens, off by 0.01 each
+    print(f"check: DPO loss before the first step is {loss:.4f}, ln 2 is {math.log(2):.4f}")
+    if abs(loss - math.log(2)) > tolerance:
+        raise SystemExit("the reference log-probabilities are not those of the model that is trained")
+
+
+def choose_steps(config: Config, start: str, pairs: list[Pair], golds: dict[str, list[int]],
+                 dev: list[data.Problem], tokenizer, folder: Path, iteration: int) -> int:
+    """Steps after which dev accuracy is best, in a training that has not seen the dev questions."""
+    path = folder / "select.json"
+    if not path.exists():
+        curve = []
+
+        def measure(step: int) -> None:
+            if step % config.select_every == 0:
+                summary = summarize(answer(model, tokenizer, dev, config, num_samples=1,
+                                           temperature=0, seed=0, label="dev"), config.task)
+                curve.append({"step": step, "accuracy": summary["accuracy"]})
+
+        held_out = {problem.id for problem in dev}
+        model = load_model(start, device())
+        train(config, model, [pair for pair in pairs if pair.id not in held_out], golds, iteration,
+              f"select {iteration}", measure)
+        if not curve:
+            raise SystemExit(f"--select_every {config.select_every} is more than the steps of a "
+                             "training: lower it, or give 0 to train without selection")
+        write_json(path, curve)
+    curve = read_json(path)
+    return max(curve, key=lambda row: row["accuracy"])["step"]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_sampler(directory: str | Path) -> Llama:
+    """A model to sample from: bfloat16 on a GPU, float32 on a CPU."""
+    return load_model(directory, device(), torch.bfloat16 if device() == "cuda" else torch.float32)
+
+
+def sample_step(config: Config, folder: Path, model_dir: str, tokenizer, problems, t: int) -> None:
+    """Step 1."""
+    index = min(t, len(config.temperature)) - 1
+    start = time.perf_counter()
+    answered = answer(load_sampler(model_dir), tokenizer, problems, config,
+                      num_samples=config.num_samples, temperature=config.temperature[index],
+                      seed=derive_seed(config.seed, t, "sample"), label=f"sample {t}")
+    save_answered(folder / "samples.jsonl", answered)
+    log(folder.parent, event="sample", iteration=t, seconds=time.perf_counter() - start,
+        tokens=sum(len(s.ids) for q in answered for s in q.samples))
+
+
+def pair_step(config: Config, folder: Path, model_dir: str, golds, t: int) -> None:
+    """Steps 2 to 4."""
+    model = load_model(model_dir, device())
+    pairs, coverage = collect_pairs(load_answered(folder / "samples.jsonl"), golds, config, t,
+                                    model.config.max_position_embeddings)
+    start = time.perf_counter()
+    pairs = add_reference(model, pairs, config)
+    coverage["reference"] = weights_hash(model)
+    write_json(folder / "coverage.json", coverage)
+    write_jsonl(folder / "pairs.jsonl", [dataclasses.asdict(pair) for pair in pairs])
+    log(folder.parent, event="reference", iteration=t, seconds=time.perf_counter() - start)
+
+
+def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, dev, t: int) -> None:
+    """Step 5."""
+    pairs = [Pair(**row) for row in read_jsonl(folder / "pairs.jsonl")]
+    if config.select_every:
+        steps = choose_steps(config, model_dir, pairs, golds, dev, tokenizer, folder, t)
+        config = dataclasses.replace(config, max_steps=steps)
+    model = load_model(model_dir, device())
+    reference = read_json(folder / "coverage.json")["reference"]
+    if weights_hash(model) != reference:
+        raise SystemExit(f"{folder / 'pairs.jsonl'} holds reference log-probabilities of other weights "
+                         f"({reference[:12]}) than {model_dir}: remove {folder} and run again")
+    start = time.perf_counter()
+    records, probes = train(config, model, pairs, golds, t, f"train {t}")
+    log(folder.parent, event="train", iteration=t, seconds=time.perf_counter() - start,
+        tokens=sum(record["tokens"] for record in records))
+    write_jsonl(folder / "train.jsonl", records)
+    write_jsonl(folder / "probe.jsonl", probes)
+    save_model(model, folder / "model", tokenizer_from=config.model)
+
+
+def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:
+    """Step 6: greedy on dev and test; with eval_samples, also samples of test at temperature 1."""
+    model, start, rows = load_sampler(model_dir), time.perf_counter(), []
+
+    def answers(split: str, num_samples: int, temperature: float) -> list[Answered]:
+        problems = config.problems(split, config.eval_questions)
+        return answer(model, tokenizer, problems, config, num_samples=num_samples,
+                      temperature=temperature, seed=derive_seed(config.seed, t, split),
+                      label=f"M{t} {split}")
+
+    for split in ("dev", "test"):
+        greedy = answers(split, 1, 0.0)
+        rows.append({"name": f"M{t}", "iteration": t, "split": split, **summarize(greedy, config.task)})
+    save_answered(folder / "eval_samples.jsonl", greedy)
+    if config.eval_samples:
+        rows[-1] |= summarize_samples(answers("test", config.eval_samples, 1.0), config.task)
+    write_json(folder / "eval.json", rows)
+    log(folder.parent, event="evaluate", iteration=t, seconds=time.perf_counter() - start)
+
+
+def training_row(folder: Path, num_parameters: int, t: int) -> dict:
+    """The pairs of an iteration, what training did to them, and the tokens and FLOPs it took."""
+    records, samples = read_jsonl(folder / "train.jsonl"), load_answered(folder / "samples.jsonl")
+    sampled = sum(len(s.ids) for question in samples for s in question.samples)
+    trained = sum(record["tokens"] for record in records)
+    last_quarter = records[-max(1, len(records) // 4):]
+    return {"name": f"M{t}", "iteration": t, "split": "train", **read_json(folder / "coverage.json"),
+            **{name: fmean(record[name] for record in last_quarter)
+               for name in records[0] if name not in ("step", "tokens", "lr")},
+            "steps": len(records), "tokens_sampled": sampled, "tokens_trained": trained,
+            # per parameter and token 2 FLOPs forward, 6 with backward; reference: one forward more
+            "flops": num_parameters * (2 * sampled + 8 * trained),
+            "probe": read_jsonl(folder / "probe.jsonl")}
+
+
+def main() -> None:
+    config = parse_config(Config, PRESETS, __doc__)
+    tokenizer = load_tokenizer(config.model)
+    problems = config.problems("train", config.num_questions)
+    dev = config.problems("dev", config.eval_questions) if config.select_every else []
+    golds = {problem.id: gold_ids(tokenizer, problem, config) for problem in problems + dev}
+    self_check(config, tokenizer, problems + dev, golds)
+    run = open_run(config, config.run_dir)
+
+    M = config.model
+    if not (run / "iter0" / "eval.json").exists():
+        evaluate_step(config, run / "iter0", M, tokenizer, 0)
+    for t in range(1, config.iterations + 1):
+        folder = run / f"iter{t}"
+        start = config.start_from if t == 1 and config.start_from else M
+        if not (folder / "samples.jsonl").exists():
+            sample_step(config, folder, M, tokenizer, problems + dev, t)
+        if not (folder / "pairs.jsonl").exists():
+            pair_step(config, folder, start, golds, t)
+        if not (folder / "model").exists():
+            train_step(config, folder, start, tokenizer, golds, dev, t)
+        M = str(folder / "model")
+        if not (folder / "eval.json").exists():
+            evaluate_step(config, folder, M, tokenizer, t)
+    num_parameters = sum(p.numel() for p in load_model(M).parameters())
+    rows = read_json(run / "iter0" / "eval.json")
+    for t in range(1, config.iterations + 1):
+        folder = run / f"iter{t}"
+        rows += [training_row(folder, num_parameters, t), *read_json(folder / "eval.json")]
+    write_json(run / "results.json", rows)
+    print(f"{run / 'results.json'} is written; python report.py {run} draws it")
+
+
+def self_check(config: Config, tokenizer, problems: list[data.Problem], golds: dict) -> None:
+    """What must hold before an hour is spent: one BOS, gold graded right, responses under the mask."""
+    prompts = [config.prompt_ids(tokenizer, problem) for problem in problems]
+    one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
+    right = sum(grade(tokenizer.decode(golds[p.id]), p.answer, config.task,
+                      config.answer_format or None).verdict == "correct" for p in problems)
+    masked = sum(map(len, golds.values()))
+    print(f"check: {one_bos} of {len(prompts)} prompts have exactly one BOS\n"
+          f"check: {right} of {len(problems)} gold solutions are graded correct\n"
+          f"check: {masked / (masked + sum(map(len, prompts))):.0%} of gold tokens are under the loss")
+    if one_bos < len(prompts) or right < len(problems):
+        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Batches, the optimizer step and `fit`, which every driver trains through; as a script, plain SFT.
+
+Micro-batches are formed by length under a token budget; gradients of summed per-sequence losses are
+divided once, by the number of items in the whole batch. So the budget changes speed and memory, never
+the result. Batches are a pure function of (seed, step).
+
+    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model
+    python train.py --model DIR --task gsm8k --run_dir runs/sft    # SFT on gold solutions
+"""
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+from checkpoint import load_model, save_model
+from data import toy
+from data.tokenizer import load_tokenizer, train_tokenizer
+from experiment import (fingerprint, open_run, option, parse_config, read_json, write_json,
+                        write_jsonl)
+from losses import nll_loss, token_logps
+from model import Llama, ModelConfig
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How `fit` trains; drivers inherit these fields and give the papers' values as defaults."""
+    lr: float = option(2e-5, "peak learning rate of AdamW")
+    lr_schedule: str = option("constant", "after warm-up: constant, linear (to 0) or cosine (to 0)")
+    warmup_steps: int = option(0, "steps over which the learning rate rises to lr")
+    batch_size: int = option(16, "items (sequences or pairs) of one optimizer step, over all ranks")
+    epochs: int = option(1, "passes over the items")
+    max_steps: int = option(0, "stop after this many optimizer steps; 0: only epochs count")
+    clip_norm: float = option(1.0, "gradients are scaled down to this norm")
+    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
+    micro_batch_tokens: int = option(8192, "padded tokens of one forward pass; speed and memory only")
+    precision: str = option("bf16", "of matrix products in training: bf16 (autocast) or fp32")
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule not in SCHEDULES:
+            raise ValueError(f"--lr_schedule {self.lr_schedule}: choose from {', '.join(SCHEDULES)}")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"--precision {self.precision}: choose bf16 or fp32")
+        for name in ("batch_size", "epochs", "micro_batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> share of lr
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1.0 - done,
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+}
+
+
+def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
+    """The rate of step 0 <= step < steps."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    done = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
+    return options.lr * SCHEDULES[options.lr_schedule](done)
+
+
+def num_steps(num_items: int, options: TrainOptions) -> int:
+    """Optimizer steps of a whole training; the last batch of an epoch may be smaller."""
+    steps = options.epochs * math.ceil(num_items / options.batch_size)
+    return min(steps, options.max_steps or steps)
+
+
+def batch_at(step: int, num_items: int, batch_size: int, seed: int) -> list[int]:
+    """Indices of the items of a step: every epoch is a fresh permutation given by (seed, epoch)."""
+    epoch, i = divmod(step, math.ceil(num_items / batch_size))
+    order = numpy.random.default_rng([seed, epoch]).permutation(num_items)
+    return order[i * batch_size:(i + 1) * batch_size].tolist()
+
+
+def micro_batches(items: list, length: Callable, budget: int) -> list[list]:
+    """Split items, sorted by length, so that padded tokens stay within the budget (one item always fits)."""
+    batches: list[list] = []
+    for item in sorted(items, key=length):  # the longest of a micro-batch comes last
+        if not batches or (len(batches[-1]) + 1) * length(item) > budget:
+            batches.append([])
+        batches[-1].append(item)
+    return batches
+
+
+def response_logps(model: Llama, sequences: list[tuple[list[int], list[int]]],
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """B (prompt_ids, response_ids) -> log-probabilities (B, T-1), masks (B, T-1) of response and prompt.
+
+    Padded on the right. Column t belongs to token t + 1, so the first response token, scored by the
+    last prompt token, is in column len(prompt) - 1.
+    """
+    device = model.lm_head.weight.device
+    width = max(len(prompt) + len(response) for prompt, response in sequences)
+    tokens = torch.zeros(len(sequences), width, dtype=torch.long)  # (B, T)
+    for row, (prompt, response) in zip(tokens, sequences):
+        row[:len(prompt) + len(response)] = torch.tensor(prompt + response)
+    tokens = tokens.to(device)
+    starts = torch.tensor([len(prompt) - 1 for prompt, _ in sequences], device=device)[:, None]
+    ends = starts + torch.tensor([len(r) for _, r in sequences], device=device)[:, None]
+    columns = torch.arange(width - 1, device=device)
+    response_mask = (columns >= starts) & (columns < ends)
+    return token_logps(model(tokens), tokens), response_mask, columns < starts
+
+
+def autocast(model: Llama, precision: str):
+    """Matrix products in bfloat16 where precision says so; parameters stay float32."""
+    return torch.autocast(model.lm_head.weight.device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def fit(model: Llama, items: list, loss: Callable[[Llama, list], dict[str, Tensor]],
+        length: Callable, options: TrainOptions, seed: int, label: str = "train",
+        after_step: Callable[[int], None] = lambda step: None) -> list[dict]:
+    """Minimise the mean of loss(model, items)["loss"] (B,) over items; one record of means per step.
+
+    The other entries of the dict are measured only. A loss that is not finite stops the run.
+    """
+    steps = num_steps(len(items), options)
+    optimizer = new_optimizer(model, options)
+    records, total, start = [], 0, time.perf_counter()
+    bar = tqdm(range(steps), desc=label, unit="step", dynamic_ncols=True)
+    for step in bar:
+        batch = [items[i] for i in batch_at(step, len(items), options.batch_size, seed)]
+        sums, tokens = {}, sum(map(length, batch))
+        for micro_batch in micro_batches(batch, length, options.micro_batch_tokens):
+            with autocast(model, options.precision):
+                measured = loss(model, micro_batch)
+            (measured["loss"].sum() / len(batch)).backward()
+            for name, values in measured.items():
+                sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
+        record = {name: total / len(batch) for name, total in sums.items()}
+        if not math.isfinite(record["loss"]):
+            raise SystemExit(f"{label}: the loss of step {step} is {record['loss']}. Its batch holds "
+                             f"{[getattr(item, 'id', item) for item in batch]}. Try a smaller --lr.")
+        record["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(),
+                                                                   options.clip_norm))
+        record["lr"] = learning_rate(step, steps, options)
+        for group in optimizer.param_groups:
+            group["lr"] = record["lr"]
+        optimizer.step()
+        optimizer.zero_grad()
+        records.append({"step": step, **record, "tokens": tokens})
+        total += tokens
+        bar.set_postfix_str(f"loss {record['loss']:.3f}, "
+                            f"{total / (time.perf_counter() - start):,.0f} tok/s", refresh=False)
+        after_step(step + 1)
+    return records
+
+
+def new_optimizer(model: Llama, options: TrainOptions) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW([{"params": matrices, "weight_decay": options.weight_decay},
+                              {"params": vectors, "weight_decay": 0.0}],
+                             lr=options.lr, betas=(0.9, 0.95), fused=True)
+
+
+@dataclass(frozen=True)
+class Config(TrainOptions):
+    """SFT: from `model` on gold solutions, or from a new model on the toy world's corpus."""
+    model: str = option("", "model directory to start from; empty: a new model and tokenizer")
+    task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
+    data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
+    prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
+    answer_format: str = option("", "how an answer is marked; empty: the data set's own way")
+    run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
+    seed: int = option(0, "of weights, batch order and the toy corpus")
+    prompt_weight: float = option(0.0, "weight of a prompt token in the loss; a response token has 1")
+    # shape of a new model
+    vocab_size: int = option(288, "tokens of a new tokenizer")
+    hidden_size: int = option(128, "width of a new model")
+    num_layers: int = option(4, "layers of a new model")
+    num_heads: int = option(4, "attention heads of a new model")
+    num_kv_heads: int = option(2, "key-value heads of a new model")
+    max_positions: int = option(256, "longest sequence of a new model")
+
+    def __post_init__(self) -> None:
+        TrainOptions.__post_init__(self)
+        if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
+            raise ValueError("--hidden_size must be a multiple of --num_heads, and that one of "
+                             "--num_kv_heads")
+
+
+PRESETS = {"base": dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32,
+                        weight_decay=0.05, prompt_weight=0.1)}
+
+
+def new_model(config: Config, texts: list[str], folder: Path) -> None:
+    """Fresh weights and a tokenizer for these texts; numbers up to 99 and calculator marks are tokens."""
+    symbols = ["\n", "=<<", ">>", "####", *map(str, range(100))]
+    folder.mkdir(parents=True, exist_ok=True)
+    train_tokenizer([text.replace("\n", " ") for text in texts], folder, config.vocab_size, symbols)
+    D = config.hidden_size
+    shape = ModelConfig(
+        vocab_size=load_tokenizer(folder).vocab_size, hidden_size=D,
+        intermediate_size=8 * D // 3 // 8 * 8, num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
+        head_dim=D // config.num_heads, max_position_embeddings=config.max_positions)
+    save_model(Llama(shape).initialize(config.seed), folder, tokenizer_from=folder)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the response to learn."""
+    id: str
+    prompt: list[int]
+    response: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+
+def sft_loss(model: Llama, examples: list[Example], prompt_weight: float,
+             mean_length: float) -> dict[str, Tensor]:
+    """Negative log-likelihood in units of the mean response, so that all tokens of the data weigh alike."""
+    sequences = [(example.prompt, example.response) for example in examples]
+    logps, mask, prompt_mask = response_logps(model, sequences)
+    weighted = (logps * mask).sum(-1) + prompt_weight * (logps * prompt_mask).sum(-1)
+    return {"loss": -weighted / mean_length, "nll": nll_loss(logps, mask)}
+
+
+def documents(config: Config) -> list[data.Problem]:
+    """What is learned: a task's gold solutions, or the toy corpus for a new model of that task."""
+    if config.task == "toy" and not config.model:
+        return [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution")))
+                for row in toy.corpus(config.seed)]
+    return data.load_problems(config.task, "train", config.data_path or None)
+
+
+def main() -> None:
+    config = parse_config(Config, PRESETS, __doc__)
+    run = Path(config.run_dir)
+    made_of = fingerprint(dataclasses.asdict(config) | {"run_dir": ""},
+                          ["data/toy.py", "data/tokenizer.py", "model.py", "train.py", "losses.py"])
+    if (run / "model").exists() and read_json(run / "made_of.json") == made_of:
+        print(f"{run / 'model'} is there, made of the same config and source")
+        return
+    shutil.rmtree(run / "model", ignore_errors=True)
+    open_run(config, run)
+    problems = documents(config)
+    start = config.model or str(run / "model.start")
+    if not config.model:
+        new_model(config, [f"{p.question} {p.solution}" for p in problems], Path(start))
+    tokenizer = load_tokenizer(start)
+    template = data.PROMPTS[config.prompt]
+    examples = [Example(p.id, data.encode_prompt(tokenizer, template.format(question=p.question)),
+                        data.encode_solution(tokenizer, data.gold_text(p, config.answer_format)))
+                for p in problems]
+    mean_length = fmean(len(example.response) for example in examples)
+    model = load_model(start, "cuda" if torch.cuda.is_available() else "cpu")
+    records = fit(model, examples,
+                  lambda model, batch: sft_loss(model, batch, config.prompt_weight, mean_length),
+                  lambda example: example.tokens, config, config.seed)
+    write_jsonl(run / "train.jsonl", records)
+    write_json(run / "made_of.json", made_of)
+    save_model(model, run / "model", tokenizer_from=start)
+    print(f"{run / 'model'}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on "
+          f"{len(examples):,} documents in {len(records)} steps")
+
+
+if __name__ == "__main__":
+    main()
