@@ -1,0 +1,120 @@
+# Self-improving reasoners: what can be run, and how. `make` alone lists the targets.
+#
+#   make irpo                         toy world, CPU: base model, IRPO beside DPO and SFT, report
+#   make irpo ARGS="--alpha 0"        one run of irpo.py with these flags instead
+#   make irpo TASK=gsm8k MODEL=dir    a real data set and a model directory in Hugging Face's layout
+#   make irpo SEED=1                  another base model and other samples
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+SEED ?= 0
+TASK ?= toy
+ARGS ?=
+PY = .venv/bin/python
+PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+TOY = $(PY) irpo.py --preset toy
+BASE = runs/base-s$(SEED)/model
+
+.PHONY: help setup test lint base irpo irpo-table ablate-nll eval smoke report clean
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: .venv/runtime  ## virtual environment with the runtime packages and matplotlib
+
+.venv/runtime: requirements.txt requirements-extras.txt constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt -r requirements-extras.txt
+	@touch $@
+
+.venv/development: .venv/runtime requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	@touch $@
+
+test: .venv/development  ## lint and all tests, without network once the packages are there
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q
+
+lint: .venv/development  ## ruff alone
+	$(PY) -m ruff check .
+
+base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 2 minutes)
+	$(PY) train.py --preset base --seed $(SEED) --run_dir runs/base-s$(SEED)
+
+ifneq ($(TASK),toy)
+irpo: setup
+	$(PY) irpo.py --task $(TASK) --model $(MODEL) --seed $(SEED) --run_dir runs/irpo-$(TASK)-s$(SEED) $(ARGS)
+	$(PY) report.py runs/irpo-$(TASK)-s$(SEED)
+else ifneq ($(strip $(ARGS)),)
+irpo: base
+	$(TOY) --model $(BASE) --seed $(SEED) $(ARGS)
+else
+irpo: base  ## IRPO on the toy world, with plain DPO and SFT on the winners beside it
+	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/irpo-s$(SEED)
+	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/dpo-s$(SEED) --alpha 0
+	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/sft_chosen-s$(SEED) --method sft_chosen
+	$(PY) report.py runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
+endif
+
+eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
+	$(PY) evaluate.py --task $(TASK) --model $(or $(MODEL),$(BASE)) --out runs/eval-$(TASK) $(ARGS)
+
+smoke: base  ## every step of irpo.py on forty questions, in half a minute
+	$(PY) irpo.py --preset smoke --model $(BASE) --run_dir runs/smoke
+	$(PY) report.py runs/smoke
+
+report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
+	$(PY) report.py $(RUNS)
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv runs
+
+# --- tables of many runs ------------------------------------------------------------------------
+# One thread per run and two runs at a time (make -j2) use two cores better than one run with two.
+# All cells of a seed start from the same M_0, so they share its evaluation and its first samples:
+# the files are those that each run would write itself.
+SEEDS ?= 0 1 2
+ONE = OMP_NUM_THREADS=1
+
+runs/base-s%/model:
+	$(ONE) $(PY) train.py --preset base --seed $* --run_dir runs/base-s$*
+
+# $(call run,folder,seed,flags,folder whose iter0 and first samples are shared)
+define run
+runs/$(1)/s$(2)/results.json: $(if $(4),runs/$(4)/s$(2)/results.json,runs/base-s$(2)/model)
+	mkdir -p runs/$(1)/s$(2)/iter1
+	$(if $(4),cp -r runs/$(4)/s$(2)/iter0 runs/$(1)/s$(2)/ && cp runs/$(4)/s$(2)/iter1/samples.jsonl runs/$(1)/s$(2)/iter1/)
+	$(ONE) $(TOY) --model runs/base-s$(2)/model --seed $(2) --run_dir runs/$(1)/s$(2) $(3)
+endef
+
+# The paper's GSM8K table, one folder per row.
+TABLE = irpo dpo sft_chosen sft_chosen_2x sft_gold dpo_from_sft_chosen irpo_from_sft_chosen irpo_2x
+FROM_SFT = --iterations 1 --start_from runs/table/sft_chosen/s$(1)/iter1/model
+define table_of_seed
+$(call run,table/irpo,$(1),,)
+$(call run,table/dpo,$(1),--alpha 0,table/irpo)
+$(call run,table/sft_chosen,$(1),--method sft_chosen,table/irpo)
+$(call run,table/sft_chosen_2x,$(1),--method sft_chosen --iterations 1 --pairs_per_question 8 --max_pairs 6000,table/irpo)
+$(call run,table/sft_gold,$(1),--method sft_gold --iterations 1,table/irpo)
+$(call run,table/irpo_2x,$(1),--iterations 1 --pairs_per_question 8 --max_pairs 6000,table/irpo)
+$(call run,table/dpo_from_sft_chosen,$(1),--alpha 0 $(FROM_SFT),table/sft_chosen)
+$(call run,table/irpo_from_sft_chosen,$(1),$(FROM_SFT),table/sft_chosen)
+endef
+$(foreach seed,$(SEEDS),$(eval $(call table_of_seed,$(seed))))
+
+irpo-table: setup $(foreach cell,$(TABLE),$(SEEDS:%=runs/table/$(cell)/s%/results.json))  ## every row of the paper's GSM8K table on the toy world, 3 seeds: make -j2 irpo-table
+	$(PY) report.py --table runs/table --out results/irpo-table
+
+# When does the NLL term matter? alpha x beta, on a smaller world so that it ends within hours.
+ALPHAS = 0 0.25 0.5 1 2
+BETAS = 0.05 0.1 0.5 1
+SMALL = --iterations 3 --num_questions 750 --max_pairs 1500 --eval_questions 500 --eval_samples 0
+GRID = $(foreach alpha,$(ALPHAS),$(BETAS:%=alpha$(alpha)-beta%))
+FIRST = alpha1-beta0.1
+define sweep_cell
+$(call run,sweep/$(1),$(2),$(SMALL) --alpha $(patsubst alpha%,%,$(firstword $(subst -, ,$(1)))) --beta $(patsubst beta%,%,$(lastword $(subst -, ,$(1)))),$(if $(filter-out $(FIRST),$(1)),sweep/$(FIRST)))
+endef
+$(foreach seed,$(SEEDS),$(foreach cell,$(GRID),$(eval $(call sweep_cell,$(cell),$(seed)))))
+
+ablate-nll: setup $(foreach cell,$(GRID),$(SEEDS:%=runs/sweep/$(cell)/s%/results.json))  ## alpha x beta, 3 seeds: make -j2 ablate-nll
+	$(PY) report.py --sweep runs/sweep --out results/ablate-nll
