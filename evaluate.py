@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
+import torch
 from tqdm import tqdm
 
 import data
@@ -71,6 +72,19 @@ class TaskOptions:
     def prompt_ids(self, tokenizer, problem: data.Problem) -> list[int]:
         text = data.PROMPTS[self.prompt].format(question=problem.question)
         return data.encode_prompt(tokenizer, text)
+
+    def gold_ids(self, tokenizer, problem: data.Problem) -> list[int]:
+        """The gold solution as a response of the model's own: in its answer format, ending in EOS."""
+        return data.encode_solution(tokenizer, data.gold_text(problem, self.answer_format))
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_sampler(directory: str | Path) -> Llama:
+    """A model to sample from: bfloat16 on a GPU, float32 on a CPU."""
+    return load_model(directory, device(), torch.bfloat16 if device() == "cuda" else torch.float32)
 
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: TaskOptions, *,
@@ -179,6 +193,39 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
         tables.setdefault(name, {})[value] = {"share": total[name, value] / len(samples),
                                               "accuracy": right[name, value] / total[name, value]}
     return tables
+
+
+def evaluate_model(model: Llama, tokenizer, options: TaskOptions, folder: Path, limit: int,
+                   num_samples: int, seed: int, label: str) -> list[dict]:
+    """Rows for dev and test: greedy, and on test also num_samples at temperature 1 if that is not 0."""
+    def answers(split: str, num_samples: int, temperature: float) -> list[Answered]:
+        return answer(model, tokenizer, options.problems(split, limit), options,
+                      num_samples=num_samples, temperature=temperature, seed=seed,
+                      label=f"{label} {split}")
+
+    greedy = {split: answers(split, 1, 0.0) for split in ("dev", "test")}
+    rows = [{"split": split, **summarize(greedy[split], options.task)} for split in greedy]
+    save_answered(folder / "eval_samples.jsonl", greedy["test"])
+    if num_samples:
+        rows[-1] |= summarize_samples(answers("test", num_samples, 1.0), options.task)
+    return rows
+
+
+def self_check(options: TaskOptions, tokenizer, problems: list[data.Problem]) -> None:
+    """What must hold before an hour is spent: one BOS, gold graded right, responses under the mask."""
+    prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
+    golds = [options.gold_ids(tokenizer, problem) for problem in problems]
+    one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
+    right = sum(grade(tokenizer.decode(gold), problem.answer, options.task,
+                      options.answer_format or None).verdict == "correct"
+                for gold, problem in zip(golds, problems))
+    response_tokens, prompt_tokens = sum(map(len, golds)), sum(map(len, prompts))
+    print(f"check: {one_bos} of {len(problems)} prompts have exactly one BOS\n"
+          f"check: {right} of {len(problems)} gold solutions are graded correct\n"
+          f"check: {response_tokens / (response_tokens + prompt_tokens):.0%} of the tokens of prompt "
+          "and gold solution are under the loss")
+    if one_bos < len(problems) or right < len(problems):
+        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task")
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,12 @@ from torch import Tensor
 import data
 from checkpoint import load_model, save_model, weights_hash
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, TaskOptions, answer, load_answered, save_answered, summarize,
-                      summarize_samples)
+from evaluate import (Answered, TaskOptions, answer, device, evaluate_model, load_answered,
+                      load_sampler, save_answered, self_check, summarize)
 from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
                         write_json, write_jsonl)
 from losses import dpo_loss, dpo_nll_loss
 from model import Llama
-from rewards import grade
 from train import TrainOptions, autocast, fit, micro_batches, num_steps, response_logps
 
 
@@ -76,6 +75,8 @@ class Config(TrainOptions, TaskOptions):
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
         TaskOptions.__post_init__(self)
+        if not self.model:
+            raise ValueError("--model: give the directory of M_0; `make base` makes the toy world's")
         if self.method not in ("irpo", "sft_chosen", "sft_gold"):
             raise ValueError(f"--method {self.method}: choose irpo, sft_chosen or sft_gold")
         for name in ("num_samples", "pairs_per_question", "iterations"):
@@ -200,11 +201,6 @@ def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str
             "length/chosen": chosen_length, "length/rejected": rejected_length}
 
 
-def gold_ids(tokenizer, problem: data.Problem, config: Config) -> list[int]:
-    """A gold solution as a response of the model's own: in the prompt's answer format, ending in EOS."""
-    return data.encode_solution(tokenizer, data.gold_text(problem, config.answer_format or None))
-
-
 def train_items(pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> list[Pair]:
     """What step 5 runs over: the pairs; for sft_gold each question's gold solution in chosen's place."""
     if config.method != "sft_gold":
@@ -279,15 +275,6 @@ def choose_steps(config: Config, start: str, pairs: list[Pair], golds: dict[str,
     return max(curve, key=lambda row: row["accuracy"])["step"]
 
 
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_sampler(directory: str | Path) -> Llama:
-    """A model to sample from: bfloat16 on a GPU, float32 on a CPU."""
-    return load_model(directory, device(), torch.bfloat16 if device() == "cuda" else torch.float32)
-
-
 def sample_step(config: Config, folder: Path, model_dir: str, tokenizer, problems, t: int) -> None:
     """Step 1."""
     index = min(t, len(config.temperature)) - 1
@@ -334,22 +321,11 @@ def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, d
 
 
 def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:
-    """Step 6: greedy on dev and test; with eval_samples, also samples of test at temperature 1."""
-    model, start, rows = load_sampler(model_dir), time.perf_counter(), []
-
-    def answers(split: str, num_samples: int, temperature: float) -> list[Answered]:
-        problems = config.problems(split, config.eval_questions)
-        return answer(model, tokenizer, problems, config, num_samples=num_samples,
-                      temperature=temperature, seed=derive_seed(config.seed, t, split),
-                      label=f"M{t} {split}")
-
-    for split in ("dev", "test"):
-        greedy = answers(split, 1, 0.0)
-        rows.append({"name": f"M{t}", "iteration": t, "split": split, **summarize(greedy, config.task)})
-    save_answered(folder / "eval_samples.jsonl", greedy)
-    if config.eval_samples:
-        rows[-1] |= summarize_samples(answers("test", config.eval_samples, 1.0), config.task)
-    write_json(folder / "eval.json", rows)
+    """Step 6."""
+    start = time.perf_counter()
+    rows = evaluate_model(load_sampler(model_dir), tokenizer, config, folder,
+                          config.eval_questions, config.eval_samples, seed=config.seed, label=f"M{t}")
+    write_json(folder / "eval.json", [{"name": f"M{t}", "iteration": t, **row} for row in rows])
     log(folder.parent, event="evaluate", iteration=t, seconds=time.perf_counter() - start)
 
 
@@ -373,8 +349,8 @@ def main() -> None:
     tokenizer = load_tokenizer(config.model)
     problems = config.problems("train", config.num_questions)
     dev = config.problems("dev", config.eval_questions) if config.select_every else []
-    golds = {problem.id: gold_ids(tokenizer, problem, config) for problem in problems + dev}
-    self_check(config, tokenizer, problems + dev, golds)
+    golds = {problem.id: config.gold_ids(tokenizer, problem) for problem in problems + dev}
+    self_check(config, tokenizer, problems + dev)
     run = open_run(config, config.run_dir)
 
     M = config.model
@@ -392,6 +368,7 @@ def main() -> None:
         M = str(folder / "model")
         if not (folder / "eval.json").exists():
             evaluate_step(config, folder, M, tokenizer, t)
+
     num_parameters = sum(p.numel() for p in load_model(M).parameters())
     rows = read_json(run / "iter0" / "eval.json")
     for t in range(1, config.iterations + 1):
@@ -399,20 +376,6 @@ def main() -> None:
         rows += [training_row(folder, num_parameters, t), *read_json(folder / "eval.json")]
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is written; python report.py {run} draws it")
-
-
-def self_check(config: Config, tokenizer, problems: list[data.Problem], golds: dict) -> None:
-    """What must hold before an hour is spent: one BOS, gold graded right, responses under the mask."""
-    prompts = [config.prompt_ids(tokenizer, problem) for problem in problems]
-    one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
-    right = sum(grade(tokenizer.decode(golds[p.id]), p.answer, config.task,
-                      config.answer_format or None).verdict == "correct" for p in problems)
-    masked = sum(map(len, golds.values()))
-    print(f"check: {one_bos} of {len(prompts)} prompts have exactly one BOS\n"
-          f"check: {right} of {len(problems)} gold solutions are graded correct\n"
-          f"check: {masked / (masked + sum(map(len, prompts))):.0%} of gold tokens are under the loss")
-    if one_bos < len(prompts) or right < len(problems):
-        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task")
 
 
 if __name__ == "__main__":

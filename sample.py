@@ -14,6 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from checkpoint import load_model
+from data import PROMPTS, encode_prompt
+from data.tokenizer import load_tokenizer
 from model import KVCache, Llama
 
 
@@ -147,9 +150,6 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
 
 
 def main() -> None:
-    from checkpoint import load_model
-    from data import PROMPTS, encode_prompt
-    from data.tokenizer import load_tokenizer
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory")

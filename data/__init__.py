@@ -64,8 +64,8 @@ def read_gsm8k(path: Path) -> list[Problem]:
     return problems
 
 
-def gold_text(problem: Problem, answer_format: str | None) -> str:
-    """A gold solution in the format that the model is asked for; None keeps the data set's own.
+def gold_text(problem: Problem, answer_format: str) -> str:
+    """A gold solution in the format that the model is asked for; "" keeps the data set's own.
 
     For "final_answer" the calculator marks <<...>> go and "#### 72" becomes "Final answer: 72": a
     winner in another format would teach the model that format.
