@@ -5,7 +5,6 @@ the batch: the training loop divides by the number of sequences in the whole bat
 of a micro-batch cannot change a gradient. Masks are bool or 0/1, True on response tokens. Nothing
 here writes to its arguments.
 """
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

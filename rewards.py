@@ -1,5 +1,7 @@
 """stub until the real one lands"""
 from dataclasses import dataclass
+
+
 @dataclass(frozen=True)
 class Grade:
     verdict: str
