@@ -20,7 +20,7 @@ from tqdm import tqdm
 import data
 from checkpoint import load_model
 from data.tokenizer import load_tokenizer
-from experiment import open_run, option, parse_config, read_jsonl, write_json, write_jsonl
+from experiment import open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama
 from rewards import grade
 from sample import generate
@@ -257,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,6 +15,7 @@ import sys
 import time
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -64,6 +65,14 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) ->
         parser.add_argument(flag, type=typing.get_args(kind)[0], help=text)
     else:
         parser.add_argument(flag, type=kind, help=text)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main; Ctrl-C ends it with a sentence instead of a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        raise SystemExit("\nstopped: the same command goes on at the first missing file") from None
 
 
 def open_run(config, run_dir: str | Path) -> Path:

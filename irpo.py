@@ -34,7 +34,7 @@ from data.tokenizer import load_tokenizer
 from evaluate import (Answered, TaskOptions, answer, device, evaluate_model, load_answered,
                       load_sampler, save_answered, self_check, summarize)
 from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
-                        write_json, write_jsonl)
+                        run_script, write_json, write_jsonl)
 from losses import dpo_loss, dpo_nll_loss
 from model import Llama
 from train import TrainOptions, autocast, fit, micro_batches, num_steps, response_logps
@@ -379,4 +379,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

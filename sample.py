@@ -17,6 +17,7 @@ from torch import Tensor
 from checkpoint import load_model
 from data import PROMPTS, encode_prompt
 from data.tokenizer import load_tokenizer
+from experiment import run_script
 from model import KVCache, Llama
 
 
@@ -172,4 +173,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

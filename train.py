@@ -25,8 +25,8 @@ import data
 from checkpoint import load_model, save_model
 from data import toy
 from data.tokenizer import load_tokenizer, train_tokenizer
-from experiment import (fingerprint, open_run, option, parse_config, read_json, write_json,
-                        write_jsonl)
+from experiment import (fingerprint, open_run, option, parse_config, read_json, run_script,
+                        write_json, write_jsonl)
 from losses import nll_loss, token_logps
 from model import Llama, ModelConfig
 
@@ -270,4 +270,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
