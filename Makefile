@@ -94,9 +94,9 @@ define table_of_seed
 $(call run,table/irpo,$(1),,)
 $(call run,table/dpo,$(1),--alpha 0,table/irpo)
 $(call run,table/sft_chosen,$(1),--method sft_chosen,table/irpo)
-$(call run,table/sft_chosen_2x,$(1),--method sft_chosen --iterations 1 --pairs_per_question 8 --max_pairs 6000,table/irpo)
+$(call run,table/sft_chosen_2x,$(1),--method sft_chosen --iterations 1 --pairs_per_question 8 --max_pairs 4000,table/irpo)
 $(call run,table/sft_gold,$(1),--method sft_gold --iterations 1,table/irpo)
-$(call run,table/irpo_2x,$(1),--iterations 1 --pairs_per_question 8 --max_pairs 6000,table/irpo)
+$(call run,table/irpo_2x,$(1),--iterations 1 --pairs_per_question 8 --max_pairs 4000,table/irpo)
 $(call run,table/dpo_from_sft_chosen,$(1),--alpha 0 $(FROM_SFT),table/sft_chosen)
 $(call run,table/irpo_from_sft_chosen,$(1),$(FROM_SFT),table/sft_chosen)
 endef
@@ -108,7 +108,7 @@ irpo-table: setup $(foreach cell,$(TABLE),$(SEEDS:%=runs/table/$(cell)/s%/result
 # When does the NLL term matter? alpha x beta, on a smaller world so that it ends within hours.
 ALPHAS = 0 0.25 0.5 1 2
 BETAS = 0.05 0.1 0.5 1
-SMALL = --iterations 3 --num_questions 750 --max_pairs 1500 --eval_questions 500 --eval_samples 0
+SMALL = --iterations 3 --num_questions 500 --max_pairs 1000 --eval_questions 500 --eval_samples 0
 GRID = $(foreach alpha,$(ALPHAS),$(BETAS:%=alpha$(alpha)-beta%))
 FIRST = alpha1-beta0.1
 define sweep_cell

@@ -84,8 +84,8 @@ class Config(TrainOptions, TaskOptions):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
-TOY = dict(task="toy", num_samples=8, temperature=(1.0,), pairs_per_question=4, max_pairs=3000,
-           lr=1e-4, lr_schedule="linear", warmup_steps=10, epochs=1, max_steps=0, select_every=0,
+TOY = dict(task="toy", num_questions=1000, num_samples=8, temperature=(1.0,),
+           pairs_per_question=4, max_pairs=2000, lr=5e-5, lr_schedule="linear", warmup_steps=10, epochs=1, max_steps=0, select_every=0,
            max_new_tokens=96, eval_samples=8)
 SMOKE = TOY | dict(num_questions=40, num_samples=4, iterations=2, eval_questions=20)
 PRESETS = {"toy": TOY, "smoke": SMOKE}
