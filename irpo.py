@@ -27,6 +27,7 @@ from statistics import fmean
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import data
 from checkpoint import load_model, save_model, weights_hash
@@ -84,9 +85,9 @@ class Config(TrainOptions, TaskOptions):
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
 
 
-TOY = dict(task="toy", num_questions=1000, num_samples=8, temperature=(1.0,),
-           pairs_per_question=4, max_pairs=2000, lr=5e-5, lr_schedule="linear", warmup_steps=10, epochs=1, max_steps=0, select_every=0,
-           max_new_tokens=96, eval_samples=8)
+TOY = dict(task="toy", num_questions=1000, num_samples=8, temperature=(1.0,), pairs_per_question=4,
+           max_pairs=2000, select_every=0, lr=5e-5, lr_schedule="linear", warmup_steps=10, epochs=1,
+           max_steps=0, max_new_tokens=96, eval_samples=8)
 SMOKE = TOY | dict(num_questions=40, num_samples=4, iterations=2, eval_questions=20)
 PRESETS = {"toy": TOY, "smoke": SMOKE}
 
@@ -103,8 +104,8 @@ class Pair:
 
     @property
     def tokens(self) -> int:
-        """Length of the longer of the two sequences."""
-        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
+        """Of both sequences, padded to the longer one."""
+        return 2 * (len(self.prompt) + max(len(self.chosen), len(self.rejected)))
 
 
 def make_pairs(right: list, wrong: list, num_pairs: int) -> list[tuple]:
@@ -136,7 +137,7 @@ def collect_pairs(answered: list[Answered], golds: dict[str, list[int]], config:
         right, wrong = right_and_wrong(question, gold, config.dedupe)
         pairs += [Pair(question.id, question.prompt_ids, chosen, rejected)
                   for chosen, rejected in make_pairs(right, wrong, config.pairs_per_question)]
-    fitting = [pair for pair in pairs if pair.tokens <= max_tokens]
+    fitting = [pair for pair in pairs if pair.tokens <= 2 * max_tokens]
     kept = fitting
     if config.max_pairs and len(fitting) > config.max_pairs:
         kept = random.Random(f"{config.seed} {iteration}").sample(fitting, config.max_pairs)
@@ -169,14 +170,14 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def add_reference(model: Llama, pairs: list[Pair], config: Config) -> list[Pair]:
     """Step 4: two numbers per pair from M_{t-1}, so that training needs no second model."""
-    reference: dict[int, tuple[float, float]] = {}
-    indices = range(len(pairs))
-    for batch in micro_batches(indices, lambda i: 2 * pairs[i].tokens, config.micro_batch_tokens):
+    complete = list(pairs)
+    batches = micro_batches(range(len(pairs)), lambda i: pairs[i].tokens, config.micro_batch_tokens)
+    for batch in tqdm(batches, desc="reference", unit="batch", dynamic_ncols=True):
         with autocast(model, config.precision):
-            chosen, rejected = pair_logps(model, [pairs[i] for i in batch])[0].tolist()
-        reference |= dict(zip(batch, zip(chosen, rejected)))
-    return [dataclasses.replace(pair, ref_chosen=reference[i][0], ref_rejected=reference[i][1])
-            for i, pair in enumerate(pairs)]
+            (chosen, rejected), _ = pair_logps(model, [pairs[i] for i in batch])
+        for i, *logps in zip(batch, chosen.tolist(), rejected.tolist()):
+            complete[i] = dataclasses.replace(pairs[i], ref_chosen=logps[0], ref_rejected=logps[1])
+    return complete
 
 
 def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str, Tensor]:
@@ -234,7 +235,7 @@ def train(config: Config, model: Llama, pairs: list[Pair], golds: dict[str, list
         after_step(step)
 
     records = fit(model, items, lambda model, batch: preference_loss(model, batch, config),
-                  lambda pair: 2 * pair.tokens, config, seed=derive_seed(config.seed, iteration),
+                  lambda pair: pair.tokens, config, seed=derive_seed(config.seed, iteration),
                   label=label, after_step=measure)
     return records, probes
 
@@ -339,8 +340,9 @@ def training_row(folder: Path, num_parameters: int, t: int) -> dict:
             **{name: fmean(record[name] for record in last_quarter)
                for name in records[0] if name not in ("step", "tokens", "lr")},
             "steps": len(records), "tokens_sampled": sampled, "tokens_trained": trained,
-            # per parameter and token 2 FLOPs forward, 6 with backward; reference: one forward more
-            "flops": num_parameters * (2 * sampled + 8 * trained),
+            # per parameter and token 2 FLOPs forward, 6 with backward; attention, prompts of samples
+            # and the reference pass are not counted
+            "flops": num_parameters * (2 * sampled + 6 * trained),
             "probe": read_jsonl(folder / "probe.jsonl")}
 
 
