@@ -1,0 +1,211 @@
+r"""Reads and compares MATH answers, which are LaTeX: `\tfrac12`, `[2,5)`, `\text{(C)}`, `14,\!400`.
+
+Two answers are equal if their canonical spellings are the same string. If not, but the brackets and
+the number of elements agree, math-verify (sympy) is asked about each pair of elements that differ,
+in a process of its own with a time limit (`sandbox.py`). It never sees a whole response, where it
+finds answers that nobody marked, and it is not asked about 2112_6, whose base it ignores.
+
+As in the string matches of the papers, order counts: a list or union in another order is wrong,
+though it may be equal as a set. Numbers are compared exactly and must be worked out: 2/4 is not
+1/2, and \sin^2x+\cos^2x not yet 1. Units, %, $ and degree signs are dropped on both sides. Votes
+count spellings: \sqrt{12} and 2\sqrt{3} are two, since comparing all pairs would cost too much.
+
+Left out: algebra of our own. `pip install "math-verify[antlr4_13_2]"`; without it
+`require_math_verify()` raises, and so does the first comparison that needs it.
+
+    read_latex(r"\left(3,\tfrac\pi2\right)")    ->  (3, \frac{\pi}{2})
+    compare(r"2\sqrt3", r"\sqrt{12}")           ->  "correct"
+"""
+
+import importlib.util
+import re
+from decimal import Context
+from fractions import Fraction
+
+import sandbox
+
+MAX_LATEX = 400  # characters; the longest of the 5,000 MATH test answers has 81
+MAX_DIGITS = 100  # longer "numbers" are repetition; Python refuses to read 4,300 digits
+
+_SPELLINGS = [  # pattern, the one spelling; in this order, on both sides
+    (r"(?<!\\)\\[()\[\]]|[\n\t]", " "),
+    (r",\\!|\{,\}", ""),  # 14,\!400 and 14{,}400
+    (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"\\?[$%]|\s*\^\s*\{?\s*\\circ\s*\}?|°", ""),
+    (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
+    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
+    (r"\\math(?:rm|bf|it)\s*\{([a-zA-Z])\}", r"\1"),
+    (r"\\(?:mbox|mathrm|textbf|textrm|textit)\s*\{", r"\\text{"),
+    ("−", "-"),
+    (r"π|(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
+    ("∞", r"\\infty "),
+    ("∪", r"\\cup "),
+    (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
+    (r"(?<=[0-9a-zA-Z}!])\s*\\text\s*\{(?![^{}]*,).*", ""),  # \text{ cm}^2: a unit, to the end
+    (r"\\text\s*\{([^{}]*)\}", r"\1"),
+    (r"(?<=[0-9}])\s+[a-zA-Z]{2}[a-zA-Z. ]*(?:\^\{?[0-9]\}?)?$", ""),  # 39 degrees, 10 cm^2
+    (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\\frac\s*([0-9a-zA-Z]|\\pi(?![a-z]))", r"\\frac{\1}"),
+    (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*([0-9a-zA-Z]|\\pi(?![a-z]))", r"\1{\2}"),
+    (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
+]
+_DECIMAL = re.compile(r"(-?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+)")
+_FRACTION = re.compile(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}")
+_SLASHED = re.compile(r"(-?[0-9]+)/([0-9]+)")
+_SPELLED = re.compile(r"-?[0-9]+([./][0-9]+)?")  # what spell() writes
+_MATRIX = re.compile(r"\\begin\{(\w+)\}(.*)\\end\{\1\}")
+_ASSIGNED = re.compile(r"[a-zA-Z]\w?\s*(?:=|\\in(?![a-zA-Z]))([^=]*)")  # x = 5, x \in [2,5)
+_ONE_FORMULA = re.compile(r"[^$]*(?<!\\)\$([^$]+)(?<!\\)\$[^$]*")  # a sentence around $16$
+_TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
+_OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
+_LEAF = "\0"  # place of an element in a shape: "(\0, \0)" is the shape of every pair
+
+
+def spell(value: Fraction) -> str:
+    """The one spelling of a rational: "18", "-0.5", and "1/3" where no decimal is exact."""
+    rest = value.denominator
+    for prime in (2, 5):
+        while rest % prime == 0:
+            rest //= prime
+    if rest != 1:
+        return str(value)
+    exact = Context(prec=10 * MAX_DIGITS)  # 2 ** -330 has 330 places
+    return format(exact.divide(value.numerator, value.denominator), "f")
+
+
+def read_latex(phrase: str) -> str | None:
+    """The canonical spelling of an answer, None if there is none or if it is absurdly long."""
+    shape, leaves = _parse(phrase)
+    remaining = iter(leaves)
+    return re.sub(_LEAF, lambda _: next(remaining), shape) or None
+
+
+def compare(gold: str, answer: str) -> str:
+    """Verdict on two answers whose spellings differ: same shape, and each pair of leaves equal."""
+    (gold_shape, golds), (answer_shape, answers) = _parse(gold), _parse(answer)
+    pairs = [pair for pair in zip(golds, answers, strict=False) if pair[0] != pair[1]]
+    if gold_shape != answer_shape or not all(_open_question(*pair) for pair in pairs):
+        return "wrong"
+    require_math_verify()
+    for gold_leaf, answer_leaf in pairs:
+        outcome = sandbox.run("verify", {"gold": gold_leaf, "answer": answer_leaf})
+        if outcome.value is not True:
+            return "timeout" if outcome.status == "timeout" else "wrong"
+    return "correct"
+
+
+def require_math_verify() -> None:
+    """Raise now, with the command that helps, rather than after a day of sampling."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise ModuleNotFoundError(
+            "grading MATH needs math-verify: pip install 'math-verify[antlr4_13_2]'"
+        )
+
+
+def _open_question(gold: str, answer: str) -> bool:
+    """Whether two different leaves are worth asking math-verify about."""
+    number = _SPELLED.fullmatch(answer)
+    if _SPELLED.fullmatch(gold) or number and number[1]:
+        return False  # numbers were compared exactly, and 28.27 is not 9 pi
+    if re.search(r"[0-9A-Z]_|:", gold + answer):
+        return False  # math-verify would take 2112_7 for 2112_6, and 3 for the ratio 3:1
+    return bool(gold and answer) and not gold.isalpha() and not answer.isalpha()
+
+
+# ---- phrase -> shape and leaves ------------------------------------------------------------------
+
+
+def _parse(phrase: str) -> tuple[str, list[str]]:
+    if len(phrase) > MAX_LATEX:
+        return "", []
+    formula = _ONE_FORMULA.fullmatch(phrase)
+    latex, leaves = formula[1] if formula else phrase, []
+    for pattern, spelling in _SPELLINGS:
+        latex = re.sub(pattern, spelling, latex)
+    return _shape(latex, leaves), leaves
+
+
+def _shape(latex: str, leaves: list[str]) -> str:
+    """Brackets, commas, unions and rows, with _LEAF for each element; the elements go to leaves."""
+    latex = latex.strip().rstrip(".").rstrip()
+    if not latex:
+        return ""
+    if _DECIMAL.fullmatch(latex):  # before the comma of 15,000 can make it a list
+        leaves.append(_leaf(latex))
+        return _LEAF
+    if assigned := _ASSIGNED.fullmatch(latex):
+        return _shape(assigned[1], leaves)
+    if matrix := _MATRIX.fullmatch(latex):
+        rows = [_joined(_split(row, "&"), " & ", leaves) for row in _split(matrix[2], r"\\")]
+        return rf"\begin{{{matrix[1]}}}" + r" \\ ".join(rows) + rf"\end{{{matrix[1]}}}"
+    for separator, spelling in ((r"\cup", r" \cup "), (",", ", ")):
+        if len(parts := _split(latex, separator)) > 1:
+            return _joined(parts, spelling, leaves)
+    if inner := _inside(latex):
+        open_, close = _TOKEN.findall(latex)[0], _TOKEN.findall(latex)[-1]
+        elements = _split(inner, ",")
+        if len(elements) == 1 and open_ in ("(", "{"):  # (C) and {5} are C and 5
+            return _shape(inner, leaves)
+        return open_ + _joined(elements, ", ", leaves) + close
+    leaves.append(_leaf(latex))
+    return _LEAF
+
+
+def _joined(parts: list[str], separator: str, leaves: list[str]) -> str:
+    return separator.join(_shape(part, leaves) for part in parts)
+
+
+def _split(latex: str, separator: str) -> list[str]:
+    """Cut at a separator that is in no bracket; half-open intervals may close ( with ]."""
+    parts, depth, start = [], 0, 0
+    for token in _TOKEN.finditer(latex):
+        depth += (token[0] in _OPEN) - (token[0] in _CLOSE)
+        if depth == 0 and token[0] == separator:
+            parts.append(latex[start : token.start()])
+            start = token.end()
+    return [*parts, latex[start:]]
+
+
+def _inside(latex: str) -> str | None:
+    """What the outermost bracket holds, if one bracket holds everything."""
+    depth, tokens = 0, _TOKEN.findall(latex)
+    for i, token in enumerate(tokens):
+        depth += (token in _OPEN) - (token in _CLOSE)
+        if depth <= 0:
+            return "".join(tokens[1:-1]) if depth == 0 and 0 < i == len(tokens) - 1 else None
+    return None
+
+
+def _leaf(latex: str) -> str:
+    value = _rational(re.sub(r"\s", "", latex))
+    if value is not None:
+        return spell(value)
+    # The space that ends a command (\tan x) stays; all others go.
+    latex = re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: m[1] + " " if m[1] else "", latex)
+    return latex.lower() if latex.isalpha() and len(latex) > 1 else latex
+
+
+def _rational(latex: str) -> Fraction | None:
+    """A decimal, a reduced fraction or a mixed number; 2/4 is none, it is still to be reduced."""
+    if len(latex) > MAX_DIGITS:
+        return None
+    if decimal := _DECIMAL.fullmatch(latex):
+        value = Fraction(decimal[2].replace(",", ""))
+        return -value if decimal[1] else value
+    if slashed := _SLASHED.fullmatch(latex):
+        return reduced(*slashed.groups())
+    if not (fraction := _FRACTION.fullmatch(latex)):
+        return None
+    sign, whole, top, bottom = fraction.groups()
+    value = reduced(top, bottom)
+    if value is None or (sign or whole) and value < 0 or whole and value > 1:
+        return None
+    value += int(whole or 0)
+    return -value if sign else value
+
+
+def reduced(top: str, bottom: str) -> Fraction | None:
+    """The value of top/bottom, None if the fraction could still be reduced."""
+    value = Fraction(int(top), int(bottom) or 1)
+    return value if value.denominator == int(bottom) > 1 else None

@@ -1,0 +1,376 @@
+"""Runs text that a model wrote: programs, and formulas that a computer algebra system must read.
+
+A *server* is a clean Python process that has its imports behind it and forks once per job. The fork
+locks itself up, works, writes one JSON value into the one pipe it has, and is killed with its
+process group when it is done or its wall-clock time is over. Jobs share nothing, so no program can
+change the result of another; the gold answer never comes here, so no program can read it.
+
+Servers for programs are `python -I` with an empty environment in an empty, nameless temporary
+directory, and their forks are sealed. All they can do is compute, read the clock, sleep and answer:
+  limits   memory, CPU time, no new process or thread, no bytes into files, no core dump, and no
+           file descriptor but the pipe, so that no file and no socket can be opened.
+  seccomp  the kernel refuses every system call that is not in ALLOWED, so that signals to other
+           processes, deleting, renaming and any kind of network are refused too. Linux on x86-64
+           and arm64, in containers as well; it needs no privilege.
+Elsewhere (macOS, untested) there are only the limits, which leave a program able to signal and to
+unlink what its user may. Root is exempt from the process limit: root without seccomp is refused.
+
+Left out: namespaces (many containers forbid them, and here is nothing left for them to do); numpy,
+and the parts of sympy that load late and are not in `load_sympy`: a sealed fork cannot import them.
+
+    run("program", {"code": "def solution():\\n    return 6 * 7"})    ->  Outcome("done", "42")
+    run_all("program", jobs, workers=2)                               one Outcome per job
+"""
+
+import ctypes
+import json
+import os
+import platform
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from queue import SimpleQueue
+
+SECONDS = 0.7  # wall clock per job: a verdict within a second. The ReFT authors allow 10 s
+MEMORY = 512 << 20  # bytes of address space; Python with sympy loaded takes 100 MB of it
+OUTPUT = 4096  # bytes of answer; more than any answer needs, less than a pipe holds
+START_SECONDS = 60  # importing sympy from a cold disk
+
+# What programs of this kind import. The locked fork cannot open files, so it finds them loaded.
+MODULES = """bisect calendar cmath collections copy datetime decimal enum fractions functools heapq
+itertools math numbers operator random re statistics string time typing _strptime""".split()
+
+# Enough for pure computation: read write close mmap mprotect munmap mremap madvise brk futex
+# rt_sigaction rt_sigprocmask rt_sigreturn restart_syscall sched_yield nanosleep clock_nanosleep
+# clock_gettime getrusage getrandom getpid exit exit_group. Audit number first, then the calls.
+ALLOWED = {
+    "x86_64": (0xC000003E, (0, 1, 3, 9, 10, 11, 25, 28, 12, 202, 13, 14, 15, 219, 24, 35, 230,
+                            228, 98, 318, 39, 60, 231)),
+    "aarch64": (0xC00000B7, (63, 64, 57, 222, 226, 215, 216, 233, 214, 98, 134, 135, 139, 128, 124,
+                             101, 115, 113, 165, 278, 172, 93, 94)),
+}  # fmt: skip
+PR_SET_PDEATHSIG, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 21, 22, 38
+SECCOMP_MODE_FILTER = 2
+
+
+# ---- the caller's side ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job: "done", "timeout" or "failed", and the value the fork sent if done."""
+
+    status: str
+    value: object = None
+
+
+class Server:
+    """Handle of one server process, started when first used, and again should it be killed."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self.lock = threading.Lock()
+        self.process = None
+
+    def start(self) -> None:
+        sealed = KINDS[self.kind][2]  # math-verify may be installed where only PYTHONPATH knows
+        flags, env = (["-I"], {}) if sealed else ([], None)
+        self.process = subprocess.Popen(
+            [sys.executable, *flags, os.path.abspath(__file__), self.kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+            start_new_session=True,  # Ctrl-C is for us; a server ends when our end of the pipe does
+        )  # fmt: skip
+        if self.receive() != b"ready\n":
+            raise RuntimeError(f"the {self.kind} sandbox did not start; its message is above")
+
+    def receive(self) -> bytes:
+        if not select.select([self.process.stdout], [], [], START_SECONDS)[0]:
+            raise RuntimeError(f"the {self.kind} sandbox has not answered for {START_SECONDS} s")
+        return self.process.stdout.readline()
+
+    def run(self, job: dict) -> Outcome:
+        with self.lock:
+            try:
+                if self.process is None or self.process.poll() is not None:
+                    self.start()
+                self.process.stdin.write(json.dumps(job).encode() + b"\n")  # ASCII, any text passes
+                self.process.stdin.flush()
+                reply = self.receive()
+            except BaseException:  # Ctrl-C too: a late reply would be taken for the next job's
+                self.process.kill()
+                self.process.wait()
+                raise
+            if not reply:  # without seccomp a program can kill its parent: its loss, nobody else's
+                self.process.wait()
+                return Outcome("failed")
+        return decode(**json.loads(reply))
+
+
+def decode(status: str, output: str) -> Outcome:
+    """The fork's bytes are the program's to write: anything but one JSON value is no answer."""
+    try:
+        return Outcome(status, json.loads(output)) if status == "done" else Outcome(status)
+    except (ValueError, RecursionError):
+        return Outcome("failed")
+
+
+@lru_cache
+def _server(kind: str, worker: int, pid: int) -> Server:
+    return Server(kind)  # keyed by our own pid: after a fork, parent and child must not share pipes
+
+
+def run(kind: str, job: dict) -> Outcome:
+    """Run one job; the first of its kind waits for its server to start."""
+    return run_all(kind, [job], workers=1)[0]
+
+
+def run_all(kind: str, jobs: Sequence[dict], workers: int) -> list[Outcome]:
+    """Run jobs on so many servers side by side; outcomes in the order of the jobs."""
+    idle = SimpleQueue()
+    for worker in range(workers):
+        idle.put(_server(kind, worker, os.getpid()))
+
+    def run_one(job: dict) -> Outcome:
+        server = idle.get()
+        try:
+            return server.run(job)
+        finally:
+            idle.put(server)
+
+    if workers == 1:
+        return [run_one(job) for job in jobs]
+    with ThreadPoolExecutor(workers) as pool:
+        return list(pool.map(run_one, jobs))
+
+
+# ---- the server's side ---------------------------------------------------------------------------
+
+
+def serve(kind: str) -> None:
+    """Answer one line of JSON per line of JSON until the caller goes away."""
+    prepare, work, sealed, probe, known = KINDS[kind]
+    prepare()
+    calls = seccomp_filter() if sealed else None
+    if sealed:
+        known = known[calls is not None]
+    if sealed and calls is None and os.geteuid() == 0:
+        sys.exit("no seccomp here, and root is exempt from process limits: run as another user")
+    trials = [attempt(work, probe, sealed, calls) for _ in range(3)]  # one may be late, under load
+    if {"status": "done", "output": known} not in trials:
+        sys.exit(f"the {kind} sandbox does not work here: {probe} gave {trials}")
+    print("ready", flush=True)
+    for line in sys.stdin.buffer:
+        job = json.loads(line)
+        if "sympy" in job.get("code", ""):
+            load_sympy()
+        print(json.dumps(attempt(work, job, sealed, calls)), flush=True)
+
+
+def attempt(work, job: dict, sealed: bool, calls: bytes | None) -> dict:
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        work_alone(work, job, writer, sealed, calls)
+    os.close(writer)
+    return wait(child, reader)
+
+
+def wait(child: int, reader: int) -> dict:
+    """What the child wrote before it ended or the clock ran out; its process group is killed."""
+    deadline = time.monotonic() + SECONDS
+    output, finished = b"", False
+    while not finished and len(output) < OUTPUT:
+        if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
+            break
+        piece = os.read(reader, OUTPUT)
+        output, finished = output + piece, not piece
+    os.close(reader)
+    os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still the child's own
+    with suppress(ProcessLookupError):  # it died before it had a group
+        os.killpg(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    done = finished or len(output) >= OUTPUT
+    return {"status": "done" if done else "timeout", "output": output.decode("ascii", "replace")}
+
+
+def work_alone(work, job: dict, writer: int, sealed: bool, calls: bytes | None) -> None:
+    """In the fork: lock up, work, answer. Never returns."""
+    try:
+        os.setsid()
+        os.dup2(writer, 0)  # the only descriptor left
+        os.closerange(1, 256)
+        sys.stdin = sys.stdout = sys.stderr = None  # print() becomes a no-op, input() an error
+        limit(sealed)
+        if sealed and os.geteuid() == 0:
+            become_nobody()
+        if calls is not None:
+            install_seccomp(calls)
+        os.write(0, json.dumps(work(job)).encode()[:OUTPUT])
+    except BaseException:  # whatever the text does in here, all that leaves is "no answer";
+        os._exit(1)  # that locking up itself works is what the trial in serve() is for
+    os._exit(0)
+
+
+def limit(sealed: bool) -> None:
+    limits = {"CPU": 1, "CORE": 0}
+    if sealed:
+        limits |= {"FSIZE": 0, "NPROC": 0, "NOFILE": 1}
+    if sys.platform == "linux":
+        limits["AS"] = MEMORY  # macOS refuses to set it
+    for name, value in limits.items():
+        kind = getattr(resource, f"RLIMIT_{name}")
+        allowed = resource.getrlimit(kind)[1]
+        value = value if allowed == resource.RLIM_INFINITY else min(value, allowed)
+        resource.setrlimit(kind, (value, value))
+
+
+def become_nobody() -> None:
+    """A second wall for root: should a call slip through the filter, it is nobody who makes it."""
+    with suppress(OSError):  # containers may have no other user, or not let root change
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+
+
+def install_seccomp(calls: bytes) -> None:
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should the server die first
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    code = ctypes.create_string_buffer(calls, len(calls))
+    header = struct.pack("HP", len(calls) // 8, ctypes.addressof(code))
+    program = ctypes.create_string_buffer(header, len(header))
+    prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.addressof(program))
+
+
+def seccomp_filter() -> bytes | None:
+    """BPF: right architecture or death; a call of the list is allowed, any other fails (EPERM)."""
+    if sys.platform != "linux" or platform.machine() not in ALLOWED:
+        return None
+    if libc().prctl(PR_GET_SECCOMP, 0, 0, 0, 0) == -1:  # a kernel built without it
+        return None
+    audit, calls = ALLOWED[platform.machine()]
+    load, equal, give_back = 0x20, 0x15, 0x06  # opcodes: LD|W|ABS, JMP|JEQ|K, RET|K
+    kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
+    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give_back, 0, 0, kill), (load, 0, 0, 0)]
+    code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
+    code += [(give_back, 0, 0, refuse), (give_back, 0, 0, allow)]
+    return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+
+
+@lru_cache
+def libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def prctl(option: int, *arguments: int) -> None:
+    padded = [ctypes.c_ulong(argument) for argument in (*arguments, 0, 0, 0, 0)[:4]]
+    if libc().prctl(option, *padded) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+# ---- the two kinds of work -----------------------------------------------------------------------
+
+
+def prepare_program() -> None:
+    for name in MODULES:
+        __import__(name)
+
+
+@lru_cache
+def load_sympy() -> None:
+    """ReFT's programs may use sympy (it comes with torch). Loaded once, when one first names it.
+
+    Solving and integrating something makes it import the parts that it loads late, which a locked
+    fork could not.
+    """
+    with suppress(ImportError):
+        import sympy
+
+        x = sympy.Symbol("x")
+        sympy.solve(x**2 - 2, x)
+        sympy.integrate(sympy.sin(x), (x, 0, 1))
+
+
+def work_program(job: dict) -> str | None:
+    """Define the program, call solution(), spell the value; True, a list or text is no number."""
+    import math
+    import numbers
+    import random
+
+    random.seed(0)  # the same program always gets the same verdict
+    names = {"math": math, "sympy": sys.modules.get("sympy")}
+    exec(compile(job["code"], "program", "exec"), names)
+    value = names["solution"]()
+    if isinstance(value, str):
+        return value if len(value) < OUTPUT // 8 else None
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Rational):
+        return str(value)
+    if hasattr(value, "__float__"):
+        # 12 of the 16 digits of a float: the last ones are rounding noise, 71.99999999999999 is 72
+        return format(round(float(value), 12), ".12g")
+    return None
+
+
+def prepare_verify() -> None:
+    import logging
+
+    logging.disable()  # math-verify reports every text that it cannot read
+    work_verify({"gold": r"\frac{x^2}{3}+\pi", "answer": r"\sqrt{2}"})  # fills the parser's caches
+
+
+def work_verify(job: dict) -> bool:
+    from math_verify import verify
+
+    gold, answer = (parse_formula(job[key]) for key in ("gold", "answer"))
+    return None not in (gold, answer) and verify(gold, answer, timeout_seconds=None)
+
+
+def parse_formula(latex: str):
+    """The sympy expression, all of whose symbols are real: math-verify guesses, text by text,
+    which are complex, and then 3i/2 and (3/2)i have two different i."""
+    import sympy
+    from math_verify import LatexExtractionConfig, parse
+
+    found = parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
+    if not found or isinstance(found[0], str):
+        return None
+    symbols = found[0].free_symbols
+    return found[0].xreplace({s: sympy.Symbol(s.name, real=True) for s in symbols})
+
+
+# Sends itself the signal that does nothing: must be refused where there is seccomp. Nothing that a
+# model wrote runs before this was seen, for a leaking seal may cost more than a wrong verdict.
+SEAL_PROBE = """import os
+def solution():
+    try:
+        os.kill(os.getpid(), 0)
+    except PermissionError:
+        return math.floor(1.5)
+    return math.floor(0.5)
+"""
+
+# Preparation, work, whether sealed (sympy must find the parts of itself that it loads late), and a
+# trial with its known outcome: a sandbox that does not work must say so, not fail every answer.
+KINDS = {
+    "program": (prepare_program, work_program, True, {"code": SEAL_PROBE}, ('"0"', '"1"')),
+    "verify": (prepare_verify, work_verify, False,
+               {"gold": r"2\sqrt{3}", "answer": r"\sqrt{12}"}, "true"),
+}  # fmt: skip
+
+if __name__ == "__main__":
+    home = tempfile.mkdtemp(prefix="sandbox-")
+    os.chdir(home)
+    os.rmdir(home)  # nothing can be made in a directory without a name, and nobody must clean up
+    serve(sys.argv[1])
