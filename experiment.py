@@ -75,11 +75,11 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit("\nstopped: the same command goes on at the first missing file") from None
 
 
-def open_run(config, run_dir: str | Path) -> Path:
-    """Create a run directory, or take up one that holds the same config; refuse any other."""
+def open_run(config, run_dir: str | Path, **inputs: str) -> Path:
+    """Create a run directory, or take up one that holds the same config and inputs; refuse others."""
     run = Path(run_dir)
     config_path = run / "config.json"
-    values = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples as JSON gives them back
+    values = json.loads(json.dumps(dataclasses.asdict(config) | inputs))  # tuples as JSON has them
     if config_path.exists():
         before = json.loads(config_path.read_text())
         changed = {name: (before.get(name), values.get(name))

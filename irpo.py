@@ -353,7 +353,7 @@ def main() -> None:
     dev = config.problems("dev", config.eval_questions) if config.select_every else []
     golds = {problem.id: config.gold_ids(tokenizer, problem) for problem in problems + dev}
     self_check(config, tokenizer, problems + dev)
-    run = open_run(config, config.run_dir)
+    run = open_run(config, config.run_dir, weights=weights_hash(load_model(config.model)))
 
     M = config.model
     if not (run / "iter0" / "eval.json").exists():
