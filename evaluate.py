@@ -128,7 +128,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     z, p = 1.959964, successes / n
     center = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return center - half, center + half
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

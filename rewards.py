@@ -31,7 +31,8 @@ from fractions import Fraction
 
 import latex
 import sandbox
-from latex import require_math_verify as require_math_verify  # for the drivers to call at start
+
+require_math_verify = latex.require_math_verify  # for the drivers to call at start
 
 OWN_FORMAT = {"toy": "hash", "gsm8k": "hash", "svamp": "trigger", "mathqa": "trigger",
               "mathqa-numeric": "trigger", "math": "boxed", "arc": "final_answer"}  # fmt: skip

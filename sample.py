@@ -8,6 +8,7 @@ gives the same responses again. Left out: beam search, repetition penalties, sto
     python sample.py --model runs/base-s0/model     # type a question, read the response
 """
 import argparse
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -37,8 +38,13 @@ def mix(x: Tensor) -> Tensor:
     return x ^ shift(x, 31)
 
 
+def prompt_key(prompt: list[int]) -> int:
+    """A prompt's 64-bit name: made of its ids, not of its place in a list, so company cannot matter."""
+    return int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:8], "big", signed=True)
+
+
 def sample_keys(seed: int, questions: Tensor, samples: Tensor) -> Tensor:
-    """One int64 key for each (seed, question, sample)."""
+    """One int64 key for each (seed, prompt's key, sample)."""
     key = mix(torch.full_like(questions, seed) + 1)
     for counter in (questions, samples):
         key = mix(key * 0x5851F42D4C957F2D + counter + 1)
@@ -140,10 +146,11 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     responses: list[list[Response]] = [[] for _ in prompts]
     for start in range(0, len(order), per_batch):
         batch = order[start:start + per_batch]
-        questions = torch.tensor(batch, device=device).repeat_interleave(num_samples)
+        questions = torch.tensor([prompt_key(prompts[i]) for i in batch], device=device)
         samples = torch.arange(num_samples, device=device).repeat(len(batch))
-        flat = decode(model, [prompts[i] for i in batch], sample_keys(seed, questions, samples),
-                      max_new_tokens, temperature, top_p, top_k, eos_id)
+        keys = sample_keys(seed, questions.repeat_interleave(num_samples), samples)
+        flat = decode(model, [prompts[i] for i in batch], keys, max_new_tokens, temperature, top_p,
+                      top_k, eos_id)
         for j, i in enumerate(batch):
             responses[i] = flat[j * num_samples:(j + 1) * num_samples]
         progress(len(flat), sum(len(response.ids) for response in flat))

@@ -12,8 +12,10 @@ directory, and their forks are sealed. All they can do is compute, read the cloc
   seccomp  the kernel refuses every system call that is not in ALLOWED, so that signals to other
            processes, deleting, renaming and any kind of network are refused too. Linux on x86-64
            and arm64, in containers as well; it needs no privilege.
-Elsewhere (macOS, untested) there are only the limits, which leave a program able to signal and to
-unlink what its user may. Root is exempt from the process limit: root without seccomp is refused.
+  nobody   where we are root, the fork becomes the user nobody, if the system lets it.
+A server tries its seal before its first job and does not start if the seal leaks. Where there is no
+seccomp (macOS, untested) the limits stand alone, and a program can signal and unlink what its user
+may. Root is exempt from the process limit: root without seccomp is refused.
 
 Left out: namespaces (many containers forbid them, and here is nothing left for them to do); numpy,
 and the parts of sympy that load late and are not in `load_sympy`: a sealed fork cannot import them.

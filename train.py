@@ -123,7 +123,8 @@ def fit(model: Llama, items: list, loss: Callable[[Llama, list], dict[str, Tenso
         after_step: Callable[[int], None] = lambda step: None) -> list[dict]:
     """Minimise the mean of loss(model, items)["loss"] (B,) over items; one record of means per step.
 
-    The other entries of the dict are measured only. A loss that is not finite stops the run.
+    The other entries of the dict are measured only. A loss or gradient that is not finite stops the
+    run before it reaches the weights.
     """
     steps = num_steps(len(items), options)
     optimizer = new_optimizer(model, options)
@@ -139,11 +140,12 @@ def fit(model: Llama, items: list, loss: Callable[[Llama, list], dict[str, Tenso
             for name, values in measured.items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
         record = {name: total / len(batch) for name, total in sums.items()}
-        if not math.isfinite(record["loss"]):
-            raise SystemExit(f"{label}: the loss of step {step} is {record['loss']}. Its batch holds "
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
+        record["grad_norm"] = float(norm)
+        if not math.isfinite(record["loss"] + record["grad_norm"]):
+            raise SystemExit(f"{label}: at step {step} the loss is {record['loss']} and the gradient's "
+                             f"norm {record['grad_norm']}. The batch holds "
                              f"{[getattr(item, 'id', item) for item in batch]}. Try a smaller --lr.")
-        record["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(model.parameters(),
-                                                                   options.clip_norm))
         record["lr"] = learning_rate(step, steps, options)
         for group in optimizer.param_groups:
             group["lr"] = record["lr"]

@@ -25,8 +25,8 @@ DATASETS = ["toy", "gsm8k", "svamp", "mathqa", "mathqa-numeric", "math", "arc"]
 
 @pytest.fixture(autouse=True)
 def no_hang():
-    """Not a measurement: a pattern that backtracks needs hours for the texts below."""
-    signal.alarm(120)
+    """Not a measurement: a pattern that backtracks needs hours for some texts below."""
+    signal.alarm(600)
     yield
     signal.alarm(0)
 
@@ -89,7 +89,8 @@ NUMBERS = [  # format, text, gold, verdict
     ("trigger", "Therefore, the answer is: 5\nTherefore, the answer is: 51", "51.0", "correct"),
     ("trigger", "Therefore, the answer is: 51 dollars\n\nQuestion:\n2?", "51.0", "correct"),
     ("trigger", "Therefore, the answer is: 51.005", "51.0", "correct"),
-    ("trigger", "Therefore, the answer is: 51.02", "51.0", "wrong"),
+    ("trigger", "Therefore, the answer is: 51.01", "51.0", "correct"),
+    ("trigger", "Therefore, the answer is: 51.011", "51.0", "wrong"),
     ("trigger", "Therefore, the answer is: 0.03", "0.036", "wrong"),
     ("trigger", "Therefore, the answer is: 1/3", "0.3333333333333333", "correct"),
     ("trigger", "Therefore, the answer is: 1_00", "100", "unparsed"),
