@@ -105,10 +105,10 @@ $(foreach seed,$(SEEDS),$(eval $(call table_of_seed,$(seed))))
 irpo-table: setup $(foreach cell,$(TABLE),$(SEEDS:%=runs/table/$(cell)/s%/results.json))  ## every row of the paper's GSM8K table on the toy world, 3 seeds: make -j2 irpo-table
 	$(PY) report.py --table runs/table --out results/irpo-table
 
-# When does the NLL term matter? alpha x beta, on a smaller world so that it ends within hours.
+# When does the NLL term matter? alpha x beta, with half of the questions and pairs and twice the rate.
 ALPHAS = 0 0.25 0.5 1 2
 BETAS = 0.05 0.1 0.5 1
-SMALL = --iterations 3 --num_questions 500 --max_pairs 1000 --eval_questions 500 --eval_samples 0
+SMALL = --iterations 3 --num_questions 500 --max_pairs 1000 --lr 1e-4 --eval_questions 400 --eval_samples 0
 GRID = $(foreach alpha,$(ALPHAS),$(BETAS:%=alpha$(alpha)-beta%))
 FIRST = alpha1-beta0.1
 define sweep_cell
