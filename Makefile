@@ -43,7 +43,7 @@ base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 2 minutes
 
 ifneq ($(TASK),toy)
 irpo: setup
-	$(PY) irpo.py --task $(TASK) --model $(MODEL) --seed $(SEED) --run_dir runs/irpo-$(TASK)-s$(SEED) $(ARGS)
+	$(PY) irpo.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make irpo TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/irpo-$(TASK)-s$(SEED) $(ARGS)
 	$(PY) report.py runs/irpo-$(TASK)-s$(SEED)
 else ifneq ($(strip $(ARGS)),)
 irpo: base
@@ -57,7 +57,7 @@ irpo: base  ## IRPO on the toy world, with plain DPO and SFT on the winners besi
 endif
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
-	$(PY) evaluate.py --task $(TASK) --model $(or $(MODEL),$(BASE)) --out runs/eval-$(TASK) $(ARGS)
+	$(PY) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
 
 smoke: base  ## every step of irpo.py on forty questions, in half a minute
 	$(PY) irpo.py --preset smoke --model $(BASE) --run_dir runs/smoke
@@ -70,14 +70,14 @@ clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
 # --- tables of many runs ------------------------------------------------------------------------
-# One thread per run and two runs at a time (make -j2) use two cores better than one run with two.
+# One thread per run (but not for the base, which make irpo trains with all) and two runs at a time (make -j2) use two cores better than one run with two.
 # All cells of a seed start from the same M_0, so they share its evaluation and its first samples:
 # the files are those that each run would write itself.
 SEEDS ?= 0 1 2
 ONE = OMP_NUM_THREADS=1
 
-runs/base-s%/model:
-	$(ONE) $(PY) train.py --preset base --seed $* --run_dir runs/base-s$*
+runs/base-s%/model: | .venv/runtime
+	$(PY) train.py --preset base --seed $* --run_dir runs/base-s$*
 
 # $(call run,folder,seed,flags,folder whose iter0 and first samples are shared)
 define run

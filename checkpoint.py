@@ -1,6 +1,6 @@
 """Model directories in Hugging Face's layout: config.json, model.safetensors, tokenizer.model.
 
-What is written here loads in transformers, vLLM and lm-eval as it is. Nothing is ever unpickled.
+A Llama written here loads in transformers as it is. Nothing is ever unpickled.
 """
 import dataclasses
 import hashlib
@@ -14,6 +14,12 @@ from safetensors.torch import load_file, save_file
 
 from model import Llama, ModelConfig
 
+MODEL_TYPES = ("llama", "mistral", "qwen2")
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
 
 def load_config(directory: Path) -> ModelConfig:
     """The ModelConfig in a directory's config.json."""
@@ -21,6 +27,16 @@ def load_config(directory: Path) -> ModelConfig:
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: give a directory with config.json and weights")
     raw = json.loads(path.read_text())
+    if raw.get("model_type") not in MODEL_TYPES:
+        raise SystemExit(f"{path}: model_type is {raw.get('model_type')!r}, and only "
+                         f"{', '.join(MODEL_TYPES)} can be loaded")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5 or 4
+    raw["rope_theta"] = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type not in ("default", "llama3"):
+        raise SystemExit(f"{path}: rope type {rope_type!r} is not supported, only default and llama3")
+    raw["rope_scaling"] = rope if rope_type == "llama3" else None
+    raw.setdefault("attention_bias", raw["model_type"] == "qwen2")
     raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
     raw["head_dim"] = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     names = [field.name for field in dataclasses.fields(ModelConfig)]
@@ -39,13 +55,19 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype = 
     weights = {}
     for file in files:
         weights |= load_file(file, device=device)
-    weights = {name: weight.to(dtype) for name, weight in weights.items()}
+    weights = {name: weight.to(dtype) for name, weight in weights.items()
+               if not name.endswith("rotary_emb.inv_freq")}  # a table that old files carry
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model.load_state_dict(weights, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     return model.requires_grad_(True)
+
+
+def load_sampler(directory: str | Path) -> Llama:
+    """A model to sample from: bfloat16 on a GPU, float32 on a CPU."""
+    return load_model(directory, device(), torch.bfloat16 if device() == "cuda" else torch.float32)
 
 
 def save_model(model: Llama, directory: str | Path, tokenizer_from: str | Path | None = None) -> None:

@@ -3,8 +3,8 @@
 Left out: any choice. Nothing here picks a checkpoint or a setting; a driver that chooses does so on
 dev and says so.
 
-    python evaluate.py --model runs/base-s0/model --task toy --out runs/eval-base
-    python evaluate.py --model DIR --task gsm8k --data_path DIR --num_samples 8 --temperature 0.7 --out DIR
+    python evaluate.py --preset toy --model runs/base-s0/model
+    python evaluate.py --task gsm8k --data_path DIR --model DIR --num_samples 8 --temperature 0.7
 """
 import dataclasses
 import math
@@ -14,16 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
-import torch
 from tqdm import tqdm
 
 import data
-from checkpoint import load_model
+from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
 from experiment import open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama
 from rewards import grade
 from sample import generate
+
+
+ANSWER_FORMATS = ("hash", "final_answer")
 
 
 @dataclass(frozen=True)
@@ -53,18 +55,23 @@ class TaskOptions:
     """What is asked and how; drivers inherit these fields."""
     task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
     data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
+    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
     prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
-    answer_format: str = option("", "how an answer is marked; empty: the data set's own way")
+    answer_format: str = option("", f"how an answer is marked: {', '.join(ANSWER_FORMATS)}; empty: "
+                                "the data set's own way")
     max_new_tokens: int = option(512, "longest response; one that is cut counts as it stands")
     batch_rows: int = option(1024, "responses sampled together; speed and memory only")
 
     def __post_init__(self) -> None:
         if self.prompt not in data.PROMPTS:
             raise ValueError(f"--prompt {self.prompt}: choose from {', '.join(data.PROMPTS)}")
+        if self.answer_format and self.answer_format not in ANSWER_FORMATS:
+            raise ValueError(f"--answer_format {self.answer_format}: choose from "
+                             f"{', '.join(ANSWER_FORMATS)}")
 
     def problems(self, split: str, limit: int = 0) -> list[data.Problem]:
         """The first `limit` problems of a split; 0: all. An empty split is an error."""
-        problems = data.load_problems(self.task, split, self.data_path or None)
+        problems = data.load_problems(self.task, split, self.data_path or None, self.toy_steps)
         if not problems:
             raise SystemExit(f"{self.task} has no {split} problems")
         return problems[:limit or None]
@@ -76,15 +83,6 @@ class TaskOptions:
     def gold_ids(self, tokenizer, problem: data.Problem) -> list[int]:
         """The gold solution as a response of the model's own: in its answer format, ending in EOS."""
         return data.encode_solution(tokenizer, data.gold_text(problem, self.answer_format))
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def load_sampler(directory: str | Path) -> Llama:
-    """A model to sample from: bfloat16 on a GPU, float32 on a CPU."""
-    return load_model(directory, device(), torch.bfloat16 if device() == "cuda" else torch.float32)
 
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: TaskOptions, *,
@@ -211,19 +209,24 @@ def evaluate_model(model: Llama, tokenizer, options: TaskOptions, folder: Path, 
     return rows
 
 
-def self_check(options: TaskOptions, tokenizer, problems: list[data.Problem]) -> None:
-    """What must hold before an hour is spent: one BOS, gold graded right, responses under the mask."""
+def self_check(options: TaskOptions, tokenizer, problems: list[data.Problem],
+               max_positions: int) -> None:
+    """What must hold before an hour is spent: prompts fit, have one BOS, and gold is graded right."""
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     golds = [options.gold_ids(tokenizer, problem) for problem in problems]
     one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
     right = sum(grade(tokenizer.decode(gold), problem.answer, options.task,
                       options.answer_format or None).verdict == "correct"
                 for gold, problem in zip(golds, problems))
+    longest = max(map(len, prompts))
+    if longest + options.max_new_tokens > max_positions:
+        raise SystemExit(f"the longest prompt has {longest} tokens, and with --max_new_tokens "
+                         f"{options.max_new_tokens} it exceeds the model's {max_positions} positions")
     response_tokens, prompt_tokens = sum(map(len, golds)), sum(map(len, prompts))
     print(f"check: {one_bos} of {len(problems)} prompts have exactly one BOS\n"
           f"check: {right} of {len(problems)} gold solutions are graded correct\n"
-          f"check: {response_tokens / (response_tokens + prompt_tokens):.0%} of the tokens of prompt "
-          "and gold solution are under the loss")
+          f"check: {response_tokens / (response_tokens + prompt_tokens):.0%} of the tokens of prompts "
+          "with their gold solutions belong to the solutions")
     if one_bos < len(problems) or right < len(problems):
         raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task")
 
@@ -236,16 +239,26 @@ class Config(TaskOptions):
     num_samples: int = option(1, "responses per question")
     temperature: float = option(0.0, "0: the likeliest token always")
     seed: int = option(0, "same seed, same responses")
-    out: str = option("runs/eval", "directory for eval.json and eval_samples.jsonl")
+    run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a "
+                          "name made of the flags")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise ValueError("--model: give a model directory")
+        if self.num_samples < 1 or self.temperature < 0:
+            raise ValueError(f"--num_samples {self.num_samples} --temperature {self.temperature}: at "
+                             "least one sample, and no temperature below 0")
 
 
 def main() -> None:
-    config = parse_config(Config, {}, __doc__)
-    run = open_run(config, config.out)
-    model, tokenizer = load_model(config.model), load_tokenizer(config.model)
-    answered = answer(model, tokenizer, config.problems(config.split, config.limit), config,
-                      num_samples=config.num_samples, temperature=config.temperature,
-                      seed=config.seed, label="evaluate")
+    config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=96)}, __doc__)
+    model, tokenizer = load_sampler(config.model), load_tokenizer(config.model)
+    problems = config.problems(config.split, config.limit)
+    self_check(config, tokenizer, problems, model.config.max_position_embeddings)
+    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
+                      temperature=config.temperature, seed=config.seed, label="evaluate")
     save_answered(run / "eval_samples.jsonl", answered)
     summary = summarize(answered, config.task)
     if config.num_samples > 1:

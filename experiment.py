@@ -13,12 +13,14 @@ import shutil
 import subprocess
 import sys
 import time
-import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+
+FREE = ("run_dir", "micro_batch_tokens", "batch_rows")  # may differ when a run is taken up again
 
 
 def option(default, help: str):
@@ -36,11 +38,13 @@ def parse_config(Config, presets: dict[str, dict], doc: str, argv: list[str] | N
     for field in dataclasses.fields(Config):
         add_flag(parser, field, typing.get_type_hints(Config)[field.name])
     given = vars(parser.parse_args(argv))
-    preset = presets.get(given.pop("preset", None), {})
+    preset_name = given.pop("preset", None)
+    preset = presets.get(preset_name, {})
     flags = {name: tuple(value) if isinstance(value, list) else value
              for name, value in given.items() if value is not None}
     if "run_dir" in given:
-        flags.setdefault("run_dir", default_run_dir(Path(sys.argv[0]).stem, flags))
+        names = {"": preset_name} | flags if preset_name not in (None, "toy") else flags
+        flags.setdefault("run_dir", default_run_dir(Path(sys.argv[0]).stem, names))
     try:
         return Config(**{**preset, **flags})
     except ValueError as error:
@@ -49,7 +53,8 @@ def parse_config(Config, presets: dict[str, dict], doc: str, argv: list[str] | N
 
 def default_run_dir(driver: str, flags: dict) -> str:
     """runs/, the driver, what was asked of it, and the seed: runs/irpo-alpha0.0-s0."""
-    asked = [f"{name}{value}" for name, value in flags.items()
+    asked = [name + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
+             for name, value in flags.items()
              if name not in ("seed", "model", "data_path") and "/" not in str(value)]
     return "runs/" + "-".join([driver, *asked, f"s{flags.get('seed', 0)}"])
 
@@ -61,8 +66,6 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) ->
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
     elif typing.get_origin(kind) is tuple:
         parser.add_argument(flag, type=typing.get_args(kind)[0], nargs="+", help=text)
-    elif isinstance(kind, types.UnionType):  # "int | None"
-        parser.add_argument(flag, type=typing.get_args(kind)[0], help=text)
     else:
         parser.add_argument(flag, type=kind, help=text)
 
@@ -72,7 +75,8 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped: the same command goes on at the first missing file") from None
+        raise SystemExit("\nstopped; files that are complete stay, and the same command makes the "
+                         "missing ones") from None
 
 
 def open_run(config, run_dir: str | Path, **inputs: str) -> Path:
@@ -83,11 +87,13 @@ def open_run(config, run_dir: str | Path, **inputs: str) -> Path:
     if config_path.exists():
         before = json.loads(config_path.read_text())
         changed = {name: (before.get(name), values.get(name))
-                   for name in {**before, **values} if name != "run_dir" and before.get(name) != values.get(name)}
+                   for name in {**before, **values}
+                   if name not in FREE and before.get(name) != values.get(name)}
         if changed:
             lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
             raise SystemExit(f"{run} holds a run with another config:\n" + "\n".join(lines)
                              + "\nGive another --run_dir, or remove that directory.")
+        write_text(run / "command.txt", (run / "command.txt").read_text() + "\n" + run_card())
         return run
     try:
         run.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,8 @@
         5. M_t = argmin of the mean of eq. 1 (losses.dpo_nll_loss) over these pairs, from M_{t-1}
         6. accuracy of M_t: on dev for whoever chooses, on test for the record
 
-No reference model is in memory: the reference is M_{t-1} itself before its first update. Every step
+The paper counts from 0: its t is our t - 1. No reference model is in memory: the reference is M_{t-1}
+itself before its first update. Every step
 writes a file that exists only when complete; the same command run again goes on at the first missing.
 Left out: pairs of earlier iterations (the paper trains on the newest only).
 
@@ -22,6 +23,8 @@ import math
 import random
 import time
 from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -30,13 +33,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from checkpoint import load_model, save_model, weights_hash
+from checkpoint import device, load_model, load_sampler, save_model, weights_hash
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, TaskOptions, answer, device, evaluate_model, load_answered,
-                      load_sampler, save_answered, self_check, summarize)
+from evaluate import (Answered, TaskOptions, answer, evaluate_model, load_answered, save_answered,
+                      self_check, summarize)
 from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
-from losses import dpo_loss, dpo_nll_loss
+from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
 from train import TrainOptions, autocast, fit, micro_batches, num_steps, response_logps
 
@@ -65,7 +68,8 @@ class Config(TrainOptions, TaskOptions):
     start_from: str = option("", "iteration 1 trains, and takes its reference, from this model "
                              "instead of M_0; its pairs are still M_0's")
     select_every: int = option(500, "train once without dev questions and measure dev accuracy every "
-                               "so many steps, then train with them for the best number; 0: do not")
+                               "so many steps, then train with them for the best number (the "
+                               "paper's way; from iteration 2 on M_{t-1} has seen dev); 0: do not")
     lr: float = option(7e-7, "learning rate of AdamW")
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count")
     epochs: int = option(2, "passes over the pairs at most")
@@ -78,11 +82,19 @@ class Config(TrainOptions, TaskOptions):
         TaskOptions.__post_init__(self)
         if not self.model:
             raise ValueError("--model: give the directory of M_0; `make base` makes the toy world's")
+        if self.start_from and not Path(self.start_from).is_dir():
+            raise ValueError(f"--start_from {self.start_from}: there is no such directory")
         if self.method not in ("irpo", "sft_chosen", "sft_gold"):
             raise ValueError(f"--method {self.method}: choose irpo, sft_chosen or sft_gold")
         for name in ("num_samples", "pairs_per_question", "iterations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.beta <= 0 or min(self.temperature) < 0:
+            raise ValueError(f"--beta {self.beta} --temperature {self.temperature}: must be above 0, "
+                             "and not below 0")
+        if self.select_every and self.lr_schedule != "constant":
+            raise ValueError(f"--select_every {self.select_every} needs --lr_schedule constant: with "
+                             "another the shorter second training would have other rates")
 
 
 TOY = dict(task="toy", num_questions=1000, num_samples=8, temperature=(1.0,), pairs_per_question=4,
@@ -106,6 +118,10 @@ class Pair:
     def tokens(self) -> int:
         """Of both sequences, padded to the longer one."""
         return 2 * (len(self.prompt) + max(len(self.chosen), len(self.rejected)))
+
+    @property
+    def chosen_tokens(self) -> int:
+        return len(self.prompt) + len(self.chosen)
 
 
 def make_pairs(right: list, wrong: list, num_pairs: int) -> list[tuple]:
@@ -131,17 +147,17 @@ def right_and_wrong(question: Answered, gold: list[int] | None,
 def collect_pairs(answered: list[Answered], golds: dict[str, list[int]], config: Config,
                   iteration: int, max_tokens: int) -> tuple[list[Pair], dict]:
     """Steps 2 and 3 for all questions, and the counts that tell how much was there to learn from."""
-    pairs = []
+    pairs, counts = [], []
     for question in answered:
         gold = golds[question.id] if config.gold else None
         right, wrong = right_and_wrong(question, gold, config.dedupe)
+        counts.append(sum(sample.right and sample.finished for sample in question.samples))
         pairs += [Pair(question.id, question.prompt_ids, chosen, rejected)
                   for chosen, rejected in make_pairs(right, wrong, config.pairs_per_question)]
     fitting = [pair for pair in pairs if pair.tokens <= 2 * max_tokens]
     kept = fitting
     if config.max_pairs and len(fitting) > config.max_pairs:
         kept = random.Random(f"{config.seed} {iteration}").sample(fitting, config.max_pairs)
-    counts = [sum(sample.right for sample in question.samples) for question in answered]
     coverage = {
         "questions": len(answered),
         "all_right": sum(c == config.num_samples for c in counts) / len(counts),
@@ -185,14 +201,10 @@ def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str
     (chosen, rejected), (chosen_length, rejected_length) = pair_logps(model, pairs)
     ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in pairs])
     ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in pairs])
-    nll = -chosen / chosen_length
-    if config.method == "irpo":
-        loss = dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length,
-                            config.beta, config.alpha)
-    else:
-        loss = nll
+    loss = dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length,
+                        config.beta, config.alpha)
     reward_chosen, reward_rejected = chosen - ref_chosen, rejected - ref_rejected
-    return {"loss": loss, "nll": nll,
+    return {"loss": loss, "nll": -chosen / chosen_length,
             "dpo": dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta),
             "logps/chosen": chosen, "logps/rejected": rejected,
             "rewards/chosen": config.beta * reward_chosen,
@@ -202,28 +214,35 @@ def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str
             "length/chosen": chosen_length, "length/rejected": rejected_length}
 
 
-def train_items(pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> list[Pair]:
-    """What step 5 runs over: the pairs; for sft_gold each question's gold solution in chosen's place."""
-    if config.method != "sft_gold":
-        return pairs
-    first = {pair.id: pair for pair in pairs}
-    return [dataclasses.replace(pair, chosen=golds[id]) for id, pair in first.items()]
+def chosen_loss(model: Llama, pairs: list[Pair]) -> dict[str, Tensor]:
+    """The baselines' step 5: the NLL of the chosen responses, or of gold in their place."""
+    logps, mask, _ = response_logps(model, [(pair.prompt, pair.chosen) for pair in pairs])
+    return {"loss": nll_loss(logps, mask), "logps/chosen": (logps * mask).sum(-1)}
+
+
+def gold_pairs(answered: list[Answered], golds: dict[str, list[int]], max_tokens: int) -> list[Pair]:
+    """Every question with its gold solution as chosen, and nothing rejected: SFT on gold."""
+    pairs = [Pair(q.id, q.prompt_ids, golds[q.id], []) for q in answered]
+    return [pair for pair in pairs if pair.chosen_tokens <= max_tokens]
 
 
 @torch.no_grad()
 def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> dict:
     """Mean summed log-probabilities of the same few pairs and their gold, to be drawn over training."""
-    with autocast(model, config.precision):
-        (chosen, rejected), _ = pair_logps(model, pairs)
-        gold, mask, _ = response_logps(model, [(pair.prompt, golds[pair.id]) for pair in pairs])
-    totals = {"chosen": chosen, "rejected": rejected, "gold": (gold * mask).sum(-1)}
-    return {name: float(value.mean()) for name, value in totals.items()}
+    totals = dict.fromkeys(("chosen", "rejected", "gold"), 0.0)
+    for batch in micro_batches(pairs, lambda pair: pair.tokens, config.micro_batch_tokens):
+        with autocast(model, config.precision):
+            (chosen, rejected), _ = pair_logps(model, batch)
+            gold, mask, _ = response_logps(model, [(pair.prompt, golds[pair.id]) for pair in batch])
+        for name, logps in (("chosen", chosen), ("rejected", rejected), ("gold", gold * mask)):
+            totals[name] += float(logps.sum()) / len(pairs)
+    return totals
 
 
-def train(config: Config, model: Llama, pairs: list[Pair], golds: dict[str, list[int]],
-          iteration: int, label: str, after_step=lambda step: None) -> tuple[list[dict], list[dict]]:
+def optimize(config: Config, model: Llama, items: list[Pair], pairs: list[Pair],
+             golds: dict[str, list[int]], iteration: int, label: str,
+             after_step=lambda step: None) -> tuple[list[dict], list[dict]]:
     """Step 5: M_{t-1} becomes M_t in place. Returns the records of the steps and of the probe."""
-    items = train_items(pairs, golds, config)
     check_start(model, pairs, config)
     fixed = pairs[::max(1, len(pairs) // 64)][:64]
     every = max(1, num_steps(len(items), config) // 10)
@@ -234,8 +253,11 @@ def train(config: Config, model: Llama, pairs: list[Pair], golds: dict[str, list
             probes.append({"step": step, **probe(model, fixed, golds, config)})
         after_step(step)
 
-    records = fit(model, items, lambda model, batch: preference_loss(model, batch, config),
-                  lambda pair: pair.tokens, config, seed=derive_seed(config.seed, iteration),
+    if config.method == "irpo":
+        loss, length = partial(preference_loss, config=config), attrgetter("tokens")
+    else:
+        loss, length = chosen_loss, attrgetter("chosen_tokens")
+    records = fit(model, items, loss, length, config, seed=derive_seed(config.seed, iteration),
                   label=label, after_step=measure)
     return records, probes
 
@@ -245,15 +267,15 @@ def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
     """Before its first update the policy is the reference, so the DPO loss must be ln 2."""
     with autocast(model, config.precision):
         loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
-    tolerance = 1e-3 if config.precision == "fp32" else 0.05  # bf16: 100 tokens, off by 0.01 each
+    nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
     print(f"check: DPO loss before the first step is {loss:.4f}, ln 2 is {math.log(2):.4f}")
-    if abs(loss - math.log(2)) > tolerance:
+    if abs(loss - math.log(2)) > config.beta * nats:
         raise SystemExit("the reference log-probabilities are not those of the model that is trained")
 
 
-def choose_steps(config: Config, start: str, pairs: list[Pair], golds: dict[str, list[int]],
+def choose_steps(config: Config, start: str, items: list[Pair], pairs: list[Pair], golds,
                  dev: list[data.Problem], tokenizer, folder: Path, iteration: int) -> int:
-    """Steps after which dev accuracy is best, in a training that has not seen the dev questions."""
+    """Steps after which dev accuracy is best, in a training without the pairs of dev questions."""
     path = folder / "select.json"
     if not path.exists():
         curve = []
@@ -265,12 +287,13 @@ def choose_steps(config: Config, start: str, pairs: list[Pair], golds: dict[str,
                 curve.append({"step": step, "accuracy": summary["accuracy"]})
 
         held_out = {problem.id for problem in dev}
+        rest = [item for item in items if item.id not in held_out]
+        if num_steps(len(rest), config) < config.select_every:
+            raise SystemExit(f"--select_every {config.select_every} is more than the "
+                             f"{num_steps(len(rest), config)} steps of a training: lower it, or give "
+                             "0 to train without selection")
         model = load_model(start, device())
-        train(config, model, [pair for pair in pairs if pair.id not in held_out], golds, iteration,
-              f"select {iteration}", measure)
-        if not curve:
-            raise SystemExit(f"--select_every {config.select_every} is more than the steps of a "
-                             "training: lower it, or give 0 to train without selection")
+        optimize(config, model, rest, pairs, golds, iteration, f"select {iteration}", measure)
         write_json(path, curve)
     curve = read_json(path)
     return max(curve, key=lambda row: row["accuracy"])["step"]
@@ -303,17 +326,20 @@ def pair_step(config: Config, folder: Path, model_dir: str, golds, t: int) -> No
 
 def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, dev, t: int) -> None:
     """Step 5."""
-    pairs = [Pair(**row) for row in read_jsonl(folder / "pairs.jsonl")]
-    if config.select_every:
-        steps = choose_steps(config, model_dir, pairs, golds, dev, tokenizer, folder, t)
-        config = dataclasses.replace(config, max_steps=steps)
     model = load_model(model_dir, device())
+    items = pairs = [Pair(**row) for row in read_jsonl(folder / "pairs.jsonl")]
+    if config.method == "sft_gold":
+        items = gold_pairs(load_answered(folder / "samples.jsonl"), golds,
+                           model.config.max_position_embeddings)
+    if config.select_every:
+        steps = choose_steps(config, model_dir, items, pairs, golds, dev, tokenizer, folder, t)
+        config = dataclasses.replace(config, max_steps=steps)
     reference = read_json(folder / "coverage.json")["reference"]
     if weights_hash(model) != reference:
         raise SystemExit(f"{folder / 'pairs.jsonl'} holds reference log-probabilities of other weights "
                          f"({reference[:12]}) than {model_dir}: remove {folder} and run again")
     start = time.perf_counter()
-    records, probes = train(config, model, pairs, golds, t, f"train {t}")
+    records, probes = optimize(config, model, items, pairs, golds, t, f"train {t}")
     log(folder.parent, event="train", iteration=t, seconds=time.perf_counter() - start,
         tokens=sum(record["tokens"] for record in records))
     write_jsonl(folder / "train.jsonl", records)
@@ -326,7 +352,9 @@ def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: in
     start = time.perf_counter()
     rows = evaluate_model(load_sampler(model_dir), tokenizer, config, folder,
                           config.eval_questions, config.eval_samples, seed=config.seed, label=f"M{t}")
-    write_json(folder / "eval.json", [{"name": f"M{t}", "iteration": t, **row} for row in rows])
+    saw_dev = {"dev_was_trained_on": True} if t and config.select_every else {}
+    write_json(folder / "eval.json",
+               [{"name": f"M{t}", "iteration": t, **row, **saw_dev} for row in rows])
     log(folder.parent, event="evaluate", iteration=t, seconds=time.perf_counter() - start)
 
 
@@ -350,10 +378,13 @@ def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     tokenizer = load_tokenizer(config.model)
     problems = config.problems("train", config.num_questions)
-    dev = config.problems("dev", config.eval_questions) if config.select_every else []
+    dev = config.problems("dev") if config.select_every else []
     golds = {problem.id: config.gold_ids(tokenizer, problem) for problem in problems + dev}
-    self_check(config, tokenizer, problems + dev)
-    run = open_run(config, config.run_dir, weights=weights_hash(load_model(config.model)))
+    model = load_model(config.model)
+    self_check(config, tokenizer, problems + dev, model.config.max_position_embeddings)
+    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    del model
 
     M = config.model
     if not (run / "iter0" / "eval.json").exists():
@@ -371,7 +402,6 @@ def main() -> None:
         if not (folder / "eval.json").exists():
             evaluate_step(config, folder, M, tokenizer, t)
 
-    num_parameters = sum(p.numel() for p in load_model(M).parameters())
     rows = read_json(run / "iter0" / "eval.json")
     for t in range(1, config.iterations + 1):
         folder = run / f"iter{t}"

@@ -1,4 +1,4 @@
-"""Every formula of the three papers, once, as pure functions on tensors.
+"""Every formula once, as pure functions on tensors.
 
 B sequences, T tokens, V vocabulary. A loss returns one value per sequence and never averages over
 the batch: the training loop divides by the number of sequences in the whole batch, so that the size

@@ -172,7 +172,8 @@ def run_card(run: Run) -> dict:
     """command.txt as a dict (command, commit, torch, ...), and the minutes in the log."""
     lines = (run.path / "command.txt").read_text(encoding="utf-8").splitlines()
     minutes = sum(model["seconds"] for model in run.models) / 60
-    return dict(line.split(maxsplit=1) for line in lines) | {"minutes": round(minutes, 1)}
+    card = dict(line.split(maxsplit=1) for line in reversed(lines) if line)  # of the first start
+    return dict(reversed(card.items())) | {"minutes": round(minutes, 1)}
 
 
 # ---- tables
@@ -211,7 +212,7 @@ def report_tables(runs: list[Run]) -> list[Table]:
                      made, COVERAGE),
         record_table("Training", "Means over the last quarter of an iteration's steps; change: of "
                      "the mean summed log-prob of the same pairs within it.", made, TRAINING),
-        record_table("Cost", "FLOPs: of sampling, reference and training. Seconds: of the steps in "
+        record_table("Cost", "FLOPs: of sampling and training. Seconds: of the steps in "
                      "the log.", records, COST)]
     return [table for table in tables if len(table.header) > 2 and table.rows]
 

@@ -2,8 +2,9 @@
 
 A prompt is computed once and its keys and values are shared by its N samples (model.KVCache). Rows
 that have finished leave the batch. Every random number is a pure function of (seed, prompt, sample,
-token position), so neither the order nor the company of prompts changes a response, and the same seed
-gives the same responses again. Left out: beam search, repetition penalties, stop strings.
+token position), so neither the order nor the company of prompts changes a response beyond rounding,
+and the same seed gives the same responses again. Left out: beam search, repetition penalties, stop
+strings.
 
     python sample.py --model runs/base-s0/model     # type a question, read the response
 """
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from checkpoint import load_model
+from checkpoint import load_sampler
 from data import PROMPTS, encode_prompt
 from data.tokenizer import load_tokenizer
 from experiment import run_script
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=1, help="responses to each question")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same responses")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model), load_tokenizer(args.model)
+    model, tokenizer = load_sampler(args.model), load_tokenizer(args.model)
     room = model.config.max_position_embeddings
     while question := input("question (empty line ends): ").strip():
         prompt = encode_prompt(tokenizer, PROMPTS[args.prompt].format(question=question))

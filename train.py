@@ -9,7 +9,6 @@ the result. Batches are a pure function of (seed, step).
 """
 import dataclasses
 import math
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from checkpoint import load_model, save_model
+from checkpoint import device, load_model, save_model
 from data import toy
 from data.tokenizer import load_tokenizer, train_tokenizer
 from experiment import (fingerprint, open_run, option, parse_config, read_json, run_script,
@@ -53,6 +52,8 @@ class TrainOptions:
         for name in ("batch_size", "epochs", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.lr <= 0:
+            raise ValueError(f"--lr {self.lr}: must be above 0")
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> share of lr
@@ -173,6 +174,7 @@ class Config(TrainOptions):
     model: str = option("", "model directory to start from; empty: a new model and tokenizer")
     task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
     data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
+    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
     prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
     answer_format: str = option("", "how an answer is marked; empty: the data set's own way")
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
@@ -236,20 +238,21 @@ def documents(config: Config) -> list[data.Problem]:
     """What is learned: a task's gold solutions, or the toy corpus for a new model of that task."""
     if config.task == "toy" and not config.model:
         return [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution")))
-                for row in toy.corpus(config.seed)]
-    return data.load_problems(config.task, "train", config.data_path or None)
+                for row in toy.corpus(config.seed, steps=config.toy_steps)]
+    return data.load_problems(config.task, "train", config.data_path or None, config.toy_steps)
 
 
 def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     run = Path(config.run_dir)
     made_of = fingerprint(dataclasses.asdict(config) | {"run_dir": ""},
-                          ["data/toy.py", "data/tokenizer.py", "model.py", "train.py", "losses.py"])
-    if (run / "model").exists() and read_json(run / "made_of.json") == made_of:
+                          ["data/__init__.py", "data/toy.py", "data/tokenizer.py", "model.py",
+                           "train.py", "losses.py"])
+    open_run(config, run)
+    made_of_path = run / "made_of.json"
+    if (run / "model").exists() and made_of_path.exists() and read_json(made_of_path) == made_of:
         print(f"{run / 'model'} is there, made of the same config and source")
         return
-    shutil.rmtree(run / "model", ignore_errors=True)
-    open_run(config, run)
     problems = documents(config)
     start = config.model or str(run / "model.start")
     if not config.model:
@@ -260,13 +263,13 @@ def main() -> None:
                         data.encode_solution(tokenizer, data.gold_text(p, config.answer_format)))
                 for p in problems]
     mean_length = fmean(len(example.response) for example in examples)
-    model = load_model(start, "cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(start, device())
     records = fit(model, examples,
                   lambda model, batch: sft_loss(model, batch, config.prompt_weight, mean_length),
                   lambda example: example.tokens, config, config.seed)
     write_jsonl(run / "train.jsonl", records)
-    write_json(run / "made_of.json", made_of)
     save_model(model, run / "model", tokenizer_from=start)
+    write_json(made_of_path, made_of)
     print(f"{run / 'model'}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on "
           f"{len(examples):,} documents in {len(records)} steps")
 

@@ -1,4 +1,4 @@
-"""Problems, prompts and their encoding; one file per data set beside this one.
+"""Problems, prompts and their encoding.
 
 A task is a name of TASKS; `load_problems(task, split)` returns its questions. Dev is always held out
 of train, never of test.
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TASKS = ("toy", "gsm8k")
+SPLITS = ("train", "dev", "test")
 DOWNLOADS = Path("downloads")
 GSM8K_DEV_SIZE = 1000  # held out of the 7,473 training questions, as IRPO does
 
@@ -32,16 +33,24 @@ class Problem:
     solution: str
 
 
-def load_problems(task: str, split: str, path: str | Path | None = None) -> list[Problem]:
-    """The problems of split train, dev or test; `path` reads a local folder instead of downloads/."""
-    if task not in TASKS:
-        raise SystemExit(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+def load_problems(task: str, split: str, path: str | Path | None = None,
+                  toy_steps: tuple[int, ...] = (2, 3)) -> list[Problem]:
+    """The problems of split train, dev or test; `path` reads a local folder instead of downloads/.
+
+    toy_steps: relations per story of the toy world, drawn from these numbers.
+    """
+    for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
+        if value not in known:
+            raise SystemExit(f"unknown {name} {value!r}: choose from {', '.join(known)}")
     if task == "toy":
         from data import toy  # here, so that `python -m data.toy` is not imported twice
-        return [Problem(**row) for row in toy.problems(split)]
+        return [Problem(**row) for row in toy.problems(split, toy_steps)]
     if split == "test":
         return read_gsm8k(Path(path or DOWNLOADS / task) / "test.jsonl")
-    problems = read_gsm8k(Path(path or DOWNLOADS / task) / "train.jsonl")
+    train = Path(path or DOWNLOADS / task) / "train.jsonl"
+    problems = read_gsm8k(train)
+    if len(problems) <= GSM8K_DEV_SIZE:
+        raise SystemExit(f"{train} has {len(problems)} problems: dev alone takes {GSM8K_DEV_SIZE}")
     dev = set(random.Random("gsm8k dev").sample(range(len(problems)), GSM8K_DEV_SIZE))
     return [p for i, p in enumerate(problems) if (i in dev) == (split == "dev")]
 

@@ -9,10 +9,10 @@ There are two ways to answer. The *careful* way writes every step as an equation
 the chain in its head, states the last person's number, and writes only the final step. A head is
 unreliable here by design: the number it states is off by a uniform draw from HEAD_ERRORS, so a hasty
 answer is right with a probability that the question fixes (1/2 for bags of two, 1/3 for bags of
-three, 1/6 for the rest) and no amount of training can raise. The corpus of the base model is mostly
-hasty for some skills and mostly careful for others, with a few careful rationales that use a wrong
-operation, plus arithmetic drills. So the base model knows both ways, and what preference learning has
-to discover is only which one to trust.
+three, 1/6 for the rest) and that no training on this corpus can raise. The corpus of the base model
+is mostly hasty for some skills and mostly careful for others, with a few careful rationales that use
+a wrong operation, plus arithmetic drills. So the base model knows both ways, and what preference
+learning has to discover is only which one to trust.
 
 Splits never share a question: the hash of a question's text decides which split it may appear in.
 
