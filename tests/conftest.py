@@ -1,0 +1,16 @@
+"""One thread, so that results are the same to the bit, and the repository root on the path."""
+import os
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for the drivers that tests start, too
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import hypothesis  # noqa: E402
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+torch.set_num_threads(1)
+tqdm.monitor_interval = 0  # no thread of its own: a test that kills a driver forks this process
+hypothesis.settings.register_profile("fixed", deadline=None, max_examples=60, derandomize=True)
+hypothesis.settings.load_profile("fixed")

@@ -1,0 +1,239 @@
+"""One forward for training and decoding: every way to compute the logits gives the same logits."""
+import copy
+import math
+
+import pytest
+import torch
+
+from checkpoint import load_model, save_model
+from model import KVCache, Llama, rope_frequencies
+from tiny import LLAMA3, random_prompts, random_tokens, slow_angle, slow_logits, tiny_model
+
+CLOSE = dict(rtol=0, atol=2e-4)  # logits here are about 1 to 5
+
+
+def new_cache(model, rows: int, capacity: int) -> KVCache:
+    return KVCache(model.config, rows, capacity, "cpu", torch.float32)
+
+
+def forked(model, prompts: list[list[int]], num_samples: int, capacity: int) -> KVCache:
+    """A cache of num_samples rows behind each prompt; prompts of all lengths, padded with junk."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.full((len(prompts), int(lengths.max())), 7)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.tensor(prompt)
+    cache = new_cache(model, *tokens.shape)
+    model(tokens, cache)
+    return cache.fork(model.config, lengths, num_samples, capacity)
+
+
+SHAPES = {
+    "mha": dict(num_key_value_heads=4), "gqa": dict(num_key_value_heads=2),
+    "mqa": dict(num_key_value_heads=1), "llama3": dict(rope_scaling=LLAMA3),
+    "tied": dict(tie_word_embeddings=True), "bias": dict(attention_bias=True),
+    "wide heads": dict(head_dim=12), "epsilon": dict(rms_norm_eps=0.3),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_forward_is_the_published_equations(shape):
+    """A wrong norm, rotation, head grouping, scale or residual is off from Llama written in
+    loops."""
+    model = tiny_model(**SHAPES[shape])
+    tokens = random_tokens(1, 12)
+    torch.testing.assert_close(model(tokens[None])[0].double(), slow_logits(model, tokens.tolist()),
+                               **CLOSE)
+
+
+@torch.no_grad()
+def test_logits_are_float32_even_from_bfloat16_weights():
+    """Log-probabilities of 200 tokens summed from bfloat16 logits are off by about a nat."""
+    model = tiny_model().to(torch.bfloat16)
+    assert model(random_tokens(1, 1, 6)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunks", [[1] * 12, [12], [5, 1, 3, 3], [1, 11], [6, 6]])
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@torch.no_grad()
+def test_cached_forward_equals_full_forward(chunks, kv_heads):
+    """A causal mask aligned to the top left is right for one token or a first chunk and wrong for
+    several tokens behind a cached prefix: they saw only the start of it."""
+    model = tiny_model(num_key_value_heads=kv_heads)
+    tokens = random_tokens(2, 3, 12)
+    cache, parts = new_cache(model, 3, 12), []
+    for chunk in tokens.split(chunks, dim=1):
+        parts.append(model(chunk, cache))
+    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), **CLOSE)
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa", "mqa", "llama3", "bias"])
+@pytest.mark.parametrize("chunks", [[1, 1, 1, 1, 1, 1], [3, 1, 2], [2, 4]])
+@torch.no_grad()
+def test_forked_rows_equal_full_forward(shape, chunks):
+    """Rows behind a shared prompt must see all of their own prompt, none of its padding, and start
+    at its true length: one position off, or padding let in, and the logits differ."""
+    model = tiny_model(**SHAPES[shape])
+    prompts, num_samples = random_prompts(10, [3, 9, 1, 6]), 3
+    own = random_tokens(3, len(prompts) * num_samples, sum(chunks))
+    cache = forked(model, prompts, num_samples, sum(chunks))
+    parts = [model(chunk, cache) for chunk in own.split(chunks, dim=1)]
+    for row, logits in enumerate(torch.cat(parts, 1)):
+        prompt = prompts[row // num_samples]
+        full = model(torch.tensor([prompt + own[row].tolist()]))[0, len(prompt):]
+        torch.testing.assert_close(logits, full, **CLOSE)
+
+
+@torch.no_grad()
+def test_rows_that_leave_do_not_change_those_that_stay():
+    """After `keep`, rows must still find their own prompt and keys: an old row number finds
+    others'."""
+    model = tiny_model(num_key_value_heads=1)
+    prompts, num_samples = random_prompts(20, [5, 2, 8]), 4
+    own = random_tokens(4, 12, 7)
+    cache, rows = forked(model, prompts, num_samples, 7), torch.arange(12)
+    for step in range(7):
+        logits = model(own[rows, step][:, None], cache)[:, -1]
+        for row, got in zip(rows.tolist(), logits):
+            prompt = prompts[row // num_samples]
+            full = model(torch.tensor([prompt + own[row, :step + 1].tolist()]))[0, -1]
+            torch.testing.assert_close(got, full, **CLOSE)
+        leave = {1: [0, 5], 3: [1, 2, 3], 4: [11]}.get(step, [])  # question 0 is gone after step 3
+        stay = torch.tensor([row not in leave for row in rows.tolist()])
+        if not stay.all():
+            cache.keep(stay)
+            rows = rows[stay]
+    assert len(rows) == 6
+
+
+@torch.no_grad()
+def test_sibling_rows_do_not_share_their_own_tokens():
+    """Samples of one prompt part ways: the same next token after other own tokens scores
+    otherwise."""
+    model = tiny_model()
+    cache = forked(model, random_prompts(30, [4]), 2, 2)
+    model(torch.tensor([[5], [9]]), cache)
+    a, b = model(torch.tensor([[6], [6]]), cache)[:, -1]
+    assert (a - b).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_right_padding_changes_nothing():
+    """Without a look into the future, tokens after a sequence's end cannot change its logits."""
+    model = tiny_model()
+    tokens = random_tokens(5, 1, 7)
+    for junk in (0, 2, 23):
+        padded = torch.cat([tokens, torch.full((1, 5), junk)], 1)
+        torch.testing.assert_close(model(padded)[:, :7], model(tokens), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_token_changes_nothing_before_it_and_something_after():
+    """A mask that hides too little leaks the answer; one that hides too much forgets the past."""
+    model = tiny_model()
+    tokens = random_tokens(6, 1, 10)
+    for t in range(1, 9):
+        changed = tokens.clone()
+        changed[0, t] = 3 + (tokens[0, t] - 2) % 21
+        gap = (model(changed) - model(tokens)).abs().amax(-1)[0]
+        assert gap[:t].max() < 2e-4
+        assert (gap[t:] > 1e-3).all()
+
+
+def test_llama3_scaling_slows_long_waves_only():
+    """Short waves stay, waves longer than the old context are slowed by the factor, between them a
+    smooth mix; swapping low and high, or dividing turns by 2 pi twice, fails."""
+    model = tiny_model(head_dim=32, rope_scaling=LLAMA3)
+    got = rope_frequencies(model.config, "cpu").tolist()
+    expected = [slow_angle(model.config, i, 1) for i in range(16)]
+    assert got == pytest.approx(expected, rel=1e-5)
+    plain = [100.0 ** (-i / 16) for i in range(16)]
+    ratios = [frequency / base for frequency, base in zip(got, plain)]
+    assert ratios[0] == pytest.approx(1)
+    assert ratios[-1] == pytest.approx(1 / 8)
+    assert sum(1 / 7.9 < ratio < 0.99 for ratio in ratios) >= 2  # the smooth middle was tested
+
+
+@torch.no_grad()
+def test_attention_depends_on_distance_only():
+    """Rotary positions: the same tokens later in the context attend to each other the same way."""
+    model = tiny_model(num_hidden_layers=1)
+    prompt = random_tokens(7, 1, 5)
+    cache = new_cache(model, 1, 5)
+    cache.positions = lambda T: torch.arange(40, 40 + T)[None]
+    torch.testing.assert_close(model(prompt, cache), model(prompt), **CLOSE)
+
+
+def test_initialize_is_a_function_of_the_seed():
+    """M_0 must be the same on every machine: no weight may keep torch's own random start."""
+    shape = tiny_model(attention_bias=True).config
+    torch.manual_seed(1)
+    a = Llama(shape).initialize(3).state_dict()
+    torch.manual_seed(2)
+    b, c = Llama(shape).initialize(3).state_dict(), Llama(shape).initialize(4).state_dict()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+        assert a[name].dim() == 1 or not torch.equal(a[name], c[name]), name
+
+
+# --- against transformers -----------------------------------------------------------------------
+
+COMMON = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+FAMILIES = {
+    "llama": ("LlamaConfig", dict(rope_theta=500.0, rms_norm_eps=1e-4)),
+    "llama, multi-head": ("LlamaConfig", dict(num_key_value_heads=4)),
+    "llama, wide heads": ("LlamaConfig", dict(head_dim=16)),
+    "llama 3": ("LlamaConfig", dict(rope_theta=500.0, rope_scaling=LLAMA3)),
+    "llama 3.2, tied": ("LlamaConfig", dict(tie_word_embeddings=True, rope_scaling=LLAMA3)),
+    "mistral": ("MistralConfig", dict(rope_theta=1000.0, sliding_window=None)),
+    "qwen2": ("Qwen2Config", dict(rope_theta=1000.0)),
+    "qwen2, tied": ("Qwen2Config", dict(tie_word_embeddings=True)),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_directories_written_by_transformers_give_its_logits(family, tmp_path):
+    """Real weights come in such directories: a field that is read under another name, or a bias
+    that is missed, gives a model that runs and talks nonsense."""
+    transformers = pytest.importorskip("transformers")
+    kind, fields = FAMILIES[family]
+    config = getattr(transformers, kind)(**copy.deepcopy({**COMMON, **fields}))  # it writes to them
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval().float()
+    for name, weight in theirs.named_parameters():
+        weight.normal_(0, 0.3 if weight.dim() == 2 else 0.5)
+        if name.endswith("norm.weight"):
+            weight.add_(1)
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    tokens = random_tokens(8, 2, 50, vocab=60)
+    expected = theirs(tokens).logits.float()
+    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-3)
+    assert expected.std() > 0.3  # logits of near zero would agree with anything
+
+
+@pytest.mark.parametrize("shape", ["gqa", "llama3", "tied", "bias"])
+@torch.no_grad()
+def test_directories_written_here_load_in_transformers(shape, tmp_path):
+    """What is trained here must run elsewhere as it is, with no weight missing or left over."""
+    transformers = pytest.importorskip("transformers")
+    ours = tiny_model(**SHAPES[shape])
+    save_model(ours, tmp_path / "model")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tokens = random_tokens(9, 2, 50)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits.float(), rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+def test_slow_reference_is_what_it_claims():
+    """The yardstick itself: uniform attention over equal keys, and angles that grow with
+    position."""
+    model = tiny_model()
+    assert slow_angle(model.config, 0, 3) == 3.0
+    assert slow_angle(model.config, 2, 10) == pytest.approx(10 * 100 ** -0.5)
+    assert math.isclose(float(slow_logits(model, [5])[0, 0]),
+                        float(model(torch.tensor([[5]]))[0, 0, 0]), abs_tol=1e-3)

@@ -1,0 +1,371 @@
+"""Micro-batches change speed and nothing else; batches are a pure function of seed and step."""
+import collections
+import dataclasses
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import train
+from losses import nll_loss
+from tiny import random_tokens, slow_logps, tiny_model
+from train import (Example, TrainOptions, batch_at, fit, learning_rate, micro_batches,
+                   new_optimizer, num_steps, response_logps, sft_loss)
+
+FP32 = TrainOptions(lr=1.0, batch_size=7, clip_norm=1e9, precision="fp32")
+
+
+def examples(count: int = 7, seed: int = 0) -> list[Example]:
+    """Ragged prompts and responses."""
+    lengths = [(1 + 5 * i % 7, 1 + 3 * i % 11) for i in range(count)]
+    return [Example(f"item-{i}", random_tokens(seed + i, p).tolist(),
+                    random_tokens(99 + i, r).tolist())
+            for i, (p, r) in enumerate(lengths)]
+
+
+def nll(model, batch) -> dict:
+    logps, mask, _ = response_logps(model, [(e.prompt, e.response) for e in batch])
+    return {"loss": nll_loss(logps, mask), "tokens_counted": mask.sum(-1).float()}
+
+
+def weights_of(model) -> dict:
+    return {name: weight.detach().clone() for name, weight in model.state_dict().items()}
+
+
+@pytest.fixture
+def plain_steps(monkeypatch):
+    """An optimizer whose step is -lr times the gradient, so that gradients can be read off
+    weights."""
+    monkeypatch.setattr(train, "new_optimizer",
+                        lambda model, options: torch.optim.SGD(model.parameters(), lr=1.0))
+
+
+def step_taken(options: TrainOptions, items: list[Example]) -> tuple[dict, list[dict]]:
+    """Weights before minus weights after one step, and the records."""
+    model = tiny_model()
+    before = weights_of(model)
+    records = fit(model, items, nll, lambda e: len(e.prompt) + len(e.response), options, seed=0)
+    return {name: before[name] - weight for name, weight in weights_of(model).items()}, records
+
+
+# --- the step ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("budget", [1, 20, 40, 90, 10_000])
+def test_gradient_is_the_mean_over_the_batch_for_any_budget(plain_steps, budget):
+    """A mean of micro-batch means weighs items of a small micro-batch more; a division that is left
+    out or done twice scales the step. Compared with one backward pass per item, divided by 7."""
+    items, reference = examples(), tiny_model()
+    for item in items:
+        (nll(reference, [item])["loss"].sum() / 7).backward()
+    step, [record] = step_taken(dataclasses.replace(FP32, micro_batch_tokens=budget), items)
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(step[name], parameter.grad, rtol=1e-3, atol=2e-6)
+    norm = math.sqrt(sum(float(p.grad.square().sum()) for p in reference.parameters()))
+    assert record["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize("budget", [1, 33, 10_000])
+def test_records_are_means_over_the_batch_for_any_budget(plain_steps, budget):
+    """Logged: all items of the batch, not those of the last micro-batch; and under the names
+    given."""
+    items, model = examples(), tiny_model()
+    _, [record] = step_taken(dataclasses.replace(FP32, micro_batch_tokens=budget), items)
+    expected = sum(-sum(logps) / len(logps) for logps in
+                   (slow_logps(model, e.prompt, e.response) for e in items)) / 7
+    assert record["loss"] == pytest.approx(expected, rel=1e-4)
+    assert record["tokens_counted"] == pytest.approx(sum(len(e.response) for e in items) / 7)
+    assert record["tokens"] == sum(len(e.prompt) + len(e.response) for e in items)
+    assert record["lr"] == 1.0 and record["step"] == 0
+
+
+def test_the_whole_gradient_is_clipped(plain_steps):
+    """Clipped once per step to clip_norm, not per micro-batch, and not when it is smaller."""
+    items = examples()
+    free, [record] = step_taken(FP32, items)
+    assert record["grad_norm"] > 0.05
+    for clip in (0.01, 1e3):
+        options = dataclasses.replace(FP32, clip_norm=clip, micro_batch_tokens=20)
+        step, [clipped] = step_taken(options, items)
+        norm = math.sqrt(sum(float(change.square().sum()) for change in step.values()))
+        assert norm == pytest.approx(min(clip, record["grad_norm"]), rel=1e-3)
+        assert clipped["grad_norm"] == pytest.approx(record["grad_norm"], rel=1e-4)
+
+
+def test_gradients_do_not_pile_up_over_steps(plain_steps):
+    """Without zero_grad the second step holds the first one's gradient too."""
+    items = examples(2)
+    options = dataclasses.replace(FP32, lr=1e-4, batch_size=1)
+    step, _ = step_taken(options, items)
+    alone = [step_taken(dataclasses.replace(options, max_steps=1), [item])[0] for item in items]
+    for name in step:
+        torch.testing.assert_close(step[name], alone[0][name] + alone[1][name], rtol=0.05,
+                                   atol=2e-6)
+
+
+def test_same_seed_same_weights_to_the_bit():
+    """Nothing but the seed may reach into a training; and another seed must."""
+    options = TrainOptions(lr=1e-2, batch_size=3, epochs=2, micro_batch_tokens=30)
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(results))
+        model = tiny_model()
+        fit(model, examples(8), nll, lambda e: len(e.prompt) + len(e.response), options, seed)
+        results.append(weights_of(model))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+    assert not all(torch.equal(results[0][name], results[2][name]) for name in results[0])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_lowers_the_loss(precision):
+    """The step goes downhill, and autocast leaves parameters and losses in float32."""
+    model = tiny_model()
+    options = TrainOptions(lr=1e-2, batch_size=7, epochs=12, precision=precision)
+    records = fit(model, examples(), nll, lambda e: 1, options, seed=0)
+    assert len(records) == 12
+    assert records[-1]["loss"] < 0.5 * records[0]["loss"]
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+
+
+def test_precision_is_used():
+    """bf16 must differ from fp32 a little (it was asked for) and only a little."""
+    losses = [step_taken(dataclasses.replace(FP32, lr=1e-3, precision=p), examples())[1][0]["loss"]
+              for p in ("fp32", "bf16")]
+    assert 0 < abs(losses[0] - losses[1]) < 0.02 * losses[0]
+
+
+def test_weight_decay_is_on_matrices_only():
+    """Norm weights start at 1 and mean something there: decay must leave them alone."""
+    model = tiny_model()
+    before = weights_of(model)
+    options = TrainOptions(lr=0.1, batch_size=7, weight_decay=0.5, precision="fp32")
+    fit(model, examples(), lambda model, batch: {"loss": 0 * nll(model, batch)["loss"]},
+        lambda e: 1, options, seed=0)
+    for name, weight in weights_of(model).items():
+        expected = before[name] * (1 - 0.1 * 0.5) if weight.dim() == 2 else before[name]
+        torch.testing.assert_close(weight, expected, msg=name)
+
+
+def test_every_parameter_is_optimised_once():
+    """Two groups of parameters must together be all of them, with shared ones only once."""
+    for tied in (False, True):
+        model = tiny_model(tie_word_embeddings=tied, attention_bias=True)
+        groups = new_optimizer(model, FP32).param_groups
+        ids = [id(p) for group in groups for p in group["params"]]
+        assert sorted(ids) == sorted(map(id, model.parameters()))
+
+
+@dataclass
+class Item:
+    id: str
+    value: float
+
+
+def quadratic(model, batch: list[Item]) -> dict:
+    weight = model.model.norm.weight[0]
+    return {"loss": torch.stack([item.value * weight for item in batch])}
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_and_names_the_batch(bad):
+    """Trained on, one NaN makes all weights NaN, and the table shows 0 % hours later."""
+    items = [Item(f"question-{i}", 1.0) for i in range(12)]
+    items[5].value = bad
+    model = tiny_model()
+    with pytest.raises(SystemExit) as stop:
+        fit(model, items, quadratic, lambda item: 1,
+            TrainOptions(lr=1e-3, batch_size=4, micro_batch_tokens=2, precision="fp32"),
+            seed=0, label="train 3")
+    step = next(s for s in range(3) if 5 in batch_at(s, 12, 4, 0))
+    message = str(stop.value)
+    assert "train 3" in message and f"step {step}" in message and str(bad) in message
+    assert "--lr" in message
+    for i in range(12):
+        assert (f"'question-{i}'" in message) == (i in batch_at(step, 12, 4, 0))
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights():
+    """A finite loss may have a gradient that is not (sqrt at 0 here): its step makes every weight
+    NaN, and the stop comes one step later and names the wrong batch, or, after the last step,
+    never."""
+    def root(model, batch):
+        weight = model.model.norm.weight[0]
+        return {"loss": torch.stack([torch.sqrt((weight - weight.detach()).abs()) for _ in batch])}
+    model = tiny_model()
+    with pytest.raises(SystemExit, match="question-0"):
+        fit(model, [Item("question-0", 1.0)], root, lambda item: 1,
+            TrainOptions(batch_size=1, precision="fp32"), seed=0)
+    assert all(weight.isfinite().all() for weight in model.state_dict().values())
+
+
+def test_after_step_is_told_how_many_steps_are_done():
+    """Checkpoint selection counts with it: 1 after the first step."""
+    told = []
+    fit(tiny_model(), examples(), nll, lambda e: 1,
+        dataclasses.replace(FP32, lr=0.0, batch_size=3, epochs=2), 0, after_step=told.append)
+    assert told == [1, 2, 3, 4, 5, 6]
+
+
+# --- which items, when, how fast ------------------------------------------------------------------
+
+@given(st.integers(1, 60), st.integers(1, 20), st.integers(0, 5))
+def test_every_epoch_covers_every_item_once(num_items, batch_size, seed):
+    """A last batch that is dropped or filled up, or an order drawn per step, repeats and omits
+    items."""
+    steps = math.ceil(num_items / batch_size)
+    for epoch in (0, 1):
+        batches = [batch_at(epoch * steps + i, num_items, batch_size, seed) for i in range(steps)]
+        assert sorted(sum(batches, [])) == list(range(num_items))
+        assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_batches_are_a_pure_function_of_seed_and_step():
+    """Data order must survive a restart in the middle: no generator that remembers earlier
+    steps."""
+    steps = range(24)
+    forward = [batch_at(s, 50, 7, 3) for s in steps]
+    torch.manual_seed(9)
+    assert [batch_at(s, 50, 7, 3) for s in reversed(steps)] == forward[::-1]
+    assert forward[:8] != forward[8:16]  # every epoch its own order
+    assert forward[:8] != [batch_at(s, 50, 7, 4) for s in range(8)]
+    assert forward[0] != list(range(7))
+
+
+@pytest.mark.parametrize("items, batch, epochs, cap, expected",
+                         [(10, 4, 1, 0, 3), (10, 4, 2, 0, 6), (10, 4, 2, 5, 5), (10, 4, 1, 99, 3),
+                          (1, 16, 3, 0, 3)])
+def test_number_of_steps(items, batch, epochs, cap, expected):
+    """max_steps is a cap, 0 is no cap, and a smaller last batch counts as a step."""
+    options = TrainOptions(batch_size=batch, epochs=epochs, max_steps=cap)
+    assert num_steps(items, options) == expected
+
+
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 100))
+def test_micro_batches_partition_and_keep_to_the_budget(lengths, budget):
+    """Padded tokens are rows times the longest row; an item over the budget goes alone, not
+    away."""
+    items = list(enumerate(lengths))
+    batches = micro_batches(items, lambda item: item[1], budget)
+    assert sorted(sum(batches, [])) == items
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(length for _, length in batch) <= budget
+
+
+def test_micro_batches_are_filled():
+    """Forming one per item would respect any budget, and waste the machine."""
+    assert [len(b) for b in micro_batches([5] * 10, lambda n: n, 20)] == [4, 4, 2]
+    assert [len(b) for b in micro_batches([9, 1, 8, 1, 2, 1], lambda n: n, 18)] == [4, 2]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_at_its_ends(schedule):
+    """Warm-up that starts at 0 wastes a step, and one that never reaches the peak trains at
+    less."""
+    options = TrainOptions(lr=2.0, lr_schedule=schedule, warmup_steps=4)
+    rates = [learning_rate(step, 24, options) for step in range(24)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert rates[4] == pytest.approx(2.0)
+    last = {"constant": 2.0, "linear": 2.0 / 20, "cosine": 1 - math.cos(math.pi / 20)}[schedule]
+    middle = {"constant": 2.0, "linear": 1.0, "cosine": 1.0}[schedule]
+    assert rates[14] == pytest.approx(middle)
+    assert rates[23] == pytest.approx(last) and rates[23] > 0
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:]))
+    no_warmup = TrainOptions(lr=2.0, lr_schedule=schedule)
+    assert learning_rate(0, 1, no_warmup) == 2.0
+
+
+def test_the_schedule_reaches_the_optimizer(plain_steps):
+    """The rate that is logged is the rate that is used: the step shrinks with it."""
+    model, norms = tiny_model(), []
+    state = weights_of(model)
+
+    def slope(model, batch):  # a loss whose gradient is 1 on one weight
+        return {"loss": model.model.norm.weight[:1].expand(len(batch))}
+
+    def measure(step):
+        nonlocal state
+        after = weights_of(model)
+        norms.append(float((state["model.norm.weight"] - after["model.norm.weight"]).norm()))
+        state = after
+
+    options = TrainOptions(lr=0.4, lr_schedule="linear", warmup_steps=2, batch_size=1,
+                           clip_norm=1e9)
+    records = fit(model, examples(6), slope, lambda e: 1, options, 0, after_step=measure)
+    assert norms == pytest.approx([record["lr"] for record in records], rel=1e-3)
+    assert norms == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2, 0.1], rel=1e-3)
+
+
+@pytest.mark.parametrize("field, value", [("lr_schedule", "step"), ("precision", "fp16"),
+                                          ("batch_size", 0), ("epochs", 0),
+                                          ("micro_batch_tokens", 0)])
+def test_impossible_options_are_refused_by_name_and_value(field, value):
+    """A typo in a schedule must not fail as a KeyError after an hour of sampling."""
+    with pytest.raises(ValueError, match=rf"--{field} {value}"):
+        TrainOptions(**{field: value})
+
+
+# --- log-probabilities of responses ---------------------------------------------------------------
+
+def test_response_masks_start_at_the_last_prompt_token_and_include_eos():
+    """One column late, the first token is never learned; one early, the last prompt token is; cut
+    one short at the end, the model never learns to stop."""
+    model = tiny_model()
+    sequences = [([1, 5, 6], [7, 8, 2]), ([1], [9, 2]), ([1, 4, 4, 4, 4], [2])]
+    logps, mask, prompt_mask = response_logps(model, sequences)
+    assert logps.shape == mask.shape == prompt_mask.shape == (3, 5)
+    for (prompt, response), row, columns, prompt_columns in zip(sequences, logps, mask,
+                                                                prompt_mask):
+        start = len(prompt) - 1
+        assert columns.nonzero().flatten().tolist() == list(range(start, start + len(response)))
+        assert prompt_columns.nonzero().flatten().tolist() == list(range(start))
+        expected = slow_logps(model, prompt, response)
+        assert row[columns].tolist() == pytest.approx(expected, abs=1e-4)
+        whole = slow_logps(model, prompt[:1], prompt[1:] + response)
+        assert row[prompt_columns | columns].tolist() == pytest.approx(whole, abs=1e-4)
+
+
+def test_tokens_that_look_like_padding_count():
+    """Masks come from lengths: a real token with the id used for padding, or EOS in the middle,
+    must not vanish from the loss."""
+    model = tiny_model()
+    sequences = [([1, 0, 0], [0, 2, 0]), ([1, 3], [4, 0, 0, 0, 2, 2, 5])]
+    logps, mask, _ = response_logps(model, sequences)
+    assert mask.sum(-1).tolist() == [3, 7]
+    for (prompt, response), row, columns in zip(sequences, logps, mask):
+        assert row[columns].tolist() == pytest.approx(slow_logps(model, prompt, response), abs=1e-4)
+
+
+def test_company_does_not_change_log_probabilities():
+    """Right padding to the longest of the batch must not be seen."""
+    model, batch = tiny_model(), examples(6)
+    logps, mask, _ = response_logps(model, [(e.prompt, e.response) for e in batch])
+    for example, row, columns in zip(batch, logps, mask):
+        alone, _, _ = response_logps(model, [(example.prompt, example.response)])
+        torch.testing.assert_close(row[columns], alone[0, len(example.prompt) - 1:], rtol=0,
+                                   atol=1e-4)
+
+
+# --- SFT ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("prompt_weight", [0.0, 0.1, 1.0])
+def test_sft_loss_weighs_tokens_alike_and_prompts_as_told(prompt_weight):
+    """All response tokens of the data weigh 1 / mean length, those of short responses no more than
+    those of long ones, and prompt tokens prompt_weight times that."""
+    model, batch = tiny_model(), examples(5)
+    mean_length = 6.5
+    got = sft_loss(model, batch, prompt_weight, mean_length)
+    for example, loss, nll_value in zip(batch, got["loss"].tolist(), got["nll"].tolist()):
+        response = slow_logps(model, example.prompt, example.response)
+        prompt = slow_logps(model, example.prompt[:1], example.prompt[1:])
+        expected = -(sum(response) + prompt_weight * sum(prompt)) / mean_length
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert nll_value == pytest.approx(-sum(response) / len(response), rel=1e-4)
+
+
+def test_example_length_is_what_is_padded():
+    """The token budget counts prompt and response."""
+    lengths = collections.Counter(e.tokens - len(e.prompt) - len(e.response) for e in examples())
+    assert lengths == {0: 7}
