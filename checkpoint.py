@@ -80,7 +80,9 @@ def save_model(model: Llama, directory: str | Path, tokenizer_from: str | Path |
     if model.config.tie_word_embeddings:
         del weights["lm_head.weight"]
     save_file(weights, temporary / "model.safetensors", metadata={"format": "pt"})
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+    family = "Qwen2" if model.config.attention_bias else "Llama"  # Llama's bias is on o_proj too
+    config = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower(),
+              "hidden_act": "silu",
               "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
               **dataclasses.asdict(model.config)}
     (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n")

@@ -52,8 +52,8 @@ class TrainOptions:
         for name in ("batch_size", "epochs", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr}: must be above 0")
+        if self.lr < 0:
+            raise ValueError(f"--lr {self.lr}: must not be below 0")
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> share of lr

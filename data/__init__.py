@@ -61,7 +61,7 @@ def read_gsm8k(path: Path) -> list[Problem]:
         raise SystemExit(f"{path} does not exist: put GSM8K's {path.name} there, or name the folder "
                          "that has it with --data_path")
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
         try:
             row = json.loads(line)
             question, solution = row["question"].strip(), row["answer"].strip()

@@ -25,7 +25,8 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer of a model directory."""
     path = Path(directory) / "tokenizer.model"
     if not path.is_file():
-        raise SystemExit(f"{path} does not exist: a model directory needs its tokenizer.model")
+        raise SystemExit(f"{path} does not exist: --model takes a directory with config.json, "
+                         "weights and tokenizer.model, such as `make base` writes")
     return Tokenizer(path)
 
 

@@ -286,7 +286,7 @@ def test_selection_trains_again_for_the_chosen_steps(base, tmp_path, small_world
 @pytest.fixture
 def small_corpus(monkeypatch):
     rows = toy.corpus(0, size=120, practice=60, drills=30)
-    monkeypatch.setattr(toy, "corpus", lambda seed: rows)
+    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
 
 
 TRAIN = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--num_heads", "2",
