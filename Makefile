@@ -51,8 +51,8 @@ irpo: base
 else
 irpo: base  ## IRPO on the toy world, with plain DPO and SFT on the winners beside it
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/irpo-s$(SEED)
-	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/dpo-s$(SEED) --alpha 0
-	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/sft_chosen-s$(SEED) --method sft_chosen
+	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
+	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
 	$(PY) report.py runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
 endif
 
