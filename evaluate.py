@@ -23,9 +23,7 @@ from experiment import open_run, option, parse_config, read_jsonl, run_script, w
 from model import Llama
 from rewards import grade
 from sample import generate
-
-
-ANSWER_FORMATS = ("hash", "final_answer")
+from train import TaskOptions
 
 
 @dataclass(frozen=True)
@@ -51,41 +49,13 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class TaskOptions:
-    """What is asked and how; drivers inherit these fields."""
-    task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
-    data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
-    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
-    prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
-    answer_format: str = option("", f"how an answer is marked: {', '.join(ANSWER_FORMATS)}; empty: "
-                                "the data set's own way")
+class SampleOptions(TaskOptions):
+    """How responses are sampled; drivers inherit these fields."""
     max_new_tokens: int = option(512, "longest response; one that is cut counts as it stands")
     batch_rows: int = option(1024, "responses sampled together; speed and memory only")
 
-    def __post_init__(self) -> None:
-        if self.prompt not in data.PROMPTS:
-            raise ValueError(f"--prompt {self.prompt}: choose from {', '.join(data.PROMPTS)}")
-        if self.answer_format and self.answer_format not in ANSWER_FORMATS:
-            raise ValueError(f"--answer_format {self.answer_format}: choose from "
-                             f"{', '.join(ANSWER_FORMATS)}")
 
-    def problems(self, split: str, limit: int = 0) -> list[data.Problem]:
-        """The first `limit` problems of a split; 0: all. An empty split is an error."""
-        problems = data.load_problems(self.task, split, self.data_path or None, self.toy_steps)
-        if not problems:
-            raise SystemExit(f"{self.task} has no {split} problems")
-        return problems[:limit or None]
-
-    def prompt_ids(self, tokenizer, problem: data.Problem) -> list[int]:
-        text = data.PROMPTS[self.prompt].format(question=problem.question)
-        return data.encode_prompt(tokenizer, text)
-
-    def gold_ids(self, tokenizer, problem: data.Problem) -> list[int]:
-        """The gold solution as a response of the model's own: in its answer format, ending in EOS."""
-        return data.encode_solution(tokenizer, data.gold_text(problem, self.answer_format))
-
-
-def answer(model: Llama, tokenizer, problems: list[data.Problem], options: TaskOptions, *,
+def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,
            num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
     """Sample num_samples responses to each problem and grade them."""
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
@@ -193,7 +163,7 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
     return tables
 
 
-def evaluate_model(model: Llama, tokenizer, options: TaskOptions, folder: Path, limit: int,
+def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path, limit: int,
                    num_samples: int, seed: int, label: str) -> list[dict]:
     """Rows for dev and test: greedy, and on test also num_samples at temperature 1 if that is not 0."""
     def answers(split: str, num_samples: int, temperature: float) -> list[Answered]:
@@ -209,7 +179,7 @@ def evaluate_model(model: Llama, tokenizer, options: TaskOptions, folder: Path, 
     return rows
 
 
-def self_check(options: TaskOptions, tokenizer, problems: list[data.Problem],
+def self_check(options: SampleOptions, tokenizer, problems: list[data.Problem],
                max_positions: int) -> None:
     """What must hold before an hour is spent: prompts fit, have one BOS, and gold is graded right."""
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
@@ -232,7 +202,7 @@ def self_check(options: TaskOptions, tokenizer, problems: list[data.Problem],
 
 
 @dataclass(frozen=True)
-class Config(TaskOptions):
+class Config(SampleOptions):
     model: str = option("", "model directory")
     split: str = option("test", "train, dev or test")
     limit: int = option(0, "only the first so many problems; 0: all")

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 from checkpoint import device, load_model, load_sampler, save_model, weights_hash
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, TaskOptions, answer, evaluate_model, load_answered, save_answered,
+from evaluate import (Answered, SampleOptions, answer, evaluate_model, load_answered, save_answered,
                       self_check, summarize)
 from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
@@ -45,7 +45,7 @@ from train import TrainOptions, autocast, fit, micro_batches, num_steps, respons
 
 
 @dataclass(frozen=True)
-class Config(TrainOptions, TaskOptions):
+class Config(TrainOptions, SampleOptions):
     """Defaults are the paper's values for GSM8K where it states them."""
     model: str = option("", "directory of M_0")
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
@@ -79,7 +79,7 @@ class Config(TrainOptions, TaskOptions):
 
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
-        TaskOptions.__post_init__(self)
+        SampleOptions.__post_init__(self)
         if not self.model:
             raise ValueError("--model: give the directory of M_0; `make base` makes the toy world's")
         if self.start_from and not Path(self.start_from).is_dir():

@@ -274,3 +274,12 @@ class Llama(nn.Module):
                 elif name.endswith("bias"):
                     weight.zero_()
         return self
+
+
+def pad(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
+    """Sequences as tokens padded on the right (B, T), and their lengths (B,)."""
+    lengths = torch.tensor([len(s) for s in sequences], device=device)
+    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
+    for row, sequence in zip(tokens, sequences):
+        row[:len(sequence)] = torch.tensor(sequence)
+    return tokens.to(device), lengths

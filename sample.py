@@ -20,7 +20,7 @@ from checkpoint import load_sampler
 from data import PROMPTS, encode_prompt
 from data.tokenizer import load_tokenizer
 from experiment import run_script
-from model import KVCache, Llama
+from model import KVCache, Llama, pad
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,6 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p
     cdf = probs.double().cumsum(-1)
     # the first token whose cdf exceeds the target: never one of probability zero
     return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
-
-
-def pad(sequences: list[list[int]], device) -> tuple[Tensor, Tensor]:
-    """Sequences padded on the right (Q, T), and their lengths (Q,)."""
-    lengths = torch.tensor([len(s) for s in sequences], device=device)
-    tokens = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)
-    for row, sequence in zip(tokens, sequences):
-        row[:len(sequence)] = torch.tensor(sequence)
-    return tokens.to(device), lengths
 
 
 def prefill(model: Llama, prompts: list[list[int]], num_samples: int,

@@ -27,7 +27,7 @@ from data.tokenizer import load_tokenizer, train_tokenizer
 from experiment import (fingerprint, open_run, option, parse_config, read_json, run_script,
                         write_json, write_jsonl)
 from losses import nll_loss, token_logps
-from model import Llama, ModelConfig
+from model import Llama, ModelConfig, pad
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,41 @@ class TrainOptions:
         for name in ("batch_size", "epochs", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.lr < 0:
-            raise ValueError(f"--lr {self.lr}: must not be below 0")
+        if self.lr <= 0:
+            raise ValueError(f"--lr {self.lr}: must be above 0")
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What is asked and in which form; drivers inherit these fields."""
+    task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
+    data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
+    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
+    prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
+    answer_format: str = option("", f"how an answer is marked: {', '.join(data.ANSWER_FORMATS)}; empty: "
+                                "the data set's own way")
+
+    def __post_init__(self) -> None:
+        if self.prompt not in data.PROMPTS:
+            raise ValueError(f"--prompt {self.prompt}: choose from {', '.join(data.PROMPTS)}")
+        if self.answer_format and self.answer_format not in data.ANSWER_FORMATS:
+            raise ValueError(f"--answer_format {self.answer_format}: choose from "
+                             f"{', '.join(data.ANSWER_FORMATS)}")
+
+    def problems(self, split: str, limit: int = 0) -> list[data.Problem]:
+        """The first `limit` problems of a split; 0: all. An empty split is an error."""
+        problems = data.load_problems(self.task, split, self.data_path or None, self.toy_steps)
+        if not problems:
+            raise SystemExit(f"{self.task} has no {split} problems")
+        return problems[:limit or None]
+
+    def prompt_ids(self, tokenizer, problem: data.Problem) -> list[int]:
+        text = data.PROMPTS[self.prompt].format(question=problem.question)
+        return data.encode_prompt(tokenizer, text)
+
+    def gold_ids(self, tokenizer, problem: data.Problem) -> list[int]:
+        """The gold solution as a response of the model's own: in its answer format, ending in EOS."""
+        return data.encode_solution(tokenizer, data.gold_text(problem, self.answer_format))
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> share of lr
@@ -102,15 +135,10 @@ def response_logps(model: Llama, sequences: list[tuple[list[int], list[int]]],
     last prompt token, is in column len(prompt) - 1.
     """
     device = model.lm_head.weight.device
-    width = max(len(prompt) + len(response) for prompt, response in sequences)
-    tokens = torch.zeros(len(sequences), width, dtype=torch.long)  # (B, T)
-    for row, (prompt, response) in zip(tokens, sequences):
-        row[:len(prompt) + len(response)] = torch.tensor(prompt + response)
-    tokens = tokens.to(device)
+    tokens, lengths = pad([prompt + response for prompt, response in sequences], device)  # (B, T)
     starts = torch.tensor([len(prompt) - 1 for prompt, _ in sequences], device=device)[:, None]
-    ends = starts + torch.tensor([len(r) for _, r in sequences], device=device)[:, None]
-    columns = torch.arange(width - 1, device=device)
-    response_mask = (columns >= starts) & (columns < ends)
+    columns = torch.arange(tokens.shape[1] - 1, device=device)
+    response_mask = (columns >= starts) & (columns < lengths[:, None] - 1)
     return token_logps(model(tokens), tokens), response_mask, columns < starts
 
 
@@ -140,7 +168,7 @@ def fit(model: Llama, items: list, loss: Callable[[Llama, list], dict[str, Tenso
             (measured["loss"].sum() / len(batch)).backward()
             for name, values in measured.items():
                 sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
-        record = {name: total / len(batch) for name, total in sums.items()}
+        record = {name: value / len(batch) for name, value in sums.items()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
         record["grad_norm"] = float(norm)
         if not math.isfinite(record["loss"] + record["grad_norm"]):
@@ -169,14 +197,9 @@ def new_optimizer(model: Llama, options: TrainOptions) -> torch.optim.AdamW:
 
 
 @dataclass(frozen=True)
-class Config(TrainOptions):
+class Config(TrainOptions, TaskOptions):
     """SFT: from `model` on gold solutions, or from a new model on the toy world's corpus."""
     model: str = option("", "model directory to start from; empty: a new model and tokenizer")
-    task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
-    data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
-    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
-    prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
-    answer_format: str = option("", "how an answer is marked; empty: the data set's own way")
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of weights, batch order and the toy corpus")
     prompt_weight: float = option(0.0, "weight of a prompt token in the loss; a response token has 1")
@@ -190,6 +213,7 @@ class Config(TrainOptions):
 
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
+        TaskOptions.__post_init__(self)
         if self.hidden_size % self.num_heads or self.num_heads % self.num_kv_heads:
             raise ValueError("--hidden_size must be a multiple of --num_heads, and that one of "
                              "--num_kv_heads")
@@ -239,7 +263,7 @@ def documents(config: Config) -> list[data.Problem]:
     if config.task == "toy" and not config.model:
         return [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution")))
                 for row in toy.corpus(config.seed, steps=config.toy_steps)]
-    return data.load_problems(config.task, "train", config.data_path or None, config.toy_steps)
+    return config.problems("train")
 
 
 def main() -> None:
@@ -258,10 +282,8 @@ def main() -> None:
     if not config.model:
         new_model(config, [f"{p.question} {p.solution}" for p in problems], Path(start))
     tokenizer = load_tokenizer(start)
-    template = data.PROMPTS[config.prompt]
-    examples = [Example(p.id, data.encode_prompt(tokenizer, template.format(question=p.question)),
-                        data.encode_solution(tokenizer, data.gold_text(p, config.answer_format)))
-                for p in problems]
+    examples = [Example(problem.id, config.prompt_ids(tokenizer, problem),
+                        config.gold_ids(tokenizer, problem)) for problem in problems]
     mean_length = fmean(len(example.response) for example in examples)
     model = load_model(start, device())
     records = fit(model, examples,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 TASKS = ("toy", "gsm8k")
 SPLITS = ("train", "dev", "test")
+ANSWER_FORMATS = ("hash", "final_answer")
 DOWNLOADS = Path("downloads")
 GSM8K_DEV_SIZE = 1000  # held out of the 7,473 training questions, as IRPO does
 

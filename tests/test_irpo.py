@@ -199,6 +199,10 @@ def test_the_first_dpo_loss_is_ln_2():
     for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
         assert got[name].tolist() == pytest.approx([0] * 6, abs=1e-4)
     torch.testing.assert_close(got["loss"], got["dpo"] + 0.7 * got["nll"])
+    live = zip(some_pairs(), got["logps/chosen"].tolist(), got["logps/rejected"].tolist())
+    same = [dataclasses.replace(pair, ref_chosen=chosen, ref_rejected=rejected)
+            for pair, chosen, rejected in live]
+    assert preference_loss(model, same, config)["rewards/accuracies"].tolist() == [0] * 6
 
 
 def test_a_reference_of_other_weights_is_refused(capsys):
@@ -277,8 +281,8 @@ def test_sft_on_chosen_is_the_nll_of_the_winners():
 def test_sft_on_gold_sees_each_question_once_with_its_gold():
     """The paper's baseline is gold solutions of all questions, those without a pair too, not K
     copies of some; and one that does not fit is dropped, not cut."""
-    questions = [answered("a", sample([5, 2], True)), answered("b", sample([6, 2], False)),
-                 answered("c", sample([7, 2], True))]
+    questions = [answered("a", sample([5, 2], True), sample([6, 2], True)),
+                 answered("b", sample([6, 2], False)), answered("c", sample([7, 2], True))]
     golds = {"a": [10, 2], "b": [11, 12, 2], "c": [12] * 9}
     pairs = gold_pairs(questions, golds, max_tokens=5)
     assert [(pair.id, pair.prompt, pair.chosen) for pair in pairs] == [

@@ -46,6 +46,15 @@ def test_forward_is_the_published_equations(shape):
                                **CLOSE)
 
 
+def test_attention_bias_is_on_q_k_and_v():
+    """As Qwen2 has it: one that is missed in the model would be missed by the equations above,
+    too."""
+    biases = {name.split(".")[-2] for name in tiny_model(attention_bias=True).state_dict()
+              if name.endswith(".bias")}
+    assert biases == {"q_proj", "k_proj", "v_proj"}
+    assert not any(name.endswith(".bias") for name in tiny_model().state_dict())
+
+
 @torch.no_grad()
 def test_logits_are_float32_even_from_bfloat16_weights():
     """Log-probabilities of 200 tokens summed from bfloat16 logits are off by about a nat."""

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from sample import Response, generate, sample_keys, sample_next_token, uniforms
+from sample import Response, generate, prompt_key, sample_keys, sample_next_token, uniforms
 from tiny import chi_square_p, random_prompts, tiny_model
 
 LENGTHS = [4, 1, 9, 4, 6, 2]
@@ -237,6 +237,14 @@ def test_no_random_number_is_used_twice():
     draws. Among 2 * 72,000 numbers of 53 bits one true coincidence has a chance of 1e-6."""
     u = torch.cat([uniform_grid(0).flatten(), uniform_grid(1).flatten()])
     assert u.unique().numel() == u.numel()
+
+
+def test_every_prompt_has_its_own_key():
+    """Prompts of the same tokens in another order, or of digits that read alike, are not the
+    same."""
+    prompts = [[5, 6], [6, 5], [5, 6, 6], [56], [1, 23], [12, 3], [1, 2, 3], [1], [1, 1]]
+    assert len({prompt_key(prompt) for prompt in prompts}) == len(prompts)
+    assert all(-2 ** 63 <= prompt_key(prompt) < 2 ** 63 for prompt in prompts)
 
 
 NEIGHBOURS = {  # two slices of the grid whose numbers must not know of each other

@@ -205,7 +205,7 @@ def test_after_step_is_told_how_many_steps_are_done():
     """Checkpoint selection counts with it: 1 after the first step."""
     told = []
     fit(tiny_model(), examples(), nll, lambda e: 1,
-        dataclasses.replace(FP32, lr=0.0, batch_size=3, epochs=2), 0, after_step=told.append)
+        dataclasses.replace(FP32, lr=1e-6, batch_size=3, epochs=2), 0, after_step=told.append)
     assert told == [1, 2, 3, 4, 5, 6]
 
 
