@@ -4,10 +4,16 @@ Left out: any choice. Nothing here picks a checkpoint or a setting; a driver tha
 dev and says so.
 
     python evaluate.py --preset toy --model runs/base-s0/model
-    python evaluate.py --task gsm8k --data_path DIR --model DIR --num_samples 8 --temperature 0.7
+    python evaluate.py --task gsm8k --model DIR --num_samples 8 --temperature 0.7
+    python evaluate.py --rescore runs/evaluate-s0/eval_samples.jsonl    # the same number, from the text
+
+A file of samples begins with the settings they were drawn with and a SHA-256 over all that follows.
 """
 import dataclasses
+import hashlib
+import json
 import math
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -20,8 +26,8 @@ import data
 from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
 from experiment import open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
-from model import Llama
-from rewards import grade
+from model import Llama, ModelConfig
+from rewards import Grade, grade, grade_programs, require_math_verify
 from sample import generate
 from train import TaskOptions
 
@@ -42,9 +48,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Answered:
-    """A question's prompt and its graded samples."""
+    """A question's prompt, its right answer and its graded samples."""
     id: str
+    prompt: str
     prompt_ids: list[int]
+    gold: str
     samples: list[Sample]
 
 
@@ -70,25 +78,51 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
             model, prompts, num_samples=num_samples, max_new_tokens=options.max_new_tokens,
             temperature=temperature, eos_id=tokenizer.eos_id, seed=seed,
             batch_rows=options.batch_rows, progress=progress)
-    answered = []
-    for problem, prompt, group in zip(problems, prompts, responses):
-        samples = []
-        for response in group:
-            text = tokenizer.decode(response.ids)
-            verdict = grade(text, problem.answer, options.task, options.answer_format or None)
-            samples.append(Sample(response.ids, response.finished, text, verdict.verdict,
-                                  verdict.answer))
-        answered.append(Answered(problem.id, prompt, samples))
-    return answered
+    texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
+    grades = iter(judge([text for group in texts for text in group],
+                        [problem.answer for problem, group in zip(problems, texts) for _ in group],
+                        options.task, options.marks))
+    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer,
+                     [Sample(response.ids, response.finished, text, *dataclasses.astuple(next(grades)))
+                      for response, text in zip(*group)])
+            for problem, prompt, *group in zip(problems, prompts, responses, texts)]
 
 
-def save_answered(path: Path, answered: list[Answered]) -> None:
-    write_jsonl(path, [dataclasses.asdict(question) for question in answered])
+def judge(texts: list[str], golds: list[str], task: str, answer_format: str) -> list[Grade]:
+    """The verdict on each text; programs run beside each other."""
+    if answer_format == "python":
+        return grade_programs(texts, golds, task, workers=os.cpu_count())
+    return [grade(text, gold, task, answer_format) for text, gold in zip(texts, golds)]
+
+
+def save_answered(path: Path, answered: list[Answered], options: SampleOptions, **settings) -> None:
+    """Write samples behind a line with what they were drawn with and the hash of all the rest."""
+    rows = [dataclasses.asdict(question) for question in answered]
+    names = [field.name for field in dataclasses.fields(SampleOptions)]
+    settings = {name: getattr(options, name) for name in names} | {"marks": options.marks} | settings
+    write_jsonl(path, [{"settings": settings, "sha256": content_hash(settings, rows)}, *rows])
+
+
+def read_answered(path: Path) -> tuple[dict, list[Answered]]:
+    """(settings, samples) of a file; SystemExit if it is not as it was written."""
+    try:
+        header, *rows = read_jsonl(path)
+        settings, digest = header["settings"], header["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(f"{path} is not a file of samples, or a broken one ({error!r})") from None
+    if content_hash(settings, rows) != digest:
+        raise SystemExit(f"{path} was changed after it was written: its SHA-256 is not the one in its "
+                         "first line")
+    samples = [[Sample(**sample) for sample in row.pop("samples")] for row in rows]
+    return settings, [Answered(**row, samples=group) for row, group in zip(rows, samples)]
 
 
 def load_answered(path: Path) -> list[Answered]:
-    return [Answered(row["id"], row["prompt_ids"], [Sample(**sample) for sample in row["samples"]])
-            for row in read_jsonl(path)]
+    return read_answered(path)[1]
+
+
+def content_hash(settings: dict, rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
 
 
 def wilson(successes: float, n: int) -> tuple[float, float]:
@@ -173,32 +207,51 @@ def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path
 
     greedy = {split: answers(split, 1, 0.0) for split in ("dev", "test")}
     rows = [{"split": split, **summarize(greedy[split], options.task)} for split in greedy]
-    save_answered(folder / "eval_samples.jsonl", greedy["test"])
+    save_answered(folder / "eval_samples.jsonl", greedy["test"], options, split="test", num_samples=1,
+                  temperature=0.0, seed=seed, weights=weights_hash(model))
     if num_samples:
         rows[-1] |= summarize_samples(answers("test", num_samples, 1.0), options.task)
     return rows
 
 
 def self_check(options: SampleOptions, tokenizer, problems: list[data.Problem],
-               max_positions: int) -> None:
+               model_config: ModelConfig) -> None:
     """What must hold before an hour is spent: prompts fit, have one BOS, and gold is graded right."""
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    golds = [options.gold_ids(tokenizer, problem) for problem in problems]
-    one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
-    right = sum(grade(tokenizer.decode(gold), problem.answer, options.task,
-                      options.answer_format or None).verdict == "correct"
-                for gold, problem in zip(golds, problems))
+    golds = [(options.gold_ids(tokenizer, problem), problem.answer) for problem in problems]
+    golds = [(gold, answer) for gold, answer in golds if gold]
     longest = max(map(len, prompts))
-    if longest + options.max_new_tokens > max_positions:
+    if longest + options.max_new_tokens > model_config.max_length:
         raise SystemExit(f"the longest prompt has {longest} tokens, and with --max_new_tokens "
-                         f"{options.max_new_tokens} it exceeds the model's {max_positions} positions")
-    response_tokens, prompt_tokens = sum(map(len, golds)), sum(map(len, prompts))
-    print(f"check: {one_bos} of {len(problems)} prompts have exactly one BOS\n"
-          f"check: {right} of {len(problems)} gold solutions are graded correct\n"
+                         f"{options.max_new_tokens} it exceeds the model's {model_config.max_length} "
+                         "positions")
+    last = max(max(ids) for ids in [*prompts, *(gold for gold, _ in golds)])
+    if last >= model_config.vocab_size:
+        raise SystemExit(f"the tokenizer gives token {last}, and the model knows "
+                         f"{model_config.vocab_size}: they do not belong together")
+    if tokenizer.bos_id is None:
+        print("check: this tokenizer has no BOS")
+    else:
+        one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
+        print(f"check: {one_bos} of {len(problems)} prompts have exactly one BOS")
+        if one_bos < len(problems):
+            raise SystemExit("the prompts have BOS in their text, or the tokenizer adds another")
+    if not golds:
+        print("check: these problems have no gold solutions")
+        return
+    verdicts = judge([tokenizer.decode(gold) for gold, _ in golds], [answer for _, answer in golds],
+                     options.task, options.marks)
+    right = sum(verdict.verdict == "correct" for verdict in verdicts)
+    response_tokens, prompt_tokens = sum(len(gold) for gold, _ in golds), sum(map(len, prompts))
+    print(f"check: {right} of {len(golds)} gold solutions are graded correct\n"
           f"check: {response_tokens / (response_tokens + prompt_tokens):.0%} of the tokens of prompts "
           "with their gold solutions belong to the solutions")
-    if one_bos < len(problems) or right < len(problems):
-        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task")
+    if right < len(golds):
+        wrong = next(i for i, verdict in enumerate(verdicts) if verdict.verdict != "correct")
+        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task. The "
+                         f"first gold solution that fails, as the tokenizer gives it back:\n"
+                         f"{tokenizer.decode(golds[wrong][0])}\nverdict {verdicts[wrong].verdict}, answer "
+                         f"{verdicts[wrong].answer}, gold answer {golds[wrong][1]}")
 
 
 @dataclass(frozen=True)
@@ -211,32 +264,63 @@ class Config(SampleOptions):
     seed: int = option(0, "same seed, same responses")
     run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a "
                           "name made of the flags")
+    rescore: str = option("", "grade the samples of this file again, and do nothing else")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
+        if not self.model and not self.rescore:
             raise ValueError("--model: give a model directory")
         if self.num_samples < 1 or self.temperature < 0:
             raise ValueError(f"--num_samples {self.num_samples} --temperature {self.temperature}: at "
                              "least one sample, and no temperature below 0")
 
 
+def rescore(path: Path) -> None:
+    """Grade a file's texts again by the rule in its first line; say where a verdict is another now."""
+    settings, before = read_answered(path)
+    task, marks = settings["task"], settings["marks"]
+    if task == "math":
+        require_math_verify()
+    texts = [sample.text for question in before for sample in question.samples]
+    golds = [question.gold for question in before for _ in question.samples]
+    grades = iter(judge(texts, golds, task, marks))
+    after = [dataclasses.replace(question, samples=[
+        dataclasses.replace(sample, **dataclasses.asdict(next(grades))) for sample in question.samples])
+        for question in before]
+    for old, new in zip(before, after):
+        for a, b in zip(old.samples, new.samples):
+            if a.verdict != b.verdict:
+                print(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, gold {old.gold}")
+    print(f"{path}: {task}, answers marked as {marks}")
+    print_accuracy(summarize(after, task))
+
+
+def print_accuracy(summary: dict) -> None:
+    low, high = summary["ci95"]
+    print(f"accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}, "
+          f"{summary['n']} questions")
+
+
 def main() -> None:
     config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=96)}, __doc__)
+    if config.rescore:
+        return rescore(Path(config.rescore))
     model, tokenizer = load_sampler(config.model), load_tokenizer(config.model)
     problems = config.problems(config.split, config.limit)
-    self_check(config, tokenizer, problems, model.config.max_position_embeddings)
-    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    self_check(config, tokenizer, problems, model.config)
+    weights = weights_hash(model)
+    run = open_run(config, config.run_dir, weights=weights)
     answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
                       temperature=config.temperature, seed=config.seed, label="evaluate")
-    save_answered(run / "eval_samples.jsonl", answered)
+    save_answered(run / "eval_samples.jsonl", answered, config, split=config.split,
+                  num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
+                  weights=weights)
     summary = summarize(answered, config.task)
     if config.num_samples > 1:
         summary |= summarize_samples(answered, config.task)
     write_json(run / "eval.json", summary)
-    low, high = summary["ci95"]
-    print(f"accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}, "
-          f"{summary['n']} questions; all of it in {run / 'eval.json'}")
+    print_accuracy(summary)
+    print(f"all of it is in {run}")
 
 
 if __name__ == "__main__":

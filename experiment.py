@@ -55,7 +55,7 @@ def default_run_dir(driver: str, flags: dict) -> str:
     """runs/, the driver, what was asked of it, and the seed: runs/irpo-alpha0.0-s0."""
     asked = [name + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
              for name, value in flags.items()
-             if name not in ("seed", "model", "data_path") and "/" not in str(value)]
+             if name not in ("seed", "model", "path") and "/" not in str(value)]
     return "runs/" + "-".join([driver, *asked, f"s{flags.get('seed', 0)}"])
 
 
@@ -74,6 +74,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; Ctrl-C ends it with a sentence instead of a traceback."""
     try:
         main()
+    except ModuleNotFoundError as error:  # an optional package; the message says how to get it
+        raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nstopped; files that are complete stay, and the same command makes the "
                          "missing ones") from None

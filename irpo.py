@@ -229,13 +229,15 @@ def gold_pairs(answered: list[Answered], golds: dict[str, list[int]], max_tokens
 @torch.no_grad()
 def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> dict:
     """Mean summed log-probabilities of the same few pairs and their gold, to be drawn over training."""
-    totals = dict.fromkeys(("chosen", "rejected", "gold"), 0.0)
+    totals = dict.fromkeys(("chosen", "rejected", "gold") if golds else ("chosen", "rejected"), 0.0)
     for batch in micro_batches(pairs, lambda pair: pair.tokens, config.micro_batch_tokens):
         with autocast(model, config.precision):
             (chosen, rejected), _ = pair_logps(model, batch)
-            gold, mask, _ = response_logps(model, [(pair.prompt, golds[pair.id]) for pair in batch])
-        for name, logps in (("chosen", chosen), ("rejected", rejected), ("gold", gold * mask)):
-            totals[name] += float(logps.sum()) / len(pairs)
+            totals["chosen"] += float(chosen.sum()) / len(pairs)
+            totals["rejected"] += float(rejected.sum()) / len(pairs)
+            if golds:
+                logps, mask, _ = response_logps(model, [(p.prompt, golds[p.id]) for p in batch])
+                totals["gold"] += float((logps * mask).sum()) / len(pairs)
     return totals
 
 
@@ -301,12 +303,13 @@ def choose_steps(config: Config, start: str, items: list[Pair], pairs: list[Pair
 
 def sample_step(config: Config, folder: Path, model_dir: str, tokenizer, problems, t: int) -> None:
     """Step 1."""
-    index = min(t, len(config.temperature)) - 1
-    start = time.perf_counter()
-    answered = answer(load_sampler(model_dir), tokenizer, problems, config,
-                      num_samples=config.num_samples, temperature=config.temperature[index],
-                      seed=derive_seed(config.seed, t, "sample"), label=f"sample {t}")
-    save_answered(folder / "samples.jsonl", answered)
+    temperature = config.temperature[min(t, len(config.temperature)) - 1]
+    seed, start = derive_seed(config.seed, t, "sample"), time.perf_counter()
+    model = load_sampler(model_dir)
+    answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
+                      temperature=temperature, seed=seed, label=f"sample {t}")
+    save_answered(folder / "samples.jsonl", answered, config, split="train", weights=weights_hash(model),
+                  num_samples=config.num_samples, temperature=temperature, seed=seed)
     log(folder.parent, event="sample", iteration=t, seconds=time.perf_counter() - start,
         tokens=sum(len(s.ids) for q in answered for s in q.samples))
 
@@ -315,7 +318,7 @@ def pair_step(config: Config, folder: Path, model_dir: str, golds, t: int) -> No
     """Steps 2 to 4."""
     model = load_model(model_dir, device())
     pairs, coverage = collect_pairs(load_answered(folder / "samples.jsonl"), golds, config, t,
-                                    model.config.max_position_embeddings)
+                                    model.config.max_length)
     start = time.perf_counter()
     pairs = add_reference(model, pairs, config)
     coverage["reference"] = weights_hash(model)
@@ -330,7 +333,7 @@ def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, d
     items = pairs = [Pair(**row) for row in read_jsonl(folder / "pairs.jsonl")]
     if config.method == "sft_gold":
         items = gold_pairs(load_answered(folder / "samples.jsonl"), golds,
-                           model.config.max_position_embeddings)
+                           model.config.max_length)
     if config.select_every:
         steps = choose_steps(config, model_dir, items, pairs, golds, dev, tokenizer, folder, t)
         config = dataclasses.replace(config, max_steps=steps)
@@ -379,9 +382,13 @@ def main() -> None:
     tokenizer = load_tokenizer(config.model)
     problems = config.problems("train", config.num_questions)
     dev = config.problems("dev") if config.select_every else []
-    golds = {problem.id: config.gold_ids(tokenizer, problem) for problem in problems + dev}
+    golds = {problem.id: config.gold_ids(tokenizer, problem) for problem in problems + dev
+             if problem.solution}
+    if not golds and (config.gold or config.method == "sft_gold"):
+        raise SystemExit(f"{config.task} has no gold solutions: go without them, with --no-gold and "
+                         "another method than sft_gold")
     model = load_model(config.model)
-    self_check(config, tokenizer, problems + dev, model.config.max_position_embeddings)
+    self_check(config, tokenizer, problems + dev, model.config)
     run = open_run(config, config.run_dir, weights=weights_hash(model))
     num_parameters = sum(p.numel() for p in model.parameters())
     del model

@@ -33,6 +33,10 @@ class ModelConfig:
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v (Qwen2)
 
+    @property
+    def max_length(self) -> int:
+        return self.max_position_embeddings
+
 
 class KVCache:
     """Keys and values of R rows that decode in step, behind prompts that are stored only once.

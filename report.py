@@ -290,7 +290,8 @@ def draw_probe(axis, models: list[dict]) -> None:
     offset = 0
     for model in models:
         steps = [offset + point["step"] for point in model["probe"]]
-        for name, style, color in zip(("chosen", "rejected", "gold"), ("-", "--", ":"), COLORS):
+        names = [name for name in ("chosen", "rejected", "gold") if name in model["probe"][0]]
+        for name, style, color in zip(names, ("-", "--", ":"), COLORS):
             axis.plot(steps, [point[name] for point in model["probe"]], style, color=color,
                       linewidth=2, label=name)
         offset += model.get("steps", model["probe"][-1]["step"])
@@ -351,7 +352,8 @@ def before_and_after(run: Run) -> str:
     """Three greedy answers of M0 and of the last model where the verdict became correct."""
     T = run.models[-1]["iteration"]
     answers = {t: {row["id"]: row["samples"][0] for row in
-                   read_jsonl(run.path / f"iter{t}" / "eval_samples.jsonl")} for t in (0, T)}
+                   read_jsonl(run.path / f"iter{t}" / "eval_samples.jsonl") if "id" in row}
+               for t in (0, T)}
     right = {id: [answers[t][id]["verdict"] == "correct" for t in (0, T)] for id in answers[0]}
     better = [id for id, change in right.items() if change == [False, True]]
     worse = [id for id, change in right.items() if change == [True, False]]

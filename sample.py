@@ -10,14 +10,15 @@ strings.
 """
 import argparse
 import hashlib
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from checkpoint import load_sampler
-from data import PROMPTS, encode_prompt
+from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
 from data.tokenizer import load_tokenizer
 from experiment import run_script
 from model import KVCache, Llama, pad
@@ -127,7 +128,7 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     number of responses and of sampled tokens after each batch. Raises ValueError where a prompt is
     empty or leaves no room for max_new_tokens.
     """
-    limit = model.config.max_position_embeddings
+    limit = model.config.max_length
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens: 1 to {limit - max_new_tokens} fit "
@@ -149,26 +150,69 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     return responses
 
 
+@torch.no_grad()
+def stream(model: Llama, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float,
+           top_k: int, eos_id: int, seed: int, sample: int = 0) -> Iterator[int]:
+    """The token ids of generate's response number `sample` to one prompt, each as soon as it is drawn."""
+    device = model.lm_head.weight.device
+    keys = sample_keys(seed, *(torch.tensor([n], device=device) for n in (prompt_key(prompt), sample)))
+    cache, logits = prefill(model, [prompt], 1, max_new_tokens)
+    for step in range(max_new_tokens):
+        new = sample_next_token(logits, uniforms(keys, step), temperature, top_p, top_k)
+        yield int(new)
+        if int(new) == eos_id or step + 1 == max_new_tokens:
+            return
+        logits = model(new[:, None], cache)[:, -1]
+
+
+def print_stream(tokenizer, ids: Iterator[int]) -> list[int]:
+    """Print text as its tokens come; a character that is not complete waits for the rest of its bytes."""
+    drawn, shown = [], ""
+    for token in ids:
+        drawn.append(token)
+        text = tokenizer.decode(drawn)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            print(text[len(shown):], end="", flush=True)
+            shown = text
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="model directory")
     parser.add_argument("--prompt", default="plain", choices=PROMPTS, help="prompt template")
+    parser.add_argument("--chat", default="", choices=CHATS, help="wrap prompts for this chat model")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    parser.add_argument("--top_p", type=float, default=1.0, help="the likeliest tokens of this total "
+                        "probability only")
+    parser.add_argument("--top_k", type=int, default=0, help="the so many likeliest tokens only; 0: all")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="longest response")
     parser.add_argument("--num_samples", type=int, default=1, help="responses to each question")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same responses")
     args = parser.parse_args()
     model, tokenizer = load_sampler(args.model), load_tokenizer(args.model)
-    room = model.config.max_position_embeddings
-    while question := input("question (empty line ends): ").strip():
-        prompt = encode_prompt(tokenizer, PROMPTS[args.prompt].format(question=question))
-        [responses] = generate(
-            model, [prompt], num_samples=args.num_samples, temperature=args.temperature,
-            max_new_tokens=min(args.max_new_tokens, room - len(prompt)), eos_id=tokenizer.eos_id,
-            seed=args.seed)
-        for response in responses:
-            print(tokenizer.decode(response.ids) + ("" if response.finished else " [cut]"))
+    print("Type a question; an empty line ends.", file=sys.stderr)
+    while question := read_question():
+        prompt = encode_prompt(tokenizer, prompt_text(args.prompt, "", question, chat=args.chat))
+        room = min(args.max_new_tokens, model.config.max_length - len(prompt))
+        if room < 1:
+            print(f"[{len(prompt)} tokens are too long for this model's {model.config.max_length}]")
+            continue
+        for sample in range(args.num_samples):
+            ids = stream(model, prompt, max_new_tokens=room, temperature=args.temperature,
+                         top_p=args.top_p, top_k=args.top_k, eos_id=tokenizer.eos_id, seed=args.seed,
+                         sample=sample)
+            finished = print_stream(tokenizer, ids)[-1] == tokenizer.eos_id
+            print("" if finished else " [cut]")
+
+
+def read_question() -> str:
+    """A line from the user or a pipe; "" at its end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
 
 
 if __name__ == "__main__":

@@ -23,11 +23,14 @@ from tqdm import tqdm
 import data
 from checkpoint import device, load_model, save_model
 from data import toy
+from data.prompts import (ANSWER_FORMATS, CHATS, PROMPT_FORMATS, PROMPTS, encode_prompt,
+                          encode_solution, gold_text, needs_examples, prompt_text)
 from data.tokenizer import load_tokenizer, train_tokenizer
 from experiment import (fingerprint, open_run, option, parse_config, read_json, run_script,
                         write_json, write_jsonl)
 from losses import nll_loss, token_logps
 from model import Llama, ModelConfig, pad
+from rewards import OWN_FORMAT, require_math_verify
 
 
 @dataclass(frozen=True)
@@ -60,33 +63,51 @@ class TrainOptions:
 class TaskOptions:
     """What is asked and in which form; drivers inherit these fields."""
     task: str = option("toy", f"data set: {', '.join(data.TASKS)}")
-    data_path: str = option("", "folder with the data set's files; empty: downloads/TASK")
+    path: str = option("", "folder with the data set's files, or one file; empty: downloads/TASK, "
+                       "where `make data` puts them")
+    source: str = option("publisher", "whose files: publisher or reft")
     toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
-    prompt: str = option("plain", f"prompt template: {', '.join(data.PROMPTS)}")
-    answer_format: str = option("", f"how an answer is marked: {', '.join(data.ANSWER_FORMATS)}; empty: "
-                                "the data set's own way")
+    prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}")
+    chat: str = option("", "wrap the prompt as this chat model expects it: llama2; empty: do not")
+    answer_format: str = option("", f"how an answer is marked: {', '.join(ANSWER_FORMATS)}; empty: as "
+                                "the prompt asks, or else the data set's own way")
 
     def __post_init__(self) -> None:
-        if self.prompt not in data.PROMPTS:
-            raise ValueError(f"--prompt {self.prompt}: choose from {', '.join(data.PROMPTS)}")
-        if self.answer_format and self.answer_format not in data.ANSWER_FORMATS:
-            raise ValueError(f"--answer_format {self.answer_format}: choose from "
-                             f"{', '.join(data.ANSWER_FORMATS)}")
+        for name, known in (("task", data.TASKS), ("source", data.SOURCES), ("prompt", PROMPTS),
+                            ("chat", CHATS), ("answer_format", ("", *ANSWER_FORMATS))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: choose from "
+                                 f"{', '.join(filter(None, known))}")
+
+    @property
+    def marks(self) -> str:
+        """The answer format that responses are graded by and gold solutions are written in."""
+        return self.answer_format or PROMPT_FORMATS.get(self.prompt) or OWN_FORMAT[self.task]
 
     def problems(self, split: str, limit: int = 0) -> list[data.Problem]:
         """The first `limit` problems of a split; 0: all. An empty split is an error."""
-        problems = data.load_problems(self.task, split, self.data_path or None, self.toy_steps)
+        if self.task == "math":
+            require_math_verify()
+        source = "program" if self.marks == "python" and self.task != "toy" else self.source
+        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps)
         if not problems:
             raise SystemExit(f"{self.task} has no {split} problems")
         return problems[:limit or None]
 
-    def prompt_ids(self, tokenizer, problem: data.Problem) -> list[int]:
-        text = data.PROMPTS[self.prompt].format(question=problem.question)
-        return data.encode_prompt(tokenizer, text)
+    def prompt_text(self, problem: data.Problem) -> str:
+        solved = []
+        if needs_examples(self.prompt, self.task):
+            solved = [example for example in data.examples(self.task, self.path or None)
+                      if example.id != problem.id][:4]
+        return prompt_text(self.prompt, self.task, problem.question, solved, self.chat)
 
-    def gold_ids(self, tokenizer, problem: data.Problem) -> list[int]:
+    def prompt_ids(self, tokenizer, problem: data.Problem) -> list[int]:
+        return encode_prompt(tokenizer, self.prompt_text(problem))
+
+    def gold_ids(self, tokenizer, problem: data.Problem) -> list[int] | None:
         """The gold solution as a response of the model's own: in its answer format, ending in EOS."""
-        return data.encode_solution(tokenizer, data.gold_text(problem, self.answer_format))
+        text = gold_text(problem, self.marks)
+        return encode_solution(tokenizer, text) if text else None
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> share of lr
@@ -270,7 +291,7 @@ def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     run = Path(config.run_dir)
     made_of = fingerprint(dataclasses.asdict(config) | {"run_dir": ""},
-                          ["data/__init__.py", "data/toy.py", "data/tokenizer.py", "model.py",
+                          ["data/__init__.py", "data/prompts.py", "data/toy.py", "data/tokenizer.py", "model.py",
                            "train.py", "losses.py"])
     open_run(config, run)
     made_of_path = run / "made_of.json"
@@ -282,6 +303,8 @@ def main() -> None:
     if not config.model:
         new_model(config, [f"{p.question} {p.solution}" for p in problems], Path(start))
     tokenizer = load_tokenizer(start)
+    if not all(problem.solution for problem in problems):
+        raise SystemExit(f"{config.task} has no gold solutions in these files to learn from")
     examples = [Example(problem.id, config.prompt_ids(tokenizer, problem),
                         config.gold_ids(tokenizer, problem)) for problem in problems]
     mean_length = fmean(len(example.response) for example in examples)

@@ -1,43 +1,28 @@
-"""Problems, prompts and their encoding.
+"""Problems: a question, its right answer, and a gold solution where the data set has one.
 
-A task is a name of TASKS; `load_problems(task, split)` returns its questions. Dev is always held out
-of train, never of test.
+`load_problems(task, split)` reads the files that `make data TASK=...` puts into downloads/; the toy
+world is generated. Dev never touches test: it is the data set's own dev file, or held out of train.
+
+    python -m data --task toy --show 3       # problems as a model sees them, masks in colour
 """
-import json
-import random
-import re
-from dataclasses import dataclass
+import functools
+import hashlib
 from pathlib import Path
 
-TASKS = ("toy", "gsm8k")
+from data.files import FILES, Problem, read_problems
+
+TASKS = ("toy", *FILES["publisher"])
 SPLITS = ("train", "dev", "test")
-ANSWER_FORMATS = ("hash", "final_answer")
+SOURCES = ("publisher", "reft")
 DOWNLOADS = Path("downloads")
-GSM8K_DEV_SIZE = 1000  # held out of the 7,473 training questions, as IRPO does
-
-# {question} is all that varies. No template ends in a space, which tokenizers would join to what
-# follows. "irpo" is the zero-shot prompt of IRPO's appendix for GSM8K.
-PROMPTS = {
-    "plain": "{question}\n",
-    "irpo": "Your task is to answer the question below. Give step by step reasoning before you answer, "
-            'and when you\'re ready to answer, please use the format "Final answer: ..."\n'
-            "Question: {question}\nSolution:",
-}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A question, its right answer, and a gold solution in the format of the data set."""
-    id: str
-    question: str
-    answer: str
-    solution: str
-
-
-def load_problems(task: str, split: str, path: str | Path | None = None,
+def load_problems(task: str, split: str, path: str | Path | None = None, source: str = "publisher",
                   toy_steps: tuple[int, ...] = (2, 3)) -> list[Problem]:
-    """The problems of split train, dev or test; `path` reads a local folder instead of downloads/.
+    """The problems of split train, dev or test, in the order of the files.
 
+    path: a folder to read instead of downloads/TASK, or one file that stands for the split's own.
+    source: whose files; "reft" and "program" are ReFT's natural-language and program solutions.
     toy_steps: relations per story of the toy world, drawn from these numbers.
     """
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
@@ -46,44 +31,42 @@ def load_problems(task: str, split: str, path: str | Path | None = None,
     if task == "toy":
         from data import toy  # here, so that `python -m data.toy` is not imported twice
         return [Problem(**row) for row in toy.problems(split, toy_steps)]
-    if split == "test":
-        return read_gsm8k(Path(path or DOWNLOADS / task) / "test.jsonl")
-    train = Path(path or DOWNLOADS / task) / "train.jsonl"
-    problems = read_gsm8k(train)
-    if len(problems) <= GSM8K_DEV_SIZE:
-        raise SystemExit(f"{train} has {len(problems)} problems: dev alone takes {GSM8K_DEV_SIZE}")
-    dev = set(random.Random("gsm8k dev").sample(range(len(problems)), GSM8K_DEV_SIZE))
-    return [p for i, p in enumerate(problems) if (i in dev) == (split == "dev")]
-
-
-def read_gsm8k(path: Path) -> list[Problem]:
-    """GSM8K's own lines: {"question": ..., "answer": "... #### 72"}."""
-    if not path.is_file():
-        raise SystemExit(f"{path} does not exist: put GSM8K's {path.name} there, or name the folder "
-                         "that has it with --data_path")
-    problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            question, solution = row["question"].strip(), row["answer"].strip()
-            answer = solution.split("####")[1].strip()
-        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-            raise SystemExit(f"{path}, line {number}: expected a JSON object with a question and an "
-                             f"answer that ends in '#### N' ({error!r})") from None
-        problems.append(Problem(f"{path.stem}-{number}", question, answer, solution))
+    if task not in FILES[source]:
+        raise SystemExit(f"{task} has no files of source {source!r}: it has "
+                         f"{', '.join(name for name in FILES if task in FILES[name])}")
+    names = FILES[source][task]
+    path = Path(path or DOWNLOADS / task)
+    held_out = split != "test" and "dev" not in names
+    own_files = names["train" if held_out else split]
+    files = [path] if path.is_file() else [path / name for name in own_files]
+    problems = [problem for file in files for problem in read_problems(file, task)]
+    if task == "math" and not path.is_file():  # the two files mix the original 7,500 and 5,000
+        original = "test" if split == "test" else "train"
+        problems = [problem for problem in problems if problem.id.startswith(original + "/")]
+    if held_out:
+        dev = held_out_questions(problems)
+        if not dev:
+            raise SystemExit(f"{files[0]} has {len(problems)} problems: too few to hold dev out of train")
+        problems = [problem for problem in problems if (problem.question in dev) == (split == "dev")]
     return problems
 
 
-def gold_text(problem: Problem, answer_format: str) -> str:
-    """A gold solution in the format that the model is asked for; "" keeps the data set's own.
+def held_out_questions(problems: list[Problem]) -> set[str]:
+    """The dev questions of a train file: a fifth, at most 1,000 (IRPO's number for GSM8K and MATH).
 
-    For "final_answer" the calculator marks <<...>> go and "#### 72" becomes "Final answer: 72": a
-    winner in another format would teach the model that format.
+    Ranked by a hash of their text, so that the copies of a question stay together, and ReFT's files
+    with solutions in words and as programs have nearly the same dev questions.
     """
-    if answer_format != "final_answer":
-        return problem.solution
-    steps = re.sub(r"<<[^>]*>>", "", problem.solution.split("####")[0]).strip()
-    return f"{steps}\nFinal answer: {problem.answer}"
+    questions = sorted({problem.question for problem in problems},
+                       key=lambda question: hashlib.sha256(question.encode()).digest())
+    return set(questions[:min(1000, len(questions) // 5)])
+
+
+@functools.cache
+def examples(task: str, path: str | None) -> list[Problem]:
+    """Five short training problems for few-shot prompts: four, and one to replace the question itself."""
+    short = [problem for problem in load_problems(task, "train", path) if len(problem.solution) <= 400]
+    return sorted(short, key=lambda problem: hashlib.sha256(problem.id.encode()).digest())[:5]
 
 
 def tags(task: str, problem_id: str, text: str) -> dict[str, str]:
@@ -92,13 +75,3 @@ def tags(task: str, problem_id: str, text: str) -> dict[str, str]:
         from data import toy
         return toy.tags(problem_id, text)
     return {}
-
-
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """The ids of a prompt: exactly one BOS, then the text. Every prompt is encoded here."""
-    return [tokenizer.bos_id, *tokenizer.encode(text)]
-
-
-def encode_solution(tokenizer, text: str) -> list[int]:
-    """The ids of a written solution as a response: its text, then EOS."""
-    return [*tokenizer.encode(text), tokenizer.eos_id]

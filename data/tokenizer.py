@@ -1,16 +1,28 @@
-"""Text <-> token ids with sentencepiece. Specials are never written in text: see `data.encode_prompt`."""
+"""Text <-> token ids: `tokenizer.model` with sentencepiece, `tokenizer.json` with tokenizers (optional).
+
+`encode` adds no special tokens and interprets none: "</s>" in a question is five characters of text.
+BOS and EOS are added in one place, data/prompts.py.
+"""
+import json
 import os
 from pathlib import Path
 
 import sentencepiece
 
 
-class Tokenizer:
-    """A `tokenizer.model` file. `encode` adds no special tokens and interprets none in the text."""
+class SentencePieceTokenizer:
+    """A `tokenizer.model` file: Llama 1 and 2, CodeLlama, TinyLlama, Mistral, and this project's own."""
 
     def __init__(self, path: Path) -> None:
-        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.bos_id, self.eos_id = self.processor.bos_id(), self.processor.eos_id()
+        try:
+            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        except RuntimeError as error:  # Llama 3 ships another format under this name
+            raise SystemExit(f"{path} is not a sentencepiece model ({error}): put the model's "
+                             "tokenizer.json there instead") from None
+        self.bos_id: int | None = self.processor.bos_id()
+        if self.bos_id < 0 or settings(path).get("add_bos_token") is False:
+            self.bos_id = None
+        self.eos_id = self.processor.eos_id()
         self.vocab_size = self.processor.vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -21,13 +33,50 @@ class Tokenizer:
         return self.processor.decode(ids)
 
 
-def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer of a model directory."""
-    path = Path(directory) / "tokenizer.model"
-    if not path.is_file():
-        raise SystemExit(f"{path} does not exist: --model takes a directory with config.json, "
-                         "weights and tokenizer.model, such as `make base` writes")
-    return Tokenizer(path)
+class JsonTokenizer:
+    """A `tokenizer.json` file: Llama 3, Qwen2, SmolLM2. It has a BOS if its own template puts one first."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import tokenizers
+        except ImportError:
+            raise SystemExit(f"{path} needs a package that is not installed: pip install tokenizers"
+                             ) from None
+        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        self.tokenizer.encode_special_tokens = True  # those in a text are text
+        self.tokenizer.no_truncation()
+        self.vocab_size = self.tokenizer.get_vocab_size()
+        template = self.tokenizer.encode("").ids  # what is put around an empty text
+        eos = settings(path).get("eos_token")
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        self.eos_id = self.tokenizer.token_to_id(eos or "")
+        if self.eos_id is None:
+            raise SystemExit(f"{path.with_name('tokenizer_config.json')} names no eos_token of {path.name} "
+                             f"(eos_token is {eos!r}): copy that file from the model's source")
+        self.bos_id = template[0] if template and template[0] != self.eos_id else None
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text without special tokens."""
+        return self.tokenizer.decode(ids)
+
+
+def settings(path: Path) -> dict:
+    """tokenizer_config.json beside a tokenizer's file, or {}."""
+    config = path.with_name("tokenizer_config.json")
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+
+
+def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokenizer:
+    """The tokenizer of a model directory; `tokenizer.model` goes first where there are both files."""
+    for name, kind in (("tokenizer.model", SentencePieceTokenizer), ("tokenizer.json", JsonTokenizer)):
+        path = Path(directory) / name
+        if path.is_file():
+            return kind(path)
+    raise SystemExit(f"{directory} has no tokenizer.model and no tokenizer.json: give a directory with "
+                     "config.json, weights and tokenizer, such as `make base` writes")
 
 
 def train_tokenizer(texts: list[str], directory: str | Path, vocab_size: int,

@@ -1,5 +1,6 @@
 """Drivers end to end on a tiny base model: what they write, interrupted or not, and what they
 refuse."""
+import dataclasses
 import functools
 import json
 import math
@@ -20,7 +21,7 @@ import irpo
 import sample
 import train
 from checkpoint import load_model, weights_hash
-from data import toy
+from data import prompts, toy
 from data.tokenizer import load_tokenizer
 from experiment import run_script
 
@@ -51,8 +52,8 @@ def base(tmp_path_factory) -> Path:
                           lr_schedule="cosine")
     train.new_model(config, [f"{row['question']} {row['solution']}" for row in rows], folder)
     tokenizer, model = load_tokenizer(folder), load_model(folder)
-    examples = [train.Example(row["id"], data.encode_prompt(tokenizer, row["question"] + "\n"),
-                              data.encode_solution(tokenizer, row["solution"])) for row in rows]
+    examples = [train.Example(row["id"], prompts.encode_prompt(tokenizer, row["question"] + "\n"),
+                              prompts.encode_solution(tokenizer, row["solution"])) for row in rows]
     records = train.fit(model, examples,
                         lambda model, batch: train.sft_loss(model, batch, 0.1, 40.0),
                         lambda example: example.tokens, config, seed=0)
@@ -97,7 +98,9 @@ def run(base, tmp_path_factory) -> Path:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The records of a file, without the line of settings that a file of samples begins with."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if "settings" not in row]
 
 
 # --- a whole run ----------------------------------------------------------------------------------
@@ -146,7 +149,7 @@ def test_pairs_hold_sampled_ids_and_train_from_their_reference(run, base):
     starts where policy = reference, so at a DPO loss of ln 2."""
     tokenizer = load_tokenizer(base)
     problems = data.load_problems("toy", "train")
-    golds = {p.id: data.encode_solution(tokenizer, p.solution) for p in problems}
+    golds = {p.id: prompts.encode_solution(tokenizer, p.solution) for p in problems}
     for t in (1, 2):
         samples = {q["id"]: q for q in read_lines(run / f"iter{t}" / "samples.jsonl")}
         for pair in read_lines(run / f"iter{t}" / "pairs.jsonl"):
@@ -322,6 +325,28 @@ def test_evaluate_writes_its_summary(base, tmp_path, small_world, capsys):
     assert "95 %" in capsys.readouterr().out
 
 
+def test_rescoring_gives_the_same_number(base, tmp_path, small_world, capsys):
+    """Settings, prompts, right answers and texts are in the file, so it needs nothing else; and a
+    grader that has changed since is noticed."""
+    samples = tmp_path / "out" / "eval_samples.jsonl"
+    call(evaluate, "--model", base, "--limit", "12", "--max_new_tokens", "48",
+         "--run_dir", tmp_path / "out")
+    before = [line for line in capsys.readouterr().out.splitlines() if line.startswith("accuracy")]
+    call(evaluate, "--rescore", samples)
+    again = capsys.readouterr().out
+    assert before[0] in again.splitlines() and " now;" not in again
+    for question in read_lines(samples):
+        assert question["prompt"].endswith("?\n") and question["gold"]
+
+    settings, answered = evaluate.read_answered(samples)
+    flipped = [dataclasses.replace(answered[0], gold="-1"), *answered[1:]]
+    first = dataclasses.replace(answered[0].samples[0], verdict="correct")
+    flipped[0] = dataclasses.replace(flipped[0], samples=[first])
+    evaluate.save_answered(samples, flipped, evaluate.SampleOptions())
+    call(evaluate, "--rescore", samples)
+    assert f"{answered[0].id}: correct in the file" in capsys.readouterr().out
+
+
 def test_sample_answers_questions(base, monkeypatch, capsys):
     """Typed question in, response out, until an empty line."""
     lines = iter(["Ben has 4 apples. How many apples does Ben have?", ""])
@@ -379,7 +404,7 @@ def test_too_few_questions_are_refused(train_rows, base, tmp_path, capsys):
     """An empty or short file of one's own; its dev split was drawn from 1,000 questions come what
     may, and Python's `Sample larger than population` told nobody why."""
     folder = gsm8k(tmp_path / "data", train_rows, 5)
-    message = refusal(capsys, irpo, "--task", "gsm8k", "--data_path", folder, "--model", base,
+    message = refusal(capsys, irpo, "--task", "gsm8k", "--path", folder, "--model", base,
                       "--run_dir", tmp_path / "run")
     assert "train" in message and ("gsm8k" in message or str(folder) in message)
 
@@ -387,7 +412,7 @@ def test_too_few_questions_are_refused(train_rows, base, tmp_path, capsys):
 def test_an_empty_test_file_is_refused(base, tmp_path, capsys):
     """Accuracy of nothing is a division by zero after everything was sampled."""
     folder = gsm8k(tmp_path / "data", 5, 0)
-    message = refusal(capsys, evaluate, "--task", "gsm8k", "--data_path", folder, "--model", base,
+    message = refusal(capsys, evaluate, "--task", "gsm8k", "--path", folder, "--model", base,
                       "--run_dir", tmp_path / "out")
     assert "test" in message and ("gsm8k" in message or str(folder) in message)
 
@@ -416,9 +441,9 @@ def test_every_line_of_data_is_one_question(tmp_path):
 
 def test_missing_data_is_refused_with_its_path(base, tmp_path, capsys):
     """And with the flag that names another folder."""
-    message = refusal(capsys, irpo, "--task", "gsm8k", "--data_path", tmp_path / "nowhere",
+    message = refusal(capsys, irpo, "--task", "gsm8k", "--path", tmp_path / "nowhere",
                       "--model", base, "--run_dir", tmp_path / "run")
-    assert str(tmp_path / "nowhere") in message and "--data_path" in message
+    assert str(tmp_path / "nowhere") in message and "--path" in message
     assert "toy" in refusal(capsys, irpo, "--task", "gsm9k", "--model", base,
                             "--run_dir", tmp_path / "run")
 

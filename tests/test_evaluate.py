@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate import (Answered, Sample, load_answered, majority, pass_at_k, save_answered,
-                      summarize, summarize_samples, wilson)
+from evaluate import (Answered, Sample, SampleOptions, load_answered, majority, pass_at_k,
+                      read_answered, save_answered, summarize, summarize_samples, wilson)
 
 
 @pytest.mark.parametrize("successes, n, low, high", [
@@ -94,15 +94,15 @@ def sample(verdict: str, answer: str | None, text: str, length: int,
 def hand_made() -> list[Answered]:
     """Three questions, four samples each; their first samples are right, wrong, unparsed."""
     return [
-        Answered("t-0-left", [1, 5], [sample("correct", "4", CAREFUL, 10),
+        Answered("t-0-left", "p", [1, 5], "4", [sample("correct", "4", CAREFUL, 10),
                                       sample("correct", "4", HASTY, 4),
                                       sample("wrong", "9", HASTY, 4),
                                       sample("unparsed", None, "", 1)]),
-        Answered("t-1-left", [1, 6], [sample("wrong", "8", HASTY, 5),
+        Answered("t-1-left", "p", [1, 6], "3", [sample("wrong", "8", HASTY, 5),
                                       sample("wrong", "8", HASTY, 5),
                                       sample("correct", "3", CAREFUL, 9),
                                       sample("wrong", "7", HASTY, 5)]),
-        Answered("t-2-pairs", [1, 7], [sample("unparsed", None, "um", 12, finished=False)]
+        Answered("t-2-pairs", "p", [1, 7], "0", [sample("unparsed", None, "um", 12, finished=False)]
                  + [sample("wrong", "0", CAREFUL, 9)] * 3),
     ]
 
@@ -157,7 +157,25 @@ def test_answered_questions_survive_the_file(tmp_path):
     """Stored ids are what is trained on: no field may change type, and no character may split a
     line."""
     odd = Sample([3, 2], True, 'line\nbreak, quote ", é, 数, \u2028 and \x85', "unparsed", None)
-    questions = [*hand_made(), Answered("odd\u2029id", [1], [odd])]
-    save_answered(tmp_path / "samples.jsonl", questions)
+    questions = [*hand_made(), Answered("odd\u2029id", "p\u2028", [1], "5", [odd])]
+    save_answered(tmp_path / "samples.jsonl", questions, SampleOptions(), seed=3)
     assert load_answered(tmp_path / "samples.jsonl") == questions
     assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
+
+
+def test_a_changed_file_of_samples_is_refused(tmp_path):
+    """The hash in the first line covers the settings and every response."""
+    path = tmp_path / "samples.jsonl"
+    save_answered(path, hand_made(), SampleOptions(), seed=3)
+    settings, _ = read_answered(path)
+    assert settings["seed"] == 3 and settings["marks"] == "hash" and settings["task"] == "toy"
+    whole = path.read_text()
+    for old, new in [('"seed": 3', '"seed": 4'), ('"wrong"', '"correct"'), ('"9"', '"4"')]:
+        assert old in whole
+        path.write_text(whole.replace(old, new, 1))
+        with pytest.raises(SystemExit, match="SHA-256"):
+            load_answered(path)
+    for broken in (whole[:-5], whole.split("\n", 1)[1], ""):
+        path.write_text(broken)
+        with pytest.raises(SystemExit, match="samples.jsonl"):
+            load_answered(path)

@@ -26,7 +26,7 @@ def sample(ids: list[int], right: bool, finished: bool = True) -> Sample:
 
 
 def answered(id: str, *samples: Sample, prompt: list[int] | None = None) -> Answered:
-    return Answered(id, prompt or [1, 9], list(samples))
+    return Answered(id, "prompt", prompt or [1, 9], "1", list(samples))
 
 
 def some_pairs(count: int = 6) -> list[Pair]:
@@ -349,7 +349,7 @@ def test_where_variants_of_the_loss_differ():
 def test_temperature_of_each_iteration(monkeypatch, tmp_path):
     """The list is per iteration from 1, its last entry repeats; every iteration draws anew."""
     asked = []
-    monkeypatch.setattr(irpo, "load_sampler", lambda directory: None)
+    monkeypatch.setattr(irpo, "load_sampler", lambda directory: tiny_model())
     monkeypatch.setattr(irpo, "answer", lambda *args, **options: asked.append(options) or [])
     for t in range(1, 7):
         irpo.sample_step(Config(**FP32), tmp_path / f"iter{t}", "", None, [], t)

@@ -203,7 +203,8 @@ def command_faults(command: str, makefile: Path = ROOT / "Makefile") -> list[str
     if not words:
         return []
     if words[0] == "-m":
-        path = ROOT.joinpath(*words[1].split(".")).with_suffix(".py")
+        path = ROOT.joinpath(*words[1].split("."))
+        path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
         if words[1].split(".")[0] in ("pytest", "ruff", "venv", "pip"):
             return []
         return [fault for fault in [script_fault(path, words[2:])] if fault]

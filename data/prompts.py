@@ -1,0 +1,84 @@
+"""Prompts as the papers write them, gold solutions in the format asked for, and both as token ids.
+
+A prompt ends where the response begins and never in a space, which tokenizers would join to what
+follows. Prompt and response are encoded apart, so the border between them is exact.
+"""
+import re
+from collections.abc import Sequence
+
+from data.files import Problem
+
+# {question} is the question with its options, {examples} solved questions. A template for one task is
+# named PROMPT-TASK.
+TEMPLATES = {
+    "plain": "{question}\n",
+    # IRPO, appendix: zero-shot for GSM8K and ARC, four examples for MATH
+    "irpo": "Your task is to answer the question below. Give step by step reasoning before you answer, "
+            'and when you\'re ready to answer, please use the format "Final answer: ..."\n'
+            "Question: {question}\nSolution:",
+    "irpo-arc": "Your task is to answer the question below. Give step by step reasoning before you "
+                "answer, and when you're ready to answer, conclude using the format "
+                '"Final answer: (insert letter here)"\n\nQuestion: {question}\nSolution:',
+    "irpo-math": "Your task is to answer the last question below. Give step by step reasoning before "
+                 "you answer, and when you're ready to answer, wrap your answer in \\boxed, and "
+                 'conclude using the format "Final answer: ..."\n\n{examples}'
+                 "Question: {question}\nSolution:",
+    # RFT's code: the Alpaca format
+    "rft": "Below is an instruction that describes a task. Write a response that appropriately "
+           "completes the request.\n\n### Instruction:\n{question}\n\n### Response:",
+    # ReFT's code, for solutions in words and for programs (--answer_format python). Its sampler also
+    # puts the program's first line into the prompt, to save time; here the model writes it.
+    "reft": "Question:\n{question}\nAnswer reasoning:\n",
+}
+PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
+PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "reft": "trigger"}  # what a prompt asks for
+CHATS = {"": "{prompt}", "llama2": "[INST] {prompt} [/INST]"}  # of Llama-2-chat, without system message
+EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
+
+MARKS = {  # how each answer format gives the answer, behind the reasoning
+    "hash": "\n#### {answer}",
+    "final_answer": "\nFinal answer: {answer}",
+    "trigger": "\nTherefore, the answer is: {answer}",
+    "boxed": "\nThe answer is \\boxed{{{answer}}}.",
+    "minerva": "\nFinal Answer: The final answer is ${answer}$. I hope it is correct.",
+}
+ANSWER_FORMATS = (*MARKS, "python")
+
+
+def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = (),
+                chat: str = "") -> str:
+    """A prompt for one question; `examples` are needed where `needs_examples`."""
+    template = TEMPLATES.get(f"{prompt}-{task}", TEMPLATES[prompt])
+    solved = "".join(EXAMPLE.format(question=example.question,
+                                    solution=gold_text(example, PROMPT_FORMATS[prompt]))
+                     for example in examples)
+    return CHATS[chat].format(prompt=template.format(question=question, examples=solved))
+
+
+def needs_examples(prompt: str, task: str) -> bool:
+    return "{examples}" in TEMPLATES.get(f"{prompt}-{task}", "")
+
+
+def gold_text(problem: Problem, answer_format: str) -> str:
+    """The gold solution with its answer marked as the model is asked to; "" if there is none.
+
+    A winner in another format than the prompt's would teach the model that format. Calculator marks
+    <<48/2=24>> stay only with the format they belong to, "hash".
+    """
+    solution = problem.solution
+    if not solution or answer_format == "python" or answer_format == "boxed" and "\\boxed" in solution:
+        return solution
+    reasoning = re.split(r"\s*####|\nTherefore, the answer is: ", solution)[0]
+    if answer_format != "hash":
+        reasoning = re.sub(r"<<[^>]*>>", "", reasoning)
+    return reasoning + MARKS[answer_format].format(answer=problem.answer)
+
+
+def encode_prompt(tokenizer, text: str) -> list[int]:
+    """The ids of a prompt: one BOS where the model uses one, then the text. Every prompt passes here."""
+    return [token for token in (tokenizer.bos_id,) if token is not None] + tokenizer.encode(text)
+
+
+def encode_solution(tokenizer, text: str) -> list[int]:
+    """The ids of a written solution as a response: its text, then EOS."""
+    return [*tokenizer.encode(text), tokenizer.eos_id]
