@@ -7,6 +7,7 @@ world is generated. Dev never touches test: it is the data set's own dev file, o
 """
 import functools
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from data.files import FILES, Problem, read_problems
@@ -39,7 +40,7 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
     held_out = split != "test" and "dev" not in names
     own_files = names["train" if held_out else split]
     files = [path] if path.is_file() else [path / name for name in own_files]
-    problems = [problem for file in files for problem in read_problems(file, task)]
+    problems = with_own_ids([problem for file in files for problem in read_problems(file, task)])
     if task == "math" and not path.is_file():  # the two files mix the original 7,500 and 5,000
         original = "test" if split == "test" else "train"
         problems = [problem for problem in problems if problem.id.startswith(original + "/")]
@@ -49,6 +50,13 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
             raise SystemExit(f"{files[0]} has {len(problems)} problems: too few to hold dev out of train")
         problems = [problem for problem in problems if (problem.question in dev) == (split == "dev")]
     return problems
+
+
+def with_own_ids(problems: list[Problem]) -> list[Problem]:
+    """The same problems; an id that was there before gets its place behind it."""
+    first = {problem.id: i for i, problem in reversed(list(enumerate(problems)))}
+    return [problem if first[problem.id] == i else replace(problem, id=f"{problem.id}#{i}")
+            for i, problem in enumerate(problems)]
 
 
 def held_out_questions(problems: list[Problem]) -> set[str]:

@@ -7,7 +7,7 @@ test sets have no solutions: "".
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -43,14 +43,11 @@ def read_problems(path: Path, task: str) -> list[Problem]:
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: `make data TASK={task}` downloads the files of {task}; "
                          "--path names a folder that has them, or one file")
-    problems, ids = [], set()
+    problems = []
     try:
         for line, row in records(path.read_text(encoding="utf-8")):
             try:
-                name = f"{path.stem}-{len(problems) + 1}"
-                problem = read_record(row, task, name)
-                problems.append(replace(problem, id=name) if problem.id in ids else problem)
-                ids.add(problem.id)
+                problems.append(read_record(row, task, f"{path.stem}-{len(problems) + 1}"))
             except (KeyError, ValueError, TypeError, AttributeError) as error:
                 fault = f"no field {error}" if isinstance(error, KeyError) else error
                 raise SystemExit(f"{path}, line {line}: {fault}. Expected a record like "
@@ -97,7 +94,7 @@ def read_record(row: dict, task: str, name: str) -> Problem:
 
 
 def reader(row: dict, task: str) -> Callable[[dict, str], Problem]:
-    return reft if "answer_value" in row else READERS[task]
+    return reft if isinstance(row, dict) and "answer_value" in row else READERS[task]
 
 
 def gsm8k(row: dict, name: str) -> Problem:
@@ -138,6 +135,8 @@ def reft(row: dict, name: str) -> Problem:
 
 def math(row: dict, name: str) -> Problem:
     """{"problem": ..., "solution": "... $\\boxed{2}$", "answer": "2", "unique_id": "test/algebra/1.json"}"""
+    if not row["unique_id"].startswith(("train/", "test/")):
+        raise ValueError(f"unique_id is {row['unique_id']!r}: it must say train/ or test/")
     return Problem(row["unique_id"], row["problem"].strip(), row["answer"], row["solution"].strip())
 
 

@@ -1,11 +1,8 @@
 """The graders: tables of answers, properties over any text, and real data where it is present."""
 
-import json
-import os
 import re
 import signal
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -437,75 +434,3 @@ def test_arithmetic_is_exact(expression):
     except ZeroDivisionError:
         value = None
     assert rewards.arithmetic(expression) == value
-
-
-# ---- real data, where it is present --------------------------------------------------------------
-
-
-def data(name: str, task: str) -> list[dict]:
-    root = Path(__file__).resolve().parent.parent
-    path = Path(os.environ.get("SIR_DATA_DIR", root / "downloads")) / name
-    if not path.exists():
-        pytest.skip(f"no {name}: make data TASK={task}, or set SIR_DATA_DIR")
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return json.loads(text)
-    return [json.loads(line) for line in text.splitlines()]
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_gsm8k_golds(split):
-    wrong = []
-    for record in data(f"gsm8k/{split}.jsonl", "gsm8k"):
-        gold = record["answer"].rpartition("#### ")[2]
-        if grade(record["answer"], gold, "gsm8k").verdict != "correct":
-            wrong.append(gold)
-        if not equations_hold(record["answer"]) and "<<3/4=3/4>>" not in record["answer"]:
-            wrong.append(record["answer"])
-    assert not wrong
-
-
-def test_labelled_model_outputs():
-    """5,276 outputs of four models, each labelled right or wrong by the authors of GSM8K."""
-    for record in data("gsm8k/model_solutions_labelled.jsonl", "gsm8k"):
-        got = grade(record["solution"], record["gold"], "gsm8k").verdict
-        assert (got == "correct") == record["is_correct"], record
-
-
-def test_svamp_golds():
-    for record in data("svamp/SVAMP.json", "svamp"):
-        gold = str(record["Answer"])
-        assert grade(f"Therefore, the answer is: {gold}", gold, "svamp").verdict == "correct"
-
-
-def test_math_golds():
-    """Each against itself, in a box and in Minerva's sentence, and stable when read twice."""
-    for record in data("math/test_gold_answers.jsonl", "math"):
-        gold = record["answer"]
-        boxed = grade(rf"So $\boxed{{{gold}}}$.", gold, "math")
-        sentence = f"Final Answer: The final answer is ${gold}$. I hope it is correct."
-        assert boxed.verdict == "correct", gold
-        assert grade(sentence, gold, "math", "minerva") == boxed
-        assert latex.read_latex(boxed.answer) == boxed.answer
-
-
-def test_reft_programs():
-    records = data("mwp_reft/svamp_python_sdp.json", "svamp")
-    texts, golds = zip(*((r["answer_cot"], r["answer_value"]) for r in records), strict=True)
-    got = rewards.grade_programs(texts, golds, "svamp", workers=2)
-    assert [g for g in got if g.verdict != "correct"] == []
-
-
-@NEEDS_MATH_VERIFY
-def test_case_table():
-    """All of tier "must", 95 % of "should"; the one "policy" we do not share is sys.exit()."""
-    missed = {"must": [], "should": [], "policy": []}
-    records = data("cases/grader_cases.jsonl", "gsm8k")
-    for case in records:
-        got = grade(case["prediction_text"], case["gold"], case["dataset"], case["format"])
-        if (got.verdict == "correct") != case["expected_correct"]:
-            missed[case["tier"]].append((case["id"], case["why"], got))
-    assert not missed["must"]
-    should = sum(case["tier"] == "should" for case in records)
-    assert len(missed["should"]) <= 0.05 * should, missed["should"]
-    assert all("sys.exit" in why for _, why, _ in missed["policy"]), missed["policy"]
