@@ -14,7 +14,7 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINT
 TOY = $(PY) irpo.py --preset toy
 BASE = runs/base-s$(SEED)/model
 
-.PHONY: help setup test lint base irpo irpo-table ablate-nll eval smoke report clean
+.PHONY: help setup test lint data base irpo irpo-table ablate-nll eval smoke report clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -37,6 +37,9 @@ test: .venv/development  ## lint and all tests, without network once the package
 
 lint: .venv/development  ## ruff alone
 	$(PY) -m ruff check .
+
+data: setup  ## a task's data set, into downloads/TASK: make data TASK=gsm8k
+	$(PY) -m data.download --task $(TASK) $(ARGS)
 
 base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 2 minutes)
 	$(PY) train.py --preset base --seed $(SEED) --run_dir runs/base-s$(SEED)
