@@ -198,8 +198,8 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
 
 
 def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path, limit: int,
-                   num_samples: int, seed: int, label: str) -> list[dict]:
-    """Rows for dev and test: greedy, and on test also num_samples at temperature 1 if that is not 0."""
+                   num_samples: int, seed: int, label: str, temperature: float = 1.0) -> list[dict]:
+    """Rows for dev and test: greedy, and on test also num_samples at a temperature if that is not 0."""
     def answers(split: str, num_samples: int, temperature: float) -> list[Answered]:
         return answer(model, tokenizer, options.problems(split, limit), options,
                       num_samples=num_samples, temperature=temperature, seed=seed,
@@ -210,7 +210,7 @@ def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path
     save_answered(folder / "eval_samples.jsonl", greedy["test"], options, split="test", num_samples=1,
                   temperature=0.0, seed=seed, weights=weights_hash(model))
     if num_samples:
-        rows[-1] |= summarize_samples(answers("test", num_samples, 1.0), options.task)
+        rows[-1] |= summarize_samples(answers("test", num_samples, temperature), options.task)
     return rows
 
 

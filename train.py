@@ -39,6 +39,7 @@ class TrainOptions:
     lr: float = option(2e-5, "peak learning rate of AdamW")
     lr_schedule: str = option("constant", "after warm-up: constant, linear (to 0) or cosine (to 0)")
     warmup_steps: int = option(0, "steps over which the learning rate rises to lr")
+    warmup_share: float = option(0.0, "the same as a share of all steps; the longer one counts")
     batch_size: int = option(16, "items (sequences or pairs) of one optimizer step, over all ranks")
     epochs: int = option(1, "passes over the items")
     max_steps: int = option(0, "stop after this many optimizer steps; 0: only epochs count")
@@ -52,6 +53,8 @@ class TrainOptions:
             raise ValueError(f"--lr_schedule {self.lr_schedule}: choose from {', '.join(SCHEDULES)}")
         if self.precision not in ("bf16", "fp32"):
             raise ValueError(f"--precision {self.precision}: choose bf16 or fp32")
+        if not 0 <= self.warmup_share < 1:
+            raise ValueError(f"--warmup_share {self.warmup_share}: from 0, and below 1")
         for name in ("batch_size", "epochs", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
@@ -67,14 +70,16 @@ class TaskOptions:
                        "where `make data` puts them")
     source: str = option("publisher", "whose files: publisher or reft")
     toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world")
+    toy_world: str = option("ways", f"which toy world: {', '.join(toy.WORLDS)} (see data/toy.py)")
     prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}")
     chat: str = option("", "wrap the prompt as this chat model expects it: llama2; empty: do not")
     answer_format: str = option("", f"how an answer is marked: {', '.join(ANSWER_FORMATS)}; empty: as "
                                 "the prompt asks, or else the data set's own way")
 
     def __post_init__(self) -> None:
-        for name, known in (("task", data.TASKS), ("source", data.SOURCES), ("prompt", PROMPTS),
-                            ("chat", CHATS), ("answer_format", ("", *ANSWER_FORMATS))):
+        for name, known in (("task", data.TASKS), ("source", data.SOURCES), ("toy_world", toy.WORLDS),
+                            ("prompt", PROMPTS), ("chat", CHATS),
+                            ("answer_format", ("", *ANSWER_FORMATS))):
             if getattr(self, name) not in known:
                 raise ValueError(f"--{name} {getattr(self, name)}: choose from "
                                  f"{', '.join(filter(None, known))}")
@@ -89,7 +94,8 @@ class TaskOptions:
         if self.task == "math":
             require_math_verify()
         source = "program" if self.marks == "python" and self.task != "toy" else self.source
-        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps)
+        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps,
+                                      self.toy_world)
         if not problems:
             raise SystemExit(f"{self.task} has no {split} problems")
         return problems[:limit or None]
@@ -119,9 +125,10 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> 
 
 def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     """The rate of step 0 <= step < steps."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    done = (step - options.warmup_steps) / max(1, steps - options.warmup_steps)
+    warmup = max(options.warmup_steps, round(options.warmup_share * steps))
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
     return options.lr * SCHEDULES[options.lr_schedule](done)
 
 
@@ -283,7 +290,7 @@ def documents(config: Config) -> list[data.Problem]:
     """What is learned: a task's gold solutions, or the toy corpus for a new model of that task."""
     if config.task == "toy" and not config.model:
         return [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution")))
-                for row in toy.corpus(config.seed, steps=config.toy_steps)]
+                for row in toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world)]
     return config.problems("train")
 
 

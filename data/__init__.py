@@ -19,19 +19,19 @@ DOWNLOADS = Path("downloads")
 
 
 def load_problems(task: str, split: str, path: str | Path | None = None, source: str = "publisher",
-                  toy_steps: tuple[int, ...] = (2, 3)) -> list[Problem]:
+                  toy_steps: tuple[int, ...] = (2, 3), toy_world: str = "ways") -> list[Problem]:
     """The problems of split train, dev or test, in the order of the files.
 
     path: a folder to read instead of downloads/TASK, or one file that stands for the split's own.
     source: whose files; "reft" and "program" are ReFT's natural-language and program solutions.
-    toy_steps: relations per story of the toy world, drawn from these numbers.
+    toy_steps, toy_world: relations per story of the toy world, drawn from these numbers; which one.
     """
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in known:
             raise SystemExit(f"unknown {name} {value!r}: choose from {', '.join(known)}")
     if task == "toy":
         from data import toy  # here, so that `python -m data.toy` is not imported twice
-        return [Problem(**row) for row in toy.problems(split, toy_steps)]
+        return [Problem(**row) for row in toy.problems(split, toy_steps, toy_world)]
     if task not in FILES[source]:
         raise SystemExit(f"{task} has no files of source {source!r}: it has "
                          f"{', '.join(name for name in FILES if task in FILES[name])}")

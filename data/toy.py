@@ -14,10 +14,16 @@ is mostly hasty for some skills and mostly careful for others, with a few carefu
 a wrong operation, plus arithmetic drills. So the base model knows both ways, and what preference
 learning has to discover is only which one to trust.
 
+That is the world "ways". In the world "paths", made for RFT, all rationales are careful and right, and
+each is written in one of several ways: 2+4 or 4+2, 2*3, 3*2 or 3+3, two relations in one equation or
+in two. There the base model learns to follow one or two relations, in all of these ways, and never
+sees a story's final question: that it learns from gold solutions and from its own.
+
 Splits never share a question: the hash of a question's text decides which split it may appear in.
 
     python -m data.toy              # one example of each kind, and statistics of the corpus
     python -m data.toy --steps 4    # the same with four relations in every story
+    python -m data.toy --world paths
 """
 import argparse
 import hashlib
@@ -28,9 +34,11 @@ from dataclasses import dataclass, replace
 
 NAMES = "Ann Ben Cat Dan Eve Gus Ivy Kim Leo Mia Ned Tom".split()
 ITEMS = "apples books coins nuts pens shells".split()
+WORLDS = ("ways", "paths")
 MAX_VALUE = 20  # every number along the chain stays in 1..MAX_VALUE
 HEAD_ERRORS = (-3, -2, -1, 0, 1, 2)  # six in a row: uniform modulo 2 and modulo 3
 WRONG_OPERATION_SHARE = 0.02  # of careful rationales in the corpus
+MERGED_SHARE = 0.3  # of neighbouring + and - relations in the world "paths": one equation for both
 TERSE_GOLD_SHARE = 0.5  # of gold solutions: the writer does the chain in the head, without error
 
 # skill: share of questions, share of careful rationales in the corpus, values of the last number
@@ -140,6 +148,37 @@ def hasty(story: Story, error: int) -> str:
     return f"So {story.names[-1]} has {value}. That makes {equation(last)}.\n#### {last[1]}"
 
 
+def varied(rng: random.Random, story: Story, ask: bool = True) -> str:
+    """A careful rationale in one of its ways; without the story's question if not `ask`."""
+    sentences, value, i = [f"{story.names[0]} has {story.start}."], story.start, 0
+    while i < len(story.relations):
+        together = [story.relations[i]]
+        together += [r for r in story.relations[i + 1:i + 2]
+                     if {r[0], together[0][0]} <= {"+", "-"} and rng.random() < MERGED_SHARE]
+        left = one_of_its_forms(rng, value, together)
+        for relation in together:
+            value = apply(value, *relation)
+        i += len(together)
+        sentences.append(f"{story.names[i]} has {equation((left, value))}.")
+    if ask:
+        left, value = story.last_step(value)
+        if story.skill == "price":
+            left = one_of_its_forms(rng, story.steps[-2][1], [("*", story.amount)])
+        sentences.append(f"That makes {equation((left, value))}.")
+    return " ".join(sentences) + f"\n#### {value}"
+
+
+def one_of_its_forms(rng: random.Random, value: int, relations: list[tuple[str, int]]) -> str:
+    """The left side of an equation for one relation, or for two of + and -."""
+    [(sign, k), *second] = relations
+    forms = [f"{value}{sign}{k}"]
+    if sign in "+*" and not second:
+        forms.append(f"{k}{sign}{value}")
+    if sign == "*":
+        forms.append("+".join([str(value)] * k))
+    return rng.choice(forms) + "".join(f"{sign}{k}" for sign, k in second)
+
+
 def wrong_operation(rng: random.Random, story: Story) -> Story:
     """The story as somebody misreads it who takes one relation for another; itself if none fits."""
     for i in rng.sample(range(len(story.relations)), len(story.relations)):
@@ -169,24 +208,32 @@ def stories(split: str, size: int, steps: tuple[int, ...], seed: int) -> list[St
     return list(found.values())
 
 
-def problems(split: str, steps: tuple[int, ...] = (2, 3)) -> list[dict]:
+def problems(split: str, steps: tuple[int, ...] = (2, 3), world: str = "ways") -> list[dict]:
     """The questions of train, dev or test with their gold solutions, as fields of `data.Problem`.
 
-    Gold is always right, but TERSE_GOLD_SHARE of it skips the chain, as people do who can do it in
-    their heads: the example it sets is one that the model cannot follow.
+    Gold is always right, but in "ways" TERSE_GOLD_SHARE of it skips the chain, as people do who can do
+    it in their heads: the example it sets is one that the model cannot follow.
     """
     rng, rows = random.Random(f"gold {split}"), []
     for i, story in enumerate(stories(split, SIZES[split], steps, seed=0)):
-        solution = hasty(story, 0) if rng.random() < TERSE_GOLD_SHARE else careful(story)
+        if world == "paths":
+            solution = varied(rng, story)
+        else:
+            solution = hasty(story, 0) if rng.random() < TERSE_GOLD_SHARE else careful(story)
         rows.append({"id": f"{split}-{i}-{story.skill}", "question": question_text(story),
                      "answer": str(story.steps[-1][1]), "solution": solution})
     return rows
 
 
 def corpus(seed: int, size: int = 16000, practice: int = 16000, drills: int = 4000,
-           steps: tuple[int, ...] = (2, 3)) -> list[dict]:
-    """What the base model learns from: rationales of mixed quality, then arithmetic drills."""
+           steps: tuple[int, ...] = (2, 3), world: str = "ways") -> list[dict]:
+    """What the base model learns from: rationales of mixed quality, then arithmetic drills.
+
+    In the world "paths" there are no rationales, half of the practice, and its relations are fewer.
+    """
     rng, rows = random.Random(f"corpus {seed}"), []
+    if world == "paths":
+        size, practice, steps = 0, practice // 2, (min(steps),)
     for i, story in enumerate(stories("base", size, steps, seed)):
         if rng.random() >= SKILLS[story.skill][1]:
             kind, solution = "hasty", hasty(story, rng.choice(HEAD_ERRORS))
@@ -200,7 +247,8 @@ def corpus(seed: int, size: int = 16000, practice: int = 16000, drills: int = 40
         facts, name, value = facts_text(story), story.names[-1], story.steps[-2][1]
         rows.append({"id": f"base-{size + i}-count", "answer": str(value), "kind": "practice",
                      "question": f"{facts} How many {story.item} does {name} have?",
-                     "solution": f"{chain(story)}\n#### {value}"})
+                     "solution": (varied(rng, story, ask=False) if world == "paths"
+                                  else f"{chain(story)}\n#### {value}")})
     for i in range(drills):
         step = drill(rng)
         rows.append({"id": f"base-{size + i}-drill", "question": f"How much is {step[0]}?",
@@ -233,13 +281,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, nargs="+", default=[2, 3],
                         help="relations per story, drawn from these numbers")
+    parser.add_argument("--world", default="ways", choices=WORLDS, help="what rationales are like")
     parser.add_argument("--seed", type=int, default=0, help="seed of the corpus")
     args = parser.parse_args()
-    rows = corpus(args.seed, 4000, 4000, 1000, tuple(args.steps))
-    for kind in ("careful", "hasty", "wrong operation", "practice", "drill"):
+    rows = corpus(args.seed, 4000, 4000, 1000, tuple(args.steps), args.world)
+    for kind in dict.fromkeys(row["kind"] for row in rows):
         row = next(row for row in rows if row["kind"] == kind)
         print(f"--- {kind} ({row['id']}), right answer {row['answer']}\n"
               f"{row['question']}\n{row['solution']}\n")
+    row = problems("train", tuple(args.steps), args.world)[0]
+    print(f"--- gold, right answer {row['answer']}\n{row['question']}\n{row['solution']}\n")
     right, total = Counter(), Counter()
     for row in rows:
         key = (row["id"].split("-")[-1], row["kind"])
