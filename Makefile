@@ -13,8 +13,9 @@ PY = .venv/bin/python
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 TOY = $(PY) irpo.py --preset toy
 BASE = runs/base-s$(SEED)/model
+RFT = $(PY) rft.py --preset toy
 
-.PHONY: help setup test lint data base irpo irpo-table ablate-nll eval smoke report clean
+.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table eval smoke report clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -57,6 +58,18 @@ irpo: base  ## IRPO on the toy world, with plain DPO and SFT on the winners besi
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
 	$(PY) report.py runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
+endif
+
+ifneq ($(TASK),toy)
+rft: setup
+	$(PY) rft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make rft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/rft-$(TASK)-s$(SEED) $(ARGS)
+	$(PY) report.py --rft runs/rft-$(TASK)-s$(SEED)
+else ifneq ($(strip $(ARGS)),)
+rft: runs/rft-base-s$(SEED)/model
+	$(RFT) --model $< --seed $(SEED) $(ARGS)
+else
+rft: $(foreach cell,k50 k6 k1 matched none,runs/rft/$(cell)/s$(SEED)/results.json)  ## RFT on the toy world: SFT, k = 1, 6 and 50, no dedup, step-matched SFT
+	$(PY) report.py --rft runs/rft --out runs/rft-report
 endif
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
@@ -121,3 +134,42 @@ $(foreach seed,$(SEEDS),$(foreach cell,$(GRID),$(eval $(call sweep_cell,$(cell),
 
 ablate-nll: setup $(foreach cell,$(GRID),$(SEEDS:%=runs/sweep/$(cell)/s%/results.json))  ## alpha x beta, 3 seeds: make -j2 ablate-nll
 	$(PY) report.py --sweep runs/sweep --out results/ablate-nll
+
+# --- RFT ------------------------------------------------------------------------------------------
+# runs/rft/k50/sSEED samples k = 50 paths; the other cells select from its file, or from several.
+runs/rft-base-s%/model: | .venv/runtime
+	$(ONE) $(PY) train.py --preset rft_base --seed $* --run_dir runs/rft-base-s$*
+
+# other base models to pool with: width, and a seed of their own
+WIDTHS = 96 128 160
+runs/rft-base-w%/model: | .venv/runtime
+	$(ONE) $(PY) train.py --preset rft_base --hidden_size $(firstword $(subst -s, ,$*)) --seed 1$(lastword $(subst -s, ,$*)) --run_dir runs/rft-base-w$*
+
+# $(call rft_run,folder,seed,base model,flags,runs that must be there)
+define rft_run
+runs/rft/$(1)/s$(2)/results.json: $(3)/model $(5:%=%/results.json)
+	$(ONE) $(RFT) --model $(3)/model --seed $(2) --run_dir runs/rft/$(1)/s$(2) $(4)
+endef
+RFT_CELLS = k1 k3 k6 k12 k25 none string first nofilter matched restart half quarter
+FROM_FILE = --pool runs/rft/k50/s$(1)
+define rft_of_seed
+$(call rft_run,k50,$(1),runs/rft-base-s$(1),,)
+$(foreach k,1 3 6 12 25,$(eval $(call rft_run,k$(k),$(1),runs/rft-base-s$(1),$(FROM_FILE) --num_samples $(k),runs/rft/k50/s$(1))))
+$(call rft_run,none,$(1),runs/rft-base-s$(1),$(FROM_FILE) --dedup none,runs/rft/k50/s$(1))
+$(call rft_run,string,$(1),runs/rft-base-s$(1),$(FROM_FILE) --dedup string,runs/rft/k50/s$(1))
+$(call rft_run,first,$(1),runs/rft-base-s$(1),$(FROM_FILE) --select first,runs/rft/k50/s$(1))
+$(call rft_run,nofilter,$(1),runs/rft-base-s$(1),$(FROM_FILE) --no-equation_filter,runs/rft/k50/s$(1))
+$(call rft_run,matched,$(1),runs/rft-base-s$(1),$(FROM_FILE) --steps_matched,runs/rft/k50/s$(1))
+$(call rft_run,restart,$(1),runs/rft-base-s$(1),$(FROM_FILE) --restart_from sft,runs/rft/k50/s$(1))
+$(call rft_run,half,$(1),runs/rft-base-s$(1),--train_fraction 0.5,)
+$(call rft_run,quarter,$(1),runs/rft-base-s$(1),--train_fraction 0.25,)
+$(foreach w,$(WIDTHS),$(eval $(call rft_run,w$(w),$(1),runs/rft-base-w$(w)-s$(1),,)))
+$(call rft_run,pool,$(1),runs/rft-base-s$(1),--pool runs/rft/k50/s$(1) $(WIDTHS:%=runs/rft/w%/s$(1)),runs/rft/k50/s$(1) $(WIDTHS:%=runs/rft/w%/s$(1)))
+endef
+$(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call rft_of_seed,$(seed))))
+
+rft-pool: setup runs/rft/pool/s$(SEED)/results.json  ## four small models of different width and seed, their paths pooled
+	$(PY) report.py --rft runs/rft --out runs/rft-report
+
+rft-table: setup $(foreach cell,k50 $(RFT_CELLS) pool,$(SEEDS:%=runs/rft/$(cell)/s%/results.json))  ## every row of RFT on the toy world, 3 seeds: make -j2 rft-table
+	$(PY) report.py --rft runs/rft --out results/rft

@@ -89,8 +89,8 @@ class Config(TrainOptions, SampleOptions):
             raise ValueError(f"--train_fraction {self.train_fraction}: above 0, and at most 1")
 
 
-TOY = dict(task="toy", prompt="plain", toy_world="paths", num_questions=1000, num_samples=25, lr=1e-3,
-           batch_size=16, max_new_tokens=96, eval_samples=8)
+TOY = dict(task="toy", prompt="plain", toy_world="paths", num_questions=300, num_samples=50, lr=1e-3,
+           batch_size=8, epochs=10, max_new_tokens=96, eval_samples=8)
 SMOKE = TOY | dict(num_questions=40, num_samples=4, epochs=1, eval_questions=20, eval_samples=2)
 PRESETS = {"toy": TOY, "smoke": SMOKE}
 

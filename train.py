@@ -4,7 +4,8 @@ Micro-batches are formed by length under a token budget; gradients of summed per
 divided once, by the number of items in the whole batch. So the budget changes speed and memory, never
 the result. Batches are a pure function of (seed, step).
 
-    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model
+    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, of IRPO
+    python train.py --preset rft_base --run_dir runs/rft-base-s0   # and of RFT
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # SFT on gold solutions
 """
 import dataclasses
@@ -247,8 +248,9 @@ class Config(TrainOptions, TaskOptions):
                              "--num_kv_heads")
 
 
-PRESETS = {"base": dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32,
-                        weight_decay=0.05, prompt_weight=0.1)}
+BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32,
+            weight_decay=0.05, prompt_weight=0.1)
+PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths")}
 
 
 def new_model(config: Config, texts: list[str], folder: Path) -> None:
