@@ -63,13 +63,13 @@ endif
 ifneq ($(TASK),toy)
 rft: setup
 	$(PY) rft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make rft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/rft-$(TASK)-s$(SEED) $(ARGS)
-	$(PY) report.py --rft runs/rft-$(TASK)-s$(SEED)
+	$(PY) report_rft.py runs/rft-$(TASK)-s$(SEED)
 else ifneq ($(strip $(ARGS)),)
 rft: runs/rft-base-s$(SEED)/model
 	$(RFT) --model $< --seed $(SEED) $(ARGS)
 else
 rft: $(foreach cell,k50 k6 k1 matched none,runs/rft/$(cell)/s$(SEED)/results.json)  ## RFT on the toy world: SFT, k = 1, 6 and 50, no dedup, step-matched SFT
-	$(PY) report.py --rft runs/rft --out runs/rft-report
+	$(PY) report_rft.py runs/rft --out runs/rft-report
 endif
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
@@ -169,7 +169,7 @@ endef
 $(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call rft_of_seed,$(seed))))
 
 rft-pool: setup runs/rft/pool/s$(SEED)/results.json  ## four small models of different width and seed, their paths pooled
-	$(PY) report.py --rft runs/rft --out runs/rft-report
+	$(PY) report_rft.py runs/rft --out runs/rft-report
 
 rft-table: setup $(foreach cell,k50 $(RFT_CELLS) pool,$(SEEDS:%=runs/rft/$(cell)/s%/results.json))  ## every row of RFT on the toy world, 3 seeds: make -j2 rft-table
-	$(PY) report.py --rft runs/rft --out results/rft
+	$(PY) report_rft.py runs/rft --out results/rft
