@@ -347,7 +347,7 @@ def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, d
         tokens=sum(record["tokens"] for record in records))
     write_jsonl(folder / "train.jsonl", records)
     write_jsonl(folder / "probe.jsonl", probes)
-    save_model(model, folder / "model", tokenizer_from=config.model)
+    save_model(model, folder / "model", source=config.model)
 
 
 def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:

@@ -32,10 +32,12 @@ class ModelConfig:
     rope_scaling: dict | None = None  # only rope_type "llama3"
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v (Qwen2)
+    sliding_window: int | None = None  # Mistral's: tokens that a token sees, itself included
 
     @property
     def max_length(self) -> int:
-        return self.max_position_embeddings
+        """Most tokens of one sequence. Attention here has no window: it is right as long as all fits into one."""
+        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 class KVCache:
@@ -75,6 +77,10 @@ class KVCache:
         """(R or 1, T): rotary positions of the next tokens."""
         new = torch.arange(self.length, self.length + num_tokens, device=self.keys.device)[None]
         return new if self.prompt is None else new + self.prompt_lengths[:, None]
+
+    def total(self, num_tokens: int) -> int:
+        """Length of the longest sequence, its prompt included, once the next tokens are in."""
+        return self.length + num_tokens + (0 if self.prompt is None else self.prompt.length)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k, v (R, K, T, h); return all own keys (R, K, h, S) and values (R, K, S, h)."""
@@ -235,12 +241,17 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
-        T = tokens.shape[1]
+        T, config = tokens.shape[1], self.config
+        total = T if cache is None else cache.total(T)
+        if total > config.max_length:
+            raise ValueError(f"{total} tokens are more than the {config.max_length} that this model takes "
+                             f"(max_position_embeddings {config.max_position_embeddings}, "
+                             f"sliding_window {config.sliding_window})")
         if cache is None:
             positions = torch.arange(T, device=tokens.device)[None]
         else:
             positions = cache.positions(T)
-        rope = rope_tables(self.config, positions)
+        rope = rope_tables(config, positions)
         x = self.embed_tokens(tokens)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, cache, i)

@@ -226,7 +226,7 @@ def finetune(config: Config, start: str, examples: list[Example], folder: Path, 
     records = fit(model, examples, lambda model, batch: sft_loss(model, batch, 0.0, mean_length),
                   lambda example: example.tokens, config, derive_seed(config.seed, label), label)
     write_jsonl(folder / "train.jsonl", records)
-    save_model(model, folder / "model", tokenizer_from=config.model)
+    save_model(model, folder / "model", source=config.model)
     log(folder.parent, event=label, seconds=time.perf_counter() - started,
         tokens=sum(record["tokens"] for record in records))
 

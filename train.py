@@ -264,7 +264,7 @@ def new_model(config: Config, texts: list[str], folder: Path) -> None:
         intermediate_size=8 * D // 3 // 8 * 8, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
         head_dim=D // config.num_heads, max_position_embeddings=config.max_positions)
-    save_model(Llama(shape).initialize(config.seed), folder, tokenizer_from=folder)
+    save_model(Llama(shape).initialize(config.seed), folder, source=folder)
 
 
 @dataclass(frozen=True)
@@ -322,7 +322,7 @@ def main() -> None:
                   lambda model, batch: sft_loss(model, batch, config.prompt_weight, mean_length),
                   lambda example: example.tokens, config, config.seed)
     write_jsonl(run / "train.jsonl", records)
-    save_model(model, run / "model", tokenizer_from=start)
+    save_model(model, run / "model", source=start)
     write_json(made_of_path, made_of)
     print(f"{run / 'model'}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on "
           f"{len(examples):,} documents in {len(records)} steps")

@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import string
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def base(tmp_path_factory) -> Path:
                         lambda model, batch: train.sft_loss(model, batch, 0.1, 40.0),
                         lambda example: example.tokens, config, seed=0)
     assert records[-1]["nll"] < 0.8 * records[0]["nll"]
-    train.save_model(model, folder, tokenizer_from=folder)
+    train.save_model(model, folder, source=folder)
     return folder
 
 
@@ -285,7 +286,7 @@ def test_selection_trains_again_for_the_chosen_steps(base, tmp_path, small_world
 @pytest.fixture
 def small_corpus(monkeypatch):
     rows = toy.corpus(0, size=120, practice=60, drills=30)
-    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
+    monkeypatch.setattr(toy, "corpus", lambda seed, steps, world: rows)
 
 
 TRAIN = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--num_heads", "2",
@@ -508,3 +509,75 @@ def test_as_a_process_an_error_is_one_clear_sentence(tmp_path):
     assert done.returncode == 1
     assert str(tmp_path / "nowhere") in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+# --- other data sets ------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory) -> Path:
+    """A small model with a tokenizer that can write anything below, untrained."""
+    folder = tmp_path_factory.mktemp("reader") / "model"
+    train.new_model(train.Config(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1,
+                                 max_positions=1024, vocab_size=200),
+                    [f"{text} {string.printable}" for text in prompts.TEMPLATES.values()], folder)
+    return folder
+
+
+def arc(folder: Path, count: int) -> Path:
+    """ARC's files: questions with options, and no solutions."""
+    folder.mkdir()
+    for name in ("ARC-Challenge-Train", "ARC-Easy-Train", "ARC-Challenge-Dev", "ARC-Challenge-Test"):
+        rows = [{"id": f"{name}-{i}", "answerKey": "AB"[i % 2], "question": {
+            "stem": f"Which is {i}?", "choices": [{"text": str(i), "label": label} for label in "ABC"]}}
+            for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_task_without_gold_solutions(reader, tmp_path, capsys):
+    """ARC has none: refused with the flag that helps, not trained on empty responses; and --no-gold gets
+    as far as samples and pairs, of which a random model has none."""
+    flags = ["--task", "arc", "--path", arc(tmp_path / "arc", 4), "--prompt", "irpo", "--model", reader,
+             "--select_every", "0", "--num_samples", "2", "--max_new_tokens", "8", "--run_dir",
+             tmp_path / "run"]
+    assert "--no-gold" in refusal(capsys, irpo, *flags)
+    assert not (tmp_path / "run").exists()
+    assert "has no pairs" in refusal(capsys, irpo, *flags, "--no-gold")
+    [first, *_] = read_lines(tmp_path / "run" / "iter1" / "samples.jsonl")
+    assert '"Final answer: (insert letter here)"\n\nQuestion: Which is 0?\n(A) 0\n' in first["prompt"]
+    assert "no gold solutions" in refusal(capsys, train, "--task", "arc", "--path", tmp_path / "arc",
+                                          "--model", reader, "--run_dir", tmp_path / "sft")
+
+
+def test_programs_are_run_where_answers_are_programs(reader, tmp_path, capsys):
+    """The gold programs pass through tokenizer and sandbox in the self-check; a random model's text is
+    no program."""
+    folder = tmp_path / "svamp"
+    folder.mkdir()
+    rows = [{"item_id": f"svamp_{i}", "question": f"What is {i} + 1?", "answer_value": f"{i + 1}.0",
+             "answer_cot": f'def solution():\n    """What is {i} + 1?"""\n    return {i} + 1'}
+            for i in range(10)]
+    (folder / "svamp_python_sdp.json").write_text(json.dumps(rows))
+    (folder / "svamp_test_set.json").write_text(json.dumps(rows))
+    call(evaluate, "--task", "svamp", "--path", folder, "--prompt", "reft", "--answer_format", "python",
+         "--model", reader, "--max_new_tokens", "8", "--run_dir", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "10 of 10 gold solutions are graded correct" in said and "accuracy 0.0%" in said
+    rows[3]["answer_value"] = "5.0"
+    (folder / "svamp_test_set.json").write_text(json.dumps(rows))
+    message = refusal(capsys, evaluate, "--task", "svamp", "--path", folder, "--prompt", "reft",
+                      "--answer_format", "python", "--model", reader, "--max_new_tokens", "8",
+                      "--run_dir", tmp_path / "other")
+    assert "return 3 + 1" in message and "gold answer 5.0" in message
+
+
+def test_a_model_that_does_not_know_its_tokenizer(reader, base, tmp_path, capsys):
+    """Weights of one model beside the tokenizer of another ended in an index error of CUDA."""
+    shutil.copytree(base, tmp_path / "mixed")
+    shutil.copy(reader / "tokenizer.model", tmp_path / "mixed")
+    small = load_model(base).config.vocab_size
+    if load_tokenizer(reader).vocab_size <= small:
+        pytest.skip("the other tokenizer is not larger")
+    message = refusal(capsys, evaluate, "--model", tmp_path / "mixed", "--max_new_tokens", "8",
+                      "--run_dir", tmp_path / "out")
+    assert "do not belong together" in message or "gold" in message

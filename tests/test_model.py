@@ -1,11 +1,9 @@
 """One forward for training and decoding: every way to compute the logits gives the same logits."""
-import copy
 import math
 
 import pytest
 import torch
 
-from checkpoint import load_model, save_model
 from model import KVCache, Llama, rope_frequencies
 from tiny import LLAMA3, random_prompts, random_tokens, slow_angle, slow_logits, tiny_model
 
@@ -185,56 +183,25 @@ def test_initialize_is_a_function_of_the_seed():
         assert a[name].dim() == 1 or not torch.equal(a[name], c[name]), name
 
 
-# --- against transformers -----------------------------------------------------------------------
-
-COMMON = dict(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
-FAMILIES = {
-    "llama": ("LlamaConfig", dict(rope_theta=500.0, rms_norm_eps=1e-4)),
-    "llama, multi-head": ("LlamaConfig", dict(num_key_value_heads=4)),
-    "llama, wide heads": ("LlamaConfig", dict(head_dim=16)),
-    "llama 3": ("LlamaConfig", dict(rope_theta=500.0, rope_scaling=LLAMA3)),
-    "llama 3.2, tied": ("LlamaConfig", dict(tie_word_embeddings=True, rope_scaling=LLAMA3)),
-    "mistral": ("MistralConfig", dict(rope_theta=1000.0, sliding_window=None)),
-    "qwen2": ("Qwen2Config", dict(rope_theta=1000.0)),
-    "qwen2, tied": ("Qwen2Config", dict(tie_word_embeddings=True)),
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_directories_written_by_transformers_give_its_logits(family, tmp_path):
-    """Real weights come in such directories: a field that is read under another name, or a bias
-    that is missed, gives a model that runs and talks nonsense."""
-    transformers = pytest.importorskip("transformers")
-    kind, fields = FAMILIES[family]
-    config = getattr(transformers, kind)(**copy.deepcopy({**COMMON, **fields}))  # it writes to them
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval().float()
-    for name, weight in theirs.named_parameters():
-        weight.normal_(0, 0.3 if weight.dim() == 2 else 0.5)
-        if name.endswith("norm.weight"):
-            weight.add_(1)
-    theirs.save_pretrained(tmp_path)
-    ours = load_model(tmp_path)
-    tokens = random_tokens(8, 2, 50, vocab=60)
-    expected = theirs(tokens).logits.float()
-    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-3)
-    assert expected.std() > 0.3  # logits of near zero would agree with anything
-
-
-@pytest.mark.parametrize("shape", ["gqa", "llama3", "tied", "bias"])
-@torch.no_grad()
-def test_directories_written_here_load_in_transformers(shape, tmp_path):
-    """What is trained here must run elsewhere as it is, with no weight missing or left over."""
-    transformers = pytest.importorskip("transformers")
-    ours = tiny_model(**SHAPES[shape])
-    save_model(ours, tmp_path / "model")
-    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
-    tokens = random_tokens(9, 2, 50)
-    torch.testing.assert_close(ours(tokens), theirs(tokens).logits.float(), rtol=0, atol=1e-3)
+@pytest.mark.parametrize("limits", [dict(max_position_embeddings=12), dict(sliding_window=12)])
+def test_a_sequence_beyond_the_limit_is_refused(limits):
+    """Attention here has no window: a longer input than Mistral's would see what it must not, and
+    talk nonsense after a while. Prompt, cached tokens and new ones count together."""
+    model = tiny_model(**limits)
+    assert model.config.max_length == 12
+    assert model(random_tokens(1, 1, 12)).shape == (1, 12, 24)
+    with pytest.raises(ValueError, match=r"13 tokens.* 12 "):
+        model(random_tokens(1, 1, 13))
+    cache = new_cache(model, 1, 13)
+    model(random_tokens(2, 1, 9), cache)
+    model(random_tokens(3, 1, 3), cache)
+    with pytest.raises(ValueError, match=r"13 tokens.* 12 "):
+        model(random_tokens(4, 1, 1), cache)
+    rows = forked(model, random_prompts(5, [2, 9]), 2, 4)
+    model(random_tokens(6, 4, 3), rows)
+    with pytest.raises(ValueError, match=r"13 tokens.* 12 "):
+        model(random_tokens(7, 4, 1), rows)
 
 
 @torch.no_grad()
