@@ -32,7 +32,7 @@ TEMPLATES = {
 }
 PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
 PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "reft": "trigger"}  # what a prompt asks for
-CHATS = {"": "{prompt}", "llama2": "[INST] {prompt} [/INST]"}  # of Llama-2-chat, without system message
+CHATS = {"": "", "llama2": "[INST] {prompt} [/INST]"}  # of Llama-2-chat, without system message
 EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
 
 MARKS = {  # how each answer format gives the answer, behind the reasoning
@@ -52,7 +52,8 @@ def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Proble
     solved = "".join(EXAMPLE.format(question=example.question,
                                     solution=gold_text(example, PROMPT_FORMATS[prompt]))
                      for example in examples)
-    return CHATS[chat].format(prompt=template.format(question=question, examples=solved))
+    text = template.format(question=question, examples=solved)
+    return CHATS[chat].format(prompt=text.strip()) if chat else text
 
 
 def needs_examples(prompt: str, task: str) -> bool:

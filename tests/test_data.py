@@ -15,6 +15,7 @@ from data.files import FILES, read_problems, records
 from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES,
                           encode_prompt, encode_solution, gold_text, prompt_text)
 from data.tokenizer import JsonTokenizer, load_tokenizer, train_tokenizer
+from experiment import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
 from sample import generate, stream
 from train import TaskOptions
@@ -206,7 +207,7 @@ def test_prompts_of_the_papers():
                                                   "How many?\nSolution:")
     assert prompt_text("rft", "gsm8k", q).endswith("\n\n### Instruction:\nHow many?\n\n### Response:")
     assert prompt_text("reft", "svamp", q) == "Question:\nHow many?\nAnswer reasoning:\n"
-    assert prompt_text("plain", "toy", q, chat="llama2") == "[INST] How many?\n [/INST]"
+    assert prompt_text("plain", "toy", q, chat="llama2") == "[INST] How many? [/INST]"
     for template in TEMPLATES.values():
         assert not template.endswith(" ")
     for chat in CHATS.values():
@@ -218,7 +219,8 @@ def test_prompts_of_the_papers():
 def test_a_question_is_inserted_as_it_is(question):
     """Braces, percent signs and names of fields in a question are text."""
     for prompt in PROMPTS:
-        assert question in prompt_text(prompt, "gsm8k", question, chat="llama2")
+        assert question in prompt_text(prompt, "gsm8k", question)
+        assert question.strip() in prompt_text(prompt, "gsm8k", question, chat="llama2")
     assert "{question}" in prompt_text("irpo", "gsm8k", "{question}")
 
 
@@ -269,6 +271,13 @@ def test_a_prompt_brings_its_answer_format():
     assert TaskOptions(task="svamp").marks == "trigger"
     assert TaskOptions(task="gsm8k", prompt="irpo", answer_format="boxed").marks == "boxed"
     assert set(PROMPT_FORMATS.values()) <= set(ANSWER_FORMATS)
+
+
+def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
+    """Not after a day of sampling, and not as zeros."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install 'math-verify"):
+        run_script(lambda: TaskOptions(task="math").problems("test"))
 
 
 # --- tokenizers -----------------------------------------------------------------------------------
