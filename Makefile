@@ -151,7 +151,8 @@ runs/rft/$(1)/s$(2)/results.json: $(3)/model $(5:%=%/results.json)
 	$(ONE) $(RFT) --model $(3)/model --seed $(2) --run_dir runs/rft/$(1)/s$(2) $(4)
 endef
 RFT_CELLS = k1 k3 k6 k12 k25 none string first nofilter matched restart half quarter
-FROM_FILE = --pool runs/rft/k50/s$(1)
+GREEDY = --eval_samples 0
+FROM_FILE = --pool runs/rft/k50/s$(1) $(GREEDY)
 define rft_of_seed
 $(call rft_run,k50,$(1),runs/rft-base-s$(1),,)
 $(foreach k,1 3 6 12 25,$(eval $(call rft_run,k$(k),$(1),runs/rft-base-s$(1),$(FROM_FILE) --num_samples $(k),runs/rft/k50/s$(1))))
@@ -159,11 +160,11 @@ $(call rft_run,none,$(1),runs/rft-base-s$(1),$(FROM_FILE) --dedup none,runs/rft/
 $(call rft_run,string,$(1),runs/rft-base-s$(1),$(FROM_FILE) --dedup string,runs/rft/k50/s$(1))
 $(call rft_run,first,$(1),runs/rft-base-s$(1),$(FROM_FILE) --select first,runs/rft/k50/s$(1))
 $(call rft_run,nofilter,$(1),runs/rft-base-s$(1),$(FROM_FILE) --no-equation_filter,runs/rft/k50/s$(1))
-$(call rft_run,matched,$(1),runs/rft-base-s$(1),$(FROM_FILE) --steps_matched,runs/rft/k50/s$(1))
+$(call rft_run,matched,$(1),runs/rft-base-s$(1),--pool runs/rft/k50/s$(1) --steps_matched,runs/rft/k50/s$(1))
 $(call rft_run,restart,$(1),runs/rft-base-s$(1),$(FROM_FILE) --restart_from sft,runs/rft/k50/s$(1))
-$(call rft_run,half,$(1),runs/rft-base-s$(1),--train_fraction 0.5,)
-$(call rft_run,quarter,$(1),runs/rft-base-s$(1),--train_fraction 0.25,)
-$(foreach w,$(WIDTHS),$(eval $(call rft_run,w$(w),$(1),runs/rft-base-w$(w)-s$(1),,)))
+$(call rft_run,half,$(1),runs/rft-base-s$(1),--train_fraction 0.5 $(GREEDY),)
+$(call rft_run,quarter,$(1),runs/rft-base-s$(1),--train_fraction 0.25 $(GREEDY),)
+$(foreach w,$(WIDTHS),$(eval $(call rft_run,w$(w),$(1),runs/rft-base-w$(w)-s$(1),$(GREEDY),)))
 $(call rft_run,pool,$(1),runs/rft-base-s$(1),--pool runs/rft/k50/s$(1) $(WIDTHS:%=runs/rft/w%/s$(1)),runs/rft/k50/s$(1) $(WIDTHS:%=runs/rft/w%/s$(1)))
 endef
 $(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call rft_of_seed,$(seed))))
