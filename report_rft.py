@@ -7,6 +7,7 @@ come means with 95 % Student intervals, from one seed the Wilson interval over t
 """
 import argparse
 import json
+import re
 from pathlib import Path
 from statistics import fmean
 
@@ -14,8 +15,7 @@ from report import (COLORS, MARKERS, Table, estimate, mean_text, picture, plain,
                     write)
 
 CELLS = {  # folder -> row of the tables
-    "k1": "RFT, k = 1", "k3": "RFT, k = 3", "k6": "RFT, k = 6", "k12": "RFT, k = 12",
-    "k25": "RFT, k = 25", "k50": "RFT, k = 50", "pool": "RFT, paths of 4 models, k = 50 each",
+    **{f"k{k}": f"RFT, k = {k}" for k in (1, 3, 6, 12, 25, 50, 100)}, "pool": "RFT, paths of 4 models, k = 50 each",
     "matched": "SFT, steps of k = 50", "none": "k = 50, no dedup", "string": "k = 50, dedup by string",
     "first": "k = 50, first path stays", "nofilter": "k = 50, no equation filter",
     "restart": "k = 50, from the SFT model", "half": "1/2 of the questions, k = 50",
@@ -25,9 +25,10 @@ PAPER_DISTINCT = {1: 1.17, 3: 1.44, 6: 1.74, 12: 2.20, 25: 2.93, 50: 3.94}  # Ta
 
 
 def load_cells(root: Path) -> dict[str, dict[int, list[dict]]]:
-    """Cell -> seed -> rows of results.json, of finished runs; one run alone is the cell "k50"."""
+    """Cell -> seed -> rows of results.json, of finished runs; one run alone is the cell of its k."""
     if (root / "results.json").exists():
-        return {"k50": {0: read_json(root / "results.json")}}
+        config = read_json(root / "config.json")
+        return {f"k{config['num_samples']}": {config["seed"]: read_json(root / "results.json")}}
     cells: dict = {}
     for file in sorted(root.glob("*/s[0-9]*/results.json")):
         cells.setdefault(file.parent.parent.name, {})[int(file.parent.name[1:])] = read_json(file)
@@ -113,6 +114,8 @@ def draw_lines(axis, lines: dict[str, list[tuple]]) -> None:
     """Label -> [(k, mean, low, high)]; a line with a single k is drawn across."""
     for i, (name, points) in enumerate(lines.items()):
         color, marker = COLORS[i % len(COLORS)], MARKERS[i % len(MARKERS)]
+        if not points:
+            continue
         k, mean, low, high = zip(*points)
         if len(points) == 1:
             axis.axhline(mean[0], color=color, label=name, linestyle="--")
@@ -135,15 +138,20 @@ def draw_histogram(axis, histogram: dict[int, float]) -> None:
              label="questions with so many correct samples")
 
 
-def pictures(cells: dict, rows: dict[str, dict], over_k: dict) -> dict[str, bytes]:
-    by_k = {int(cell[1:]): rows[CELLS[cell]] for cell in cells if cell[0] == "k" and CELLS[cell] in rows}
+def sweep_k(cell: str) -> int:
+    """k of a cell of the sweep over k, 0 of another cell."""
+    return int(cell[1:]) if re.fullmatch(r"k\d+", cell) else 0
+
+
+def pictures(cells: dict, main_cell: str, rows: dict[str, dict], over_k: dict) -> dict[str, bytes]:
+    by_k = {k: rows[CELLS.get(cell, cell)] for cell in cells if (k := sweep_k(cell))}
     lines = {"RFT": [point(k, row["accuracy"], row.get("ci95")) for k, row in by_k.items()]}
     for title in ("SFT", CELLS["matched"], CELLS["none"], CELLS["pool"]):
         if title in rows:
             lines[title] = [point(1, rows[title]["accuracy"], rows[title].get("ci95"))]
     paths = {title: [point(k, value) for k, value in over_k[key].items()] for title, key in (
         ("distinct", "distinct_paths"), ("distinct, gold counted", "distinct_paths_and_gold"))}
-    counts = [next(r for r in run if r["split"] == "train")["histogram"] for run in cells["k50"].values()]
+    counts = [next(r for r in run if r["split"] == "train")["histogram"] for run in cells[main_cell].values()]
     histogram = {n: fmean(count.get(str(n), 0) for count in counts)
                  for n in range(max(int(n) for count in counts for n in count) + 1)}
     return {"accuracy.png": picture({"accuracy over k": lines}, draw_lines, "test accuracy",
@@ -161,7 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: RUNS)")
     args = parser.parse_args()
     cells = load_cells(args.runs)
-    main_cell = "k50" if "k50" in cells else next(iter(cells))
+    main_cell = max(cells, key=sweep_k)  # whose samples the others select from
     rows = {"SFT": summarize(cells[main_cell], "SFT")}
     for cell, runs in cells.items():
         rows[CELLS.get(cell, cell)] = summarize(runs, "RFT")
@@ -175,7 +183,7 @@ def main() -> None:
     out = args.out or args.runs
     write(out / "rft.json", json.dumps({"models": rows, "over_k": over_k}, indent=1) + "\n")
     print("\n\n".join(map(plain, tables)), end="\n\n")
-    publish(out, "rft", [], tables, pictures(cells, rows, over_k) if main_cell == "k50" else {})
+    publish(out, "rft", [], tables, pictures(cells, main_cell, rows, over_k))
 
 
 if __name__ == "__main__":
