@@ -141,7 +141,7 @@ runs/rft-base-s%/model: | .venv/runtime
 	$(ONE) $(PY) train.py --preset rft_base --seed $* --run_dir runs/rft-base-s$*
 
 # other base models to pool with: width, and a seed of their own
-WIDTHS = 96 128 160
+WIDTHS = 96 160
 runs/rft-base-w%/model: | .venv/runtime
 	$(ONE) $(PY) train.py --preset rft_base --hidden_size $(firstword $(subst -s, ,$*)) --seed 1$(lastword $(subst -s, ,$*)) --run_dir runs/rft-base-w$*
 
@@ -150,7 +150,7 @@ define rft_run
 runs/rft/$(1)/s$(2)/results.json: $(3)/model $(5:%=%/results.json)
 	$(ONE) $(RFT) --model $(3)/model --seed $(2) --run_dir runs/rft/$(1)/s$(2) $(4)
 endef
-RFT_CELLS = k1 k3 k6 k12 k25 none string first nofilter matched restart half quarter
+RFT_CELLS = k1 k6 k25 matched none pool k3 k12 string first nofilter restart half quarter
 GREEDY = --eval_samples 0
 FROM_FILE = --pool runs/rft/k50/s$(1) $(GREEDY)
 define rft_of_seed
@@ -169,8 +169,8 @@ $(call rft_run,pool,$(1),runs/rft-base-s$(1),--pool runs/rft/k50/s$(1) $(WIDTHS:
 endef
 $(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call rft_of_seed,$(seed))))
 
-rft-pool: setup runs/rft/pool/s$(SEED)/results.json  ## four small models of different width and seed, their paths pooled
+rft-pool: setup runs/rft/pool/s$(SEED)/results.json  ## three small models of different width and seed, their paths pooled
 	$(PY) report_rft.py runs/rft --out runs/rft-report
 
-rft-table: setup $(foreach cell,k50 $(RFT_CELLS) pool,$(SEEDS:%=runs/rft/$(cell)/s%/results.json))  ## every row of RFT on the toy world, 3 seeds: make -j2 rft-table
+rft-table: setup $(foreach cell,k50 $(RFT_CELLS),$(SEEDS:%=runs/rft/$(cell)/s%/results.json))  ## every row of RFT on the toy world, 3 seeds: make -j2 rft-table
 	$(PY) report_rft.py runs/rft --out results/rft
