@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {  # arrows point down only; a new file must be given its place here
-    3: {"irpo", "reft", "rft"},
+    3: {"irpo", "reft", "rft", "rerank"},
     2: {"evaluate"},
     1: {"sample", "train"},
     0: {"model", "losses", "rewards", "data", "checkpoint", "parallel", "experiment",
