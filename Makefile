@@ -72,6 +72,18 @@ rft: $(foreach cell,k50 k6 k1 matched none,runs/rft/$(cell)/s$(SEED)/results.jso
 	$(PY) report_rft.py runs/rft --out runs/rft-report
 endif
 
+ifneq ($(TASK)$(MODEL),toy)
+ifeq ($(TASK),toy)
+ifneq ($(filter irpo rft,$(MAKECMDGOALS)),)
+$(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own)
+endif
+else ifeq ($(MODEL),)
+ifneq ($(filter eval,$(MAKECMDGOALS)),)
+$(error name a model directory: make eval TASK=$(TASK) MODEL=dir)
+endif
+endif
+endif
+
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
 	$(PY) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
 

@@ -14,8 +14,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -61,6 +63,15 @@ class SampleOptions(TaskOptions):
     """How responses are sampled; drivers inherit these fields."""
     max_new_tokens: int = option(512, "longest response; one that is cut counts as it stands")
     batch_rows: int = option(1024, "responses sampled together; speed and memory only")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_new_tokens", "batch_rows"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("limit", "num_questions", "eval_questions", "eval_samples"):  # where a driver has it
+            if getattr(self, name, 0) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be below 0")
 
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,
@@ -108,7 +119,7 @@ def read_answered(path: Path) -> tuple[dict, list[Answered]]:
     try:
         header, *rows = read_jsonl(path)
         settings, digest = header["settings"], header["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"{path} is not a file of samples, or a broken one ({error!r})") from None
     if content_hash(settings, rows) != digest:
         raise SystemExit(f"{path} was changed after it was written: its SHA-256 is not the one in its "
@@ -200,24 +211,35 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
 def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path, limit: int,
                    num_samples: int, seed: int, label: str, temperature: float = 1.0) -> list[dict]:
     """Rows for dev and test: greedy, and on test also num_samples at a temperature if that is not 0."""
-    def answers(split: str, num_samples: int, temperature: float) -> list[Answered]:
-        return answer(model, tokenizer, options.problems(split, limit), options,
-                      num_samples=num_samples, temperature=temperature, seed=seed,
-                      label=f"{label} {split}")
+    weights = weights_hash(model)
 
-    greedy = {split: answers(split, 1, 0.0) for split in ("dev", "test")}
-    rows = [{"split": split, **summarize(greedy[split], options.task)} for split in greedy]
-    save_answered(folder / "eval_samples.jsonl", greedy["test"], options, split="test", num_samples=1,
-                  temperature=0.0, seed=seed, weights=weights_hash(model))
+    def answers(file: str, split: str, num_samples: int, temperature: float) -> list[Answered]:
+        settings = dict(num_samples=num_samples, temperature=temperature, seed=seed)
+        answered = answer(model, tokenizer, options.problems(split, limit), options, **settings,
+                          label=f"{label} {split}")
+        save_answered(folder / file, answered, options, split=split, weights=weights, **settings)
+        return answered
+
+    rows = [{"split": split, **summarize(answers(file, split, 1, 0.0), options.task)}
+            for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
     if num_samples:
-        rows[-1] |= summarize_samples(answers("test", num_samples, temperature), options.task)
+        sampled = answers("eval_sampled.jsonl", "test", num_samples, temperature)
+        rows[-1] |= summarize_samples(sampled, options.task)
     return rows
 
 
+def held_out(options: SampleOptions) -> list[data.Problem]:
+    """The dev and test questions that a driver will be measured on."""
+    return [p for split in ("dev", "test") for p in options.problems(split, options.eval_questions)]
+
+
 def self_check(options: SampleOptions, tokenizer, problems: list[data.Problem],
-               model_config: ModelConfig) -> None:
-    """What must hold before an hour is spent: prompts fit, have one BOS, and gold is graded right."""
-    prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
+               model_config: ModelConfig, others: Sequence[data.Problem] = ()) -> None:
+    """What must hold before an hour is spent: prompts fit, have one BOS, and gold is graded right.
+
+    others: problems that will only be asked.
+    """
+    prompts = [options.prompt_ids(tokenizer, problem) for problem in [*problems, *others]]
     golds = [(options.gold_ids(tokenizer, problem), problem.answer) for problem in problems]
     golds = [(gold, answer) for gold, answer in golds if gold]
     longest = max(map(len, prompts))
@@ -233,8 +255,8 @@ def self_check(options: SampleOptions, tokenizer, problems: list[data.Problem],
         print("check: this tokenizer has no BOS")
     else:
         one_bos = sum(prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
-        print(f"check: {one_bos} of {len(problems)} prompts have exactly one BOS")
-        if one_bos < len(problems):
+        print(f"check: {one_bos} of {len(prompts)} prompts have exactly one BOS")
+        if one_bos < len(prompts):
             raise SystemExit("the prompts have BOS in their text, or the tokenizer adds another")
     if not golds:
         print("check: these problems have no gold solutions")
@@ -242,7 +264,8 @@ def self_check(options: SampleOptions, tokenizer, problems: list[data.Problem],
     verdicts = judge([tokenizer.decode(gold) for gold, _ in golds], [answer for _, answer in golds],
                      options.task, options.marks)
     right = sum(verdict.verdict == "correct" for verdict in verdicts)
-    response_tokens, prompt_tokens = sum(len(gold) for gold, _ in golds), sum(map(len, prompts))
+    response_tokens = sum(len(gold) for gold, _ in golds)
+    prompt_tokens = sum(map(len, prompts[:len(problems)]))
     print(f"check: {right} of {len(golds)} gold solutions are graded correct\n"
           f"check: {response_tokens / (response_tokens + prompt_tokens):.0%} of the tokens of prompts "
           "with their gold solutions belong to the solutions")
@@ -270,6 +293,10 @@ class Config(SampleOptions):
         super().__post_init__()
         if not self.model and not self.rescore:
             raise ValueError("--model: give a model directory")
+        ignored = [f"--{field.name}" for field in dataclasses.fields(self)
+                   if field.name not in ("rescore", "run_dir") and getattr(self, field.name) != field.default]
+        if self.rescore and ignored:
+            raise ValueError(f"--rescore takes all settings from its file: leave {' '.join(ignored)} out")
         if self.num_samples < 1 or self.temperature < 0:
             raise ValueError(f"--num_samples {self.num_samples} --temperature {self.temperature}: at "
                              "least one sample, and no temperature below 0")
@@ -292,13 +319,20 @@ def rescore(path: Path) -> None:
             if a.verdict != b.verdict:
                 print(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, gold {old.gold}")
     print(f"{path}: {task}, answers marked as {marks}")
-    print_accuracy(summarize(after, task))
+    print_accuracy(after, task)
 
 
-def print_accuracy(summary: dict) -> None:
+def print_accuracy(answered: list[Answered], task: str) -> dict:
+    """Print and return what is counted on the samples."""
+    summary = summarize(answered, task)
     low, high = summary["ci95"]
     print(f"accuracy {summary['accuracy']:.1%}, 95 % interval {low:.1%} to {high:.1%}, "
           f"{summary['n']} questions")
+    if len(answered[0].samples) > 1:
+        summary |= summarize_samples(answered, task)
+        print(", ".join(f"{name} {value:.1%}" for name, value in summary.items()
+                        if re.fullmatch(r"(pass|maj)@\d+", name)))
+    return summary
 
 
 def main() -> None:
@@ -306,6 +340,7 @@ def main() -> None:
     if config.rescore:
         return rescore(Path(config.rescore))
     model, tokenizer = load_sampler(config.model), load_tokenizer(config.model)
+    config.compare(config.model)
     problems = config.problems(config.split, config.limit)
     self_check(config, tokenizer, problems, model.config)
     weights = weights_hash(model)
@@ -315,11 +350,7 @@ def main() -> None:
     save_answered(run / "eval_samples.jsonl", answered, config, split=config.split,
                   num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
                   weights=weights)
-    summary = summarize(answered, config.task)
-    if config.num_samples > 1:
-        summary |= summarize_samples(answered, config.task)
-    write_json(run / "eval.json", summary)
-    print_accuracy(summary)
+    write_json(run / "eval.json", print_accuracy(answered, config.task))
     print(f"all of it is in {run}")
 
 

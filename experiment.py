@@ -56,6 +56,8 @@ def default_run_dir(driver: str, flags: dict) -> str:
     asked = [name + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
              for name, value in flags.items()
              if name not in ("seed", "model", "path") and "/" not in str(value)]
+    if driver == "evaluate" and "model" in flags:
+        asked.append("_".join(Path(flags["model"]).parts[-2:]))
     return "runs/" + "-".join([driver, *asked, f"s{flags.get('seed', 0)}"])
 
 
@@ -64,6 +66,8 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) ->
     flag = f"--{field.name}"
     if kind is bool:
         parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None,
+                            help=argparse.SUPPRESS)
     elif typing.get_origin(kind) is tuple:
         parser.add_argument(flag, type=typing.get_args(kind)[0], nargs="+", help=text)
     else:
@@ -74,6 +78,8 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a script's main; Ctrl-C ends it with a sentence instead of a traceback."""
     try:
         main()
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:  # an optional package; the message says how to get it
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:

@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 import data
 from checkpoint import device, load_model, load_sampler, save_model, weights_hash
+from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, SampleOptions, answer, evaluate_model, load_answered, save_answered,
-                      self_check, summarize)
+from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out, load_answered,
+                      save_answered, self_check, summarize)
 from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
 from losses import dpo_loss, dpo_nll_loss, nll_loss
@@ -50,6 +51,7 @@ class Config(TrainOptions, SampleOptions):
     model: str = option("", "directory of M_0")
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order")
+    prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}")
     num_questions: int = option(0, "only the first so many training questions; 0: all")
     iterations: int = option(4, "T")
     # step 1
@@ -80,6 +82,7 @@ class Config(TrainOptions, SampleOptions):
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
         SampleOptions.__post_init__(self)
+        self.refuse_one_file()
         if not self.model:
             raise ValueError("--model: give the directory of M_0; `make base` makes the toy world's")
         if self.start_from and not Path(self.start_from).is_dir():
@@ -97,7 +100,7 @@ class Config(TrainOptions, SampleOptions):
                              "another the shorter second training would have other rates")
 
 
-TOY = dict(task="toy", num_questions=1000, num_samples=8, temperature=(1.0,), pairs_per_question=4,
+TOY = dict(task="toy", prompt="plain", num_questions=1000, num_samples=8, temperature=(1.0,), pairs_per_question=4,
            max_pairs=2000, select_every=0, lr=5e-5, lr_schedule="linear", warmup_steps=10, epochs=1,
            max_steps=0, max_new_tokens=96, eval_samples=8)
 SMOKE = TOY | dict(num_questions=40, num_samples=4, iterations=2, eval_questions=20)
@@ -149,7 +152,7 @@ def collect_pairs(answered: list[Answered], golds: dict[str, list[int]], config:
     """Steps 2 and 3 for all questions, and the counts that tell how much was there to learn from."""
     pairs, counts = [], []
     for question in answered:
-        gold = golds[question.id] if config.gold else None
+        gold = golds.get(question.id) if config.gold else None
         right, wrong = right_and_wrong(question, gold, config.dedupe)
         counts.append(sum(sample.right and sample.finished for sample in question.samples))
         pairs += [Pair(question.id, question.prompt_ids, chosen, rejected)
@@ -222,7 +225,7 @@ def chosen_loss(model: Llama, pairs: list[Pair]) -> dict[str, Tensor]:
 
 def gold_pairs(answered: list[Answered], golds: dict[str, list[int]], max_tokens: int) -> list[Pair]:
     """Every question with its gold solution as chosen, and nothing rejected: SFT on gold."""
-    pairs = [Pair(q.id, q.prompt_ids, golds[q.id], []) for q in answered]
+    pairs = [Pair(q.id, q.prompt_ids, golds[q.id], []) for q in answered if q.id in golds]
     return [pair for pair in pairs if pair.chosen_tokens <= max_tokens]
 
 
@@ -235,8 +238,8 @@ def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: 
             (chosen, rejected), _ = pair_logps(model, batch)
             totals["chosen"] += float(chosen.sum()) / len(pairs)
             totals["rejected"] += float(rejected.sum()) / len(pairs)
-            if golds:
-                logps, mask, _ = response_logps(model, [(p.prompt, golds[p.id]) for p in batch])
+            if known := [(p.prompt, golds[p.id]) for p in batch if p.id in golds]:
+                logps, mask, _ = response_logps(model, known)
                 totals["gold"] += float((logps * mask).sum()) / len(pairs)
     return totals
 
@@ -348,6 +351,7 @@ def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, d
     write_jsonl(folder / "train.jsonl", records)
     write_jsonl(folder / "probe.jsonl", probes)
     save_model(model, folder / "model", source=config.model)
+    config.remember(folder / "model")
 
 
 def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:
@@ -388,7 +392,7 @@ def main() -> None:
         raise SystemExit(f"{config.task} has no gold solutions: go without them, with --no-gold and "
                          "another method than sft_gold")
     model = load_model(config.model)
-    self_check(config, tokenizer, problems + dev, model.config)
+    self_check(config, tokenizer, problems + dev, model.config, held_out(config))
     run = open_run(config, config.run_dir, weights=weights_hash(model))
     num_parameters = sum(p.numel() for p in model.parameters())
     del model

@@ -161,6 +161,9 @@ def load_runs(paths: list[Path]) -> list[Run]:
             raise SystemExit(f"{path} has no evaluated model yet: wait for its iter0/eval.json")
     configs, runs = [read_json(path / "config.json") for path in paths], []
     for path, config in zip(paths, configs):
+        if "alpha" not in config:
+            raise SystemExit(f"{path} is no run of irpo.py: report_rft.py draws those of rft.py")
+    for path, config in zip(paths, configs):
         finished = (path / "results.json").exists()
         rows, log = load_rows(path), read_jsonl(path / "log.jsonl")
         models = [model_record(t, rows, log) for t in sorted({row["iteration"] for row in rows})]

@@ -276,9 +276,12 @@ _VALUE = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
 
 def equations(text: str) -> list[str]:
     """The contents of every <<...>>, spaces removed: RFT's key for a reasoning path."""
-    # Same matches as <<([^>]*)>>, but each << is scanned once: 50,000 of them take no time.
-    found = re.findall(r"<<([^>]*)(>?>?)", text)
-    return [content.replace(" ", "") for content, end in found if end == ">>"]
+    return [content.replace(" ", "") for content in _annotations(text)]
+
+
+def _annotations(text: str) -> list[str]:
+    """Same matches as <<([^>]*)>>, but each << is scanned once: 50,000 of them take no time."""
+    return [content for content, end in re.findall(r"<<([^>]*)(>?>?)", text) if end == ">>"]
 
 
 def equations_hold(text: str) -> bool:
@@ -287,11 +290,12 @@ def equations_hold(text: str) -> bool:
     As the authors' code: "=" must be there, the difference is below 1e-3 since right sides are
     rounded (10/3=3.333), and what follows a second "=" is not looked at.
     """
-    return all(_holds(equation) for equation in equations(text))
+    return all(_holds(equation) for equation in _annotations(text))
 
 
 def _holds(equation: str) -> bool:
-    left, *right = equation.split("=")
+    """Spaces count here, unlike in the key: 1 0=10 is no equation."""
+    left, *right = map(str.strip, equation.split("="))
     if not right or not _VALUE.fullmatch(right[0]) or len(right[0]) > MAX_EQUATION:
         return False
     value = arithmetic(left)

@@ -30,13 +30,14 @@ from statistics import fmean
 
 import data
 from checkpoint import device, load_model, load_sampler, save_model, weights_hash
+from data.prompts import gold_text
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, SampleOptions, answer, evaluate_model, load_answered, save_answered,
-                      self_check)
+from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out, read_answered,
+                      save_answered, self_check)
 from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
 from rewards import OWN_FORMAT, equations, equations_hold, grade
-from train import Example, TrainOptions, fit, num_steps, sft_loss
+from train import Example, TrainOptions, fit, fitting, num_steps, sft_loss
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 
@@ -75,6 +76,7 @@ class Config(TrainOptions, SampleOptions):
     def __post_init__(self) -> None:
         TrainOptions.__post_init__(self)
         SampleOptions.__post_init__(self)
+        self.refuse_one_file()
         if not self.model:
             raise ValueError("--model: give the directory of the base model; `make rft-base` makes the "
                              "toy world's")
@@ -97,29 +99,31 @@ PRESETS = {"toy": TOY, "smoke": SMOKE}
 
 # --- steps 3 and 4 --------------------------------------------------------------------------------
 
-def select_paths(samples: list[str], gold: str, dataset: str, *, equation_filter: bool = True,
-                 dedup: str = "equations", select: str = "levenshtein") -> list[int]:
+def select_paths(samples: list[str], gold: str, dataset: str, *, answer_format: str | None = None,
+                 equation_filter: bool = True, dedup: str = "equations",
+                 select: str = "levenshtein") -> list[int]:
     """Indices of the paths to keep, in the order kept (the paper's Algorithm 1, as its code has it).
 
     gold: the right answer, or a solution in the data set's own format.
     """
-    right = right_paths(samples, gold, dataset, equation_filter)
+    marks = answer_format or OWN_FORMAT[dataset]
+    right = right_paths(samples, gold, dataset, marks, equation_filter)
     return distinct_paths(samples, right, dedup, select)
 
 
-def right_paths(samples: list[str], gold: str, dataset: str, equation_filter: bool) -> list[int]:
+def right_paths(samples: list[str], gold: str, dataset: str, marks: str, equation_filter: bool) -> list[int]:
     """Step 3: indices of the samples with the right answer and with equations that hold."""
-    return [i for i, text in enumerate(samples) if is_right(text, gold, dataset)
+    return [i for i, text in enumerate(samples) if is_right(text, gold, dataset, marks)
             and (equations_hold(text) or not equation_filter)]
 
 
-def is_right(text: str, gold: str, dataset: str) -> bool:
-    """Where answers are marked by ####, the authors' rule, and rewards.grade elsewhere.
+def is_right(text: str, gold: str, dataset: str, marks: str) -> bool:
+    """The authors' rule for GSM8K's "#### 72" (and the toy world's), and rewards.grade elsewhere.
 
     They differ at the edges: "#### $72" has no answer by the authors' rule, and "#### 6/2" is 6.
     """
-    if OWN_FORMAT[dataset] != "hash":
-        return grade(text, gold, dataset).verdict == "correct"
+    if marks != "hash" or OWN_FORMAT[dataset] != "hash":
+        return grade(text, gold, dataset, marks).verdict == "correct"
     number, wanted = hash_number(text), hash_number(gold if "####" in gold else f"#### {gold}")
     return number is not None and number == wanted
 
@@ -197,8 +201,8 @@ def diversity(found: list[list[list[tuple[int, str]]]], golds: list[str], k: int
                  for model in keys]
     total = max(1, sum(map(len, distinct)))
     return {"correct_paths": fmean(correct), "distinct_paths": fmean(map(len, distinct)),
-            "distinct_paths_and_gold": fmean(len(found | {path_key(gold)})
-                                             for found, gold in zip(distinct, golds)),
+            "distinct_paths_and_gold": fmean(len(mine | {path_key(gold)})
+                                             for mine, gold in zip(distinct, golds)),
             "solved": sum(map(bool, correct)) / len(correct),
             "exclusive": [count / total for count in exclusive],
             # number of right paths -> questions that have so many
@@ -222,11 +226,13 @@ def gold_examples(config: Config, tokenizer, problems: list[data.Problem]) -> li
 def finetune(config: Config, start: str, examples: list[Example], folder: Path, label: str) -> None:
     """Steps 1 and 5: SFT, the loss on responses only."""
     model, started = load_model(start, device()), time.perf_counter()
+    examples = fitting(examples, model.config.max_length)
     mean_length = fmean(len(example.response) for example in examples)
     records = fit(model, examples, lambda model, batch: sft_loss(model, batch, 0.0, mean_length),
                   lambda example: example.tokens, config, derive_seed(config.seed, label), label)
     write_jsonl(folder / "train.jsonl", records)
     save_model(model, folder / "model", source=config.model)
+    config.remember(folder / "model")
     log(folder.parent, event=label, seconds=time.perf_counter() - started,
         tokens=sum(record["tokens"] for record in records))
 
@@ -243,12 +249,28 @@ def sample_step(config: Config, folder: Path, model_dir: Path, tokenizer, proble
         tokens=sum(len(s.ids) for q in answered for s in q.samples))
 
 
-def load_samples(folder: Path, problems: list[data.Problem], k: int) -> list[Answered]:
+def check_golds(config: Config, problems: list[data.Problem]) -> None:
+    """Step 3 must keep gold solutions; one that it drops is kept in D all the same."""
+    kept = sum(bool(right_paths([gold_text(p, config.marks)], p.answer, config.task, config.marks,
+                                config.equation_filter)) for p in problems)
+    print(f"check: {kept} of {len(problems)} gold solutions pass step 3")
+    if not kept:
+        raise SystemExit("step 3 would drop every path: the answer format does not fit this task")
+
+
+def load_samples(config: Config, folder: Path, problems: list[data.Problem]) -> list[Answered]:
     """The first k samples of each problem in a run's file, in the order of the problems."""
-    path = folder / "samples.jsonl"
+    path, k = folder / "samples.jsonl", config.num_samples
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: --pool takes runs of rft.py that have sampled")
-    questions = {question.id: question for question in load_answered(path)}
+    settings, answered = read_answered(path)
+    for name in ("task", "prompt", "chat", "marks"):
+        if settings[name] != getattr(config, name):
+            raise SystemExit(f"{path} was sampled with {name} {settings[name]!r}, not {getattr(config, name)!r}")
+    questions = {question.id: question for question in answered}
+    others = [p.id for p in problems if p.id in questions and questions[p.id].gold != p.answer]
+    if others:
+        raise SystemExit(f"{path} has another right answer to {others[0]}: it was made from other data")
     absent = [problem.id for problem in problems if problem.id not in questions]
     if absent:
         raise SystemExit(f"{path} has no samples of {len(absent)} of the questions, such as {absent[0]}: it "
@@ -268,9 +290,10 @@ def select_step(config: Config, folder: Path, files: list[list[Answered]], token
         pooled = [sample for file in files for sample in file[q].samples]
         # a path that was cut short has no end to learn
         texts = [sample.text if sample.finished else "" for sample in pooled]
-        right = right_paths(texts, problem.answer, config.task, config.equation_filter)
+        right = right_paths(texts, problem.answer, config.task, config.marks, config.equation_filter)
         for i in distinct_paths(texts, right, config.dedup, config.select):
-            ids = data.prompts.encode_solution(tokenizer, texts[i]) if config.pool else pooled[i].ids
+            ids = pooled[i].ids if not config.pool else data.prompts.encode_solution(
+                tokenizer, texts[i], config.prompt_text(problem))
             rows.append({"id": problem.id, "prompt": config.prompt_ids(tokenizer, problem),
                          "response": ids, "text": texts[i], "model": i // k})
         for m in range(len(files)):
@@ -278,6 +301,8 @@ def select_step(config: Config, folder: Path, files: list[list[Answered]], token
     golds = [problem.solution for problem in problems]
     figures = {"kept": len(rows), **diversity(found, golds, k), "over_k": [
         {"k": n, **diversity(found, golds, n)} for n in COUNTS if n <= k]}
+    if not rows:
+        print("warning: no path was kept, so step 5 trains on gold alone, as step 1")
     write_json(folder / "diversity.json", figures)
     write_jsonl(folder / "paths.jsonl", rows)
 
@@ -288,9 +313,11 @@ def main() -> None:
     if not all(problem.solution for problem in problems):
         raise SystemExit(f"{config.task} has no gold solutions, which step 1 trains on")
     rho = load_model(config.model)
-    self_check(config, tokenizer, problems, rho.config)
-    files = [load_samples(Path(pooled) / "iter1", problems, config.num_samples) for pooled in config.pool]
+    self_check(config, tokenizer, problems, rho.config, held_out(config))
+    check_golds(config, problems)
+    files = [load_samples(config, Path(pooled) / "iter1", problems) for pooled in config.pool]
     run = open_run(config, config.run_dir, weights=weights_hash(rho))
+    del rho
     gold = gold_examples(config, tokenizer, problems)
     sft, rft = run / "iter0", run / "iter1"
 
@@ -301,7 +328,7 @@ def main() -> None:
     if not config.pool and not (rft / "samples.jsonl").exists():
         sample_step(config, rft, sft / "model", tokenizer, problems)
     if not (rft / "paths.jsonl").exists():
-        files = files or [load_samples(rft, problems, config.num_samples)]
+        files = files or [load_samples(config, rft, problems)]
         select_step(config, rft, files, tokenizer, problems)
     if not (rft / "model").exists():
         paths = [Example(row["id"], row["prompt"], row["response"]) for row in read_jsonl(rft / "paths.jsonl")]
@@ -315,9 +342,9 @@ def main() -> None:
     evaluate(config, rft, tokenizer, 1)
 
     rows = read_json(sft / "eval.json") if (sft / "eval.json").exists() else []
-    rows += [training_row(rft), *read_json(rft / "eval.json")]
+    rows += [training_row(config, rft), *read_json(rft / "eval.json")]
     write_json(run / "results.json", rows)
-    print(f"{run / 'results.json'} is written; python report.py {run} draws it")
+    print(f"{run / 'results.json'} is written; python report_rft.py {run} draws it")
 
 
 def evaluate(config: Config, folder: Path, tokenizer, iteration: int) -> None:
@@ -333,10 +360,11 @@ def evaluate(config: Config, folder: Path, tokenizer, iteration: int) -> None:
     log(folder.parent, event=f"evaluate {name}", seconds=time.perf_counter() - started)
 
 
-def training_row(folder: Path) -> dict:
-    """What step 5 learned from, and for how many steps and tokens."""
-    records = read_jsonl(folder / "train.jsonl")
-    return {"name": "RFT", "iteration": 1, "split": "train", **read_json(folder / "diversity.json"),
+def training_row(config: Config, folder: Path) -> dict:
+    """What was found, what step 5 learned from beside gold, and for how many steps and tokens."""
+    records, figures = read_jsonl(folder / "train.jsonl"), read_json(folder / "diversity.json")
+    return {"name": "RFT", "iteration": 1, "split": "train", **figures,
+            "kept": 0 if config.steps_matched else figures["kept"],
             "steps": len(records), "tokens_trained": sum(record["tokens"] for record in records)}
 
 

@@ -191,8 +191,14 @@ def main() -> None:
     parser.add_argument("--num_samples", type=int, default=1, help="responses to each question")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same responses")
     args = parser.parse_args()
+    if args.temperature < 0 or not 0 < args.top_p <= 1 or args.top_k < 0:
+        parser.error("--temperature and --top_k must not be below 0, and --top_p in (0, 1]")
+    if args.max_new_tokens < 1 or args.num_samples < 1:
+        parser.error("--max_new_tokens and --num_samples must be at least 1")
     model, tokenizer = load_sampler(args.model), load_tokenizer(args.model)
-    print("Type a question; an empty line ends.", file=sys.stderr)
+    sys.stdin.reconfigure(errors="replace")
+    if sys.stdin.isatty():
+        print("Type a question; an empty line ends.")
     while question := read_question():
         prompt = encode_prompt(tokenizer, prompt_text(args.prompt, "", question, chat=args.chat))
         room = min(args.max_new_tokens, model.config.max_length - len(prompt))
@@ -208,11 +214,13 @@ def main() -> None:
 
 
 def read_question() -> str:
-    """A line from the user or a pipe; "" at its end."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
-        return ""
+    """A line that the user types; from a pipe, the next line that is not empty; "" at the end."""
+    if sys.stdin.isatty():
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return ""
+    return next((line.strip() for line in sys.stdin if line.strip()), "")
 
 
 if __name__ == "__main__":

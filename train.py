@@ -24,8 +24,8 @@ from tqdm import tqdm
 import data
 from checkpoint import device, load_model, save_model
 from data import toy
-from data.prompts import (ANSWER_FORMATS, CHATS, PROMPT_FORMATS, PROMPTS, encode_prompt,
-                          encode_solution, gold_text, needs_examples, prompt_text)
+from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_solution, gold_text,
+                          needs_examples, prompt_format, prompt_text)
 from data.tokenizer import load_tokenizer, train_tokenizer
 from experiment import (fingerprint, open_run, option, parse_config, read_json, run_script,
                         write_json, write_jsonl)
@@ -63,6 +63,9 @@ class TrainOptions:
             raise ValueError(f"--lr {self.lr}: must be above 0")
 
 
+ASKED, ASKED_BY = "asked.json", ("prompt", "chat", "answer_format")
+
+
 @dataclass(frozen=True)
 class TaskOptions:
     """What is asked and in which form; drivers inherit these fields."""
@@ -88,7 +91,13 @@ class TaskOptions:
     @property
     def marks(self) -> str:
         """The answer format that responses are graded by and gold solutions are written in."""
-        return self.answer_format or PROMPT_FORMATS.get(self.prompt) or OWN_FORMAT[self.task]
+        return self.answer_format or prompt_format(self.prompt, self.task) or OWN_FORMAT[self.task]
+
+    def refuse_one_file(self) -> None:
+        """For drivers that use several splits: one file for all would test on what was trained on."""
+        if Path(self.path).is_file():
+            raise ValueError(f"--path {self.path}: give the folder with the data set's files, since train, "
+                             "dev and test are different files")
 
     def problems(self, split: str, limit: int = 0) -> list[data.Problem]:
         """The first `limit` problems of a split; 0: all. An empty split is an error."""
@@ -114,7 +123,20 @@ class TaskOptions:
     def gold_ids(self, tokenizer, problem: data.Problem) -> list[int] | None:
         """The gold solution as a response of the model's own: in its answer format, ending in EOS."""
         text = gold_text(problem, self.marks)
-        return encode_solution(tokenizer, text) if text else None
+        return encode_solution(tokenizer, text, self.prompt_text(problem)) if text else None
+
+    def remember(self, directory: str | Path) -> None:
+        """Leave word in a model directory of how the model is asked."""
+        write_json(Path(directory) / ASKED, {name: getattr(self, name) for name in ASKED_BY})
+
+    def compare(self, directory: str | Path) -> None:
+        """Warn if a model was trained to be asked in another way."""
+        path = Path(directory) / ASKED
+        before = read_json(path) if path.is_file() else {}
+        other = [f"--{name} {before[name] or repr('')}" for name in ASKED_BY
+                 if name in before and before[name] != getattr(self, name)]
+        if other:
+            print(f"warning: {directory} was trained with {' '.join(other)}, and is asked otherwise here")
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # share of training done -> share of lr
@@ -279,6 +301,17 @@ class Example:
         return len(self.prompt) + len(self.response)
 
 
+def fitting(examples: list[Example], max_length: int) -> list[Example]:
+    """The examples that the model has positions for; says how many have to go."""
+    kept = [example for example in examples if example.tokens <= max_length]
+    if len(kept) < len(examples):
+        print(f"{len(examples) - len(kept):,} of {len(examples):,} examples exceed the model's {max_length} "
+              "positions and are left out")
+    if not kept:
+        raise SystemExit("no example is short enough for this model")
+    return kept
+
+
 def sft_loss(model: Llama, examples: list[Example], prompt_weight: float,
              mean_length: float) -> dict[str, Tensor]:
     """Negative log-likelihood in units of the mean response, so that all tokens of the data weigh alike."""
@@ -316,13 +349,15 @@ def main() -> None:
         raise SystemExit(f"{config.task} has no gold solutions in these files to learn from")
     examples = [Example(problem.id, config.prompt_ids(tokenizer, problem),
                         config.gold_ids(tokenizer, problem)) for problem in problems]
-    mean_length = fmean(len(example.response) for example in examples)
     model = load_model(start, device())
+    examples = fitting(examples, model.config.max_length)
+    mean_length = fmean(len(example.response) for example in examples)
     records = fit(model, examples,
                   lambda model, batch: sft_loss(model, batch, config.prompt_weight, mean_length),
                   lambda example: example.tokens, config, config.seed)
     write_jsonl(run / "train.jsonl", records)
     save_model(model, run / "model", source=start)
+    config.remember(run / "model")
     write_json(made_of_path, made_of)
     print(f"{run / 'model'}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on "
           f"{len(examples):,} documents in {len(records)} steps")

@@ -41,9 +41,11 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
     own_files = names["train" if held_out else split]
     files = [path] if path.is_file() else [path / name for name in own_files]
     problems = with_own_ids([problem for file in files for problem in read_problems(file, task)])
-    if task == "math" and not path.is_file():  # the two files mix the original 7,500 and 5,000
-        original = "test" if split == "test" else "train"
-        problems = [problem for problem in problems if problem.id.startswith(original + "/")]
+    if task == "math":  # prm800k's files mix the original 7,500 and 5,000
+        original = "test/" if split == "test" else "train/"
+        problems = [problem for problem in problems if problem.id.startswith(original)]
+        if not problems:
+            raise SystemExit(f"{files[0]} has no problem whose unique_id begins with {original}")
     if held_out:
         dev = held_out_questions(problems)
         if not dev:

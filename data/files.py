@@ -81,6 +81,10 @@ def records(text: str) -> Iterator[tuple[int, dict]]:
         line += text.count("\n", at, end)
         at = end
         skip(r"\s*,?\s*")
+    if is_array:
+        skip(r"\]\s*")
+        if at < len(text):
+            raise json.JSONDecodeError("more text behind the array", text, at)
 
 
 def read_record(row: dict, task: str, name: str) -> Problem:

@@ -31,7 +31,8 @@ TEMPLATES = {
     "reft": "Question:\n{question}\nAnswer reasoning:\n",
 }
 PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
-PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "reft": "trigger"}  # what a prompt asks for
+# What a prompt asks for. MATH's answers may have spaces, which end an answer behind ####.
+PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "rft-math": "boxed", "reft": "trigger"}
 CHATS = {"": "", "llama2": "[INST] {prompt} [/INST]"}  # of Llama-2-chat, without system message
 EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
 
@@ -54,6 +55,11 @@ def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Proble
                      for example in examples)
     text = template.format(question=question, examples=solved)
     return CHATS[chat].format(prompt=text.strip()) if chat else text
+
+
+def prompt_format(prompt: str, task: str) -> str | None:
+    """The answer format that a prompt asks for; None: it leaves it to the data set."""
+    return PROMPT_FORMATS.get(f"{prompt}-{task}", PROMPT_FORMATS.get(prompt))
 
 
 def needs_examples(prompt: str, task: str) -> bool:
@@ -80,6 +86,12 @@ def encode_prompt(tokenizer, text: str) -> list[int]:
     return [token for token in (tokenizer.bos_id,) if token is not None] + tokenizer.encode(text)
 
 
-def encode_solution(tokenizer, text: str) -> list[int]:
-    """The ids of a written solution as a response: its text, then EOS."""
+def encode_solution(tokenizer, text: str, prompt: str = "\n") -> list[int]:
+    """The ids of a written solution as the response to a prompt: its text, then EOS.
+
+    Behind "Solution:" a model says " So", and so must a solution. Sentencepiece begins every text so,
+    byte-level tokenizers (Llama 3, Qwen2) begin it as it is written.
+    """
+    if not tokenizer.begins_with_space and not prompt[-1:].isspace():
+        text = " " + text
     return [*tokenizer.encode(text), tokenizer.eos_id]

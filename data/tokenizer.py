@@ -1,6 +1,7 @@
 """Text <-> token ids: `tokenizer.model` with sentencepiece, `tokenizer.json` with tokenizers (optional).
 
-`encode` adds no special tokens and interprets none: "</s>" in a question is five characters of text.
+`encode` adds no special tokens and interprets none: "</s>" in a question is a few characters of text.
+(Tokens that a tokenizer.json adds without calling them special, as Qwen's <tool_call>, are its words.)
 BOS and EOS are added in one place, data/prompts.py.
 """
 import json
@@ -12,13 +13,10 @@ import sentencepiece
 
 class SentencePieceTokenizer:
     """A `tokenizer.model` file: Llama 1 and 2, CodeLlama, TinyLlama, Mistral, and this project's own."""
+    begins_with_space = True
 
     def __init__(self, path: Path) -> None:
-        try:
-            self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except RuntimeError as error:  # Llama 3 ships another format under this name
-            raise SystemExit(f"{path} is not a sentencepiece model ({error}): put the model's "
-                             "tokenizer.json there instead") from None
+        self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.bos_id: int | None = self.processor.bos_id()
         if self.bos_id < 0 or settings(path).get("add_bos_token") is False:
             self.bos_id = None
@@ -29,8 +27,8 @@ class SentencePieceTokenizer:
         return self.processor.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens."""
-        return self.processor.decode(ids)
+        """Text without special tokens, and without ids that only a padded embedding has."""
+        return self.processor.decode([token for token in ids if token < self.vocab_size])
 
 
 class JsonTokenizer:
@@ -42,7 +40,10 @@ class JsonTokenizer:
         except ImportError:
             raise SystemExit(f"{path} needs a package that is not installed: pip install tokenizers"
                              ) from None
-        self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the package raises no narrower one
+            raise SystemExit(f"{path} is not a whole tokenizer: {error}") from None
         self.tokenizer.encode_special_tokens = True  # those in a text are text
         self.tokenizer.no_truncation()
         self.vocab_size = self.tokenizer.get_vocab_size()
@@ -54,6 +55,8 @@ class JsonTokenizer:
             raise SystemExit(f"{path.with_name('tokenizer_config.json')} names no eos_token of {path.name} "
                              f"(eos_token is {eos!r}): copy that file from the model's source")
         self.bos_id = template[0] if template and template[0] != self.eos_id else None
+        first = self.tokenizer.encode("a", add_special_tokens=False).tokens[0]
+        self.begins_with_space = first.startswith(("▁", "Ġ"))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -66,15 +69,24 @@ class JsonTokenizer:
 def settings(path: Path) -> dict:
     """tokenizer_config.json beside a tokenizer's file, or {}."""
     config = path.with_name("tokenizer_config.json")
-    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    try:
+        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:
+        raise SystemExit(f"{config} cannot be read: {error}") from None
 
 
 def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokenizer:
     """The tokenizer of a model directory; `tokenizer.model` goes first where there are both files."""
-    for name, kind in (("tokenizer.model", SentencePieceTokenizer), ("tokenizer.json", JsonTokenizer)):
-        path = Path(directory) / name
-        if path.is_file():
-            return kind(path)
+    path, json_path = (Path(directory) / name for name in ("tokenizer.model", "tokenizer.json"))
+    if path.is_file():
+        try:
+            return SentencePieceTokenizer(path)
+        except RuntimeError as error:  # Llama 3 ships another format under this name
+            if not json_path.is_file():
+                raise SystemExit(f"{path} is not a sentencepiece model ({error}): put the model's "
+                                 "tokenizer.json beside it") from None
+    if json_path.is_file():
+        return JsonTokenizer(json_path)
     raise SystemExit(f"{directory} has no tokenizer.model and no tokenizer.json: give a directory with "
                      "config.json, weights and tokenizer, such as `make base` writes")
 

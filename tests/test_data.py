@@ -15,6 +15,9 @@ from data.files import FILES, read_problems, records
 from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES,
                           encode_prompt, encode_solution, gold_text, prompt_text)
 from data.tokenizer import JsonTokenizer, load_tokenizer, train_tokenizer
+import evaluate
+import irpo
+import rft
 from experiment import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
 from sample import generate, stream
@@ -105,6 +108,25 @@ def test_records_of_each_format():
     assert read({k: v for k, v in PROGRAM.items() if k != "answer_cot"}, "svamp").solution == ""
 
 
+def test_examples_are_never_test_problems(tmp_path):
+    """--path with the test file alone: its solved problems were shown in the prompts of the others."""
+    path = tmp_path / "test.jsonl"
+    write(path, [row | {"unique_id": row["unique_id"].replace("train/", "test/")} for row in numbered("math", 40)])
+    assert len(data.load_problems("math", "test", path)) == 40
+    with pytest.raises(SystemExit, match="train/"):
+        data.examples("math", str(path))
+
+
+def test_drivers_refuse_one_file_for_all_splits(tmp_path):
+    """Train, dev and test came from the same file, and accuracy was measured on what was trained on."""
+    write(tmp_path / "my.jsonl", numbered("gsm8k", 50))
+    flags = dict(model="m", task="gsm8k", path=str(tmp_path / "my.jsonl"))
+    for Config in (irpo.Config, rft.Config):
+        with pytest.raises(ValueError, match="folder"):
+            Config(**flags)
+    evaluate.Config(**flags)
+
+
 def test_math_is_split_by_unique_id(tmp_path):
     """prm800k's two files mix the original 7,500 and 5,000: trained on by file, 4,500 test problems
     would be in train."""
@@ -167,6 +189,7 @@ def test_records_count_lines_in_both_kinds_of_file():
     ('{"question": "q", "answer": "72"}', 1), ("[1]", 1), ("\n\n7", 3),
     ('{"question": 3, "answer": "#### 1"}', 1), ('{"question": " ", "answer": "#### 1"}', 1),
     ('{"question": "q", "answer": "####"}', 1), ('[{"question": "q", "answer": "#### 1"}', 1),
+    ('[{"question": "q", "answer": "#### 1"}]\n[]', 2),
     ('{"question": "q", "answer_value": null, "answer_cot": 5}', 1)])
 def test_a_bad_record_is_named(text, line, tmp_path):
     """File, line, fault, and what was expected, before any work starts."""
@@ -269,6 +292,7 @@ def test_a_prompt_brings_its_answer_format():
     assert TaskOptions(task="gsm8k").marks == "hash"
     assert TaskOptions(task="gsm8k", prompt="irpo").marks == "final_answer"
     assert TaskOptions(task="svamp").marks == "trigger"
+    assert TaskOptions(task="math", prompt="rft").marks == "boxed"
     assert TaskOptions(task="gsm8k", prompt="irpo", answer_format="boxed").marks == "boxed"
     assert set(PROMPT_FORMATS.values()) <= set(ANSWER_FORMATS)
 
@@ -320,6 +344,35 @@ def test_tokenizer_json(tmp_path, bos, eos):
     solution = encode_solution(tokenizer, text)
     assert solution[-1] == tokenizer.eos_id == 1 and solution.count(1) == 1 and solution.count(0) == 0
     assert max(solution) < tokenizer.vocab_size
+
+
+def test_a_written_solution_begins_like_a_spoken_one(tmp_path, sentencepiece_dir):
+    """Behind "Solution:" byte-level models say " So": gold without the space taught another beginning."""
+    tokenizer = load_tokenizer(json_dir(tmp_path, True, {"eos_token": "<|end|>"}))
+    spoken = tokenizer.encode(" So it")
+    assert encode_solution(tokenizer, "So it", "Solution:") == [*spoken, 1]
+    assert encode_solution(tokenizer, "So it", "reasoning:\n") == [*tokenizer.encode("So it"), 1]
+    other = load_tokenizer(sentencepiece_dir)
+    assert encode_solution(other, "So it", "Solution:") == encode_solution(other, "So it", "x\n")
+
+
+def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(tmp_path):
+    folder = json_dir(tmp_path, True, {"eos_token": "<|end|>"})
+    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert isinstance(load_tokenizer(folder), JsonTokenizer)
+    (folder / "tokenizer_config.json").write_text("{broken")
+    with pytest.raises(SystemExit, match="tokenizer_config.json"):
+        load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{broken")
+    with pytest.raises(SystemExit, match="tokenizer.json"):
+        load_tokenizer(folder)
+
+
+def test_ids_beyond_the_tokenizer_are_dropped(sentencepiece_dir):
+    """A padded embedding can be sampled from; the error came after all sampling and lost it."""
+    tokenizer = load_tokenizer(sentencepiece_dir)
+    ids = tokenizer.encode("pens")
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 3]) == "pens"
 
 
 def test_tokenizer_json_without_an_eos_is_refused(tmp_path):

@@ -2,6 +2,7 @@
 refuse."""
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -348,14 +349,52 @@ def test_rescoring_gives_the_same_number(base, tmp_path, small_world, capsys):
     assert f"{answered[0].id}: correct in the file" in capsys.readouterr().out
 
 
+def test_rescore_refuses_what_it_cannot_read_or_use(base, tmp_path, small_world, capsys):
+    (tmp_path / "x.jsonl").write_text("")
+    for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "x.jsonl"):
+        assert str(path) in refusal(capsys, evaluate, "--rescore", path)
+    assert "--answer_format" in refusal(capsys, evaluate, "--rescore", tmp_path / "x.jsonl",
+                                        "--answer_format", "boxed")
+
+
+def test_a_model_says_how_it_was_asked(base, tmp_path, small_world, capsys):
+    """rft.py's default prompt is not evaluate.py's: the same model was measured with another question."""
+    model = tmp_path / "m"
+    shutil.copytree(base, model)
+    train.TaskOptions(prompt="rft").remember(model)
+    flags = ["--model", model, "--limit", "2", "--max_new_tokens", "4", "--run_dir"]
+    call(evaluate, *flags, tmp_path / "a")
+    assert "was trained with --prompt rft" in capsys.readouterr().out
+    call(evaluate, *flags, tmp_path / "b", "--prompt", "rft")
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--limit", "-2"], ["--max_new_tokens", "0"], ["--batch_rows", "0"]])
+def test_numbers_that_make_no_sense_are_refused(flags, base, tmp_path, capsys):
+    assert flags[0] in refusal(capsys, evaluate, "--model", base, *flags, "--run_dir", tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags", [["--top_p", "0"], ["--temperature", "-1"], ["--num_samples", "0"],
+                                   ["--max_new_tokens", "0"]])
+def test_sample_refuses_numbers_that_make_no_sense(flags, base, capsys):
+    assert flags[0] in refusal(capsys, sample, "--model", base, *flags)
+
+
+def test_sample_reads_a_pipe(base):
+    """Blank lines and bytes that are no text do not end it, a reader who leaves is no error."""
+    question = b"Ben has 4 apples. How many apples does Ben have?\n"
+    command = [sys.executable, "sample.py", "--model", str(base), "--max_new_tokens", "8"]
+    piped = subprocess.run(command, input=question + b"\n\xff\xfe\n" + question, cwd=ROOT, capture_output=True)
+    assert piped.returncode == 0 and piped.stdout.count(b"\n") >= 3 and b"Traceback" not in piped.stderr
+
+
 def test_sample_answers_questions(base, monkeypatch, capsys):
     """Typed question in, response out, until an empty line."""
-    lines = iter(["Ben has 4 apples. How many apples does Ben have?", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(
+        b"Ben has 4 apples. How many apples does Ben have?\n\n")))
     call(sample, "--model", base, "--num_samples", "2", "--temperature", "1",
          "--max_new_tokens", "8")
     assert len(capsys.readouterr().out.splitlines()) >= 2
-    assert next(lines, None) is None
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,7 @@ def slow_select(samples: list[str], right: list[int]) -> list[int]:
     st.sampled_from(["", "a", "ab c", "abcdef", "fedcba"]), st.sampled_from(["10", "10.0", "9"])),
     max_size=12))
 def test_selection_is_algorithm_1(samples):
-    right = right_paths(samples, GOLD, "toy", True)
+    right = right_paths(samples, GOLD, "toy", "hash", True)
     assert right == [i for i, text in enumerate(samples) if "#### 9" not in text and "2+2" not in text]
     assert select_paths(samples, GOLD, "toy") == slow_select(samples, right)
 
@@ -110,10 +111,15 @@ def test_rows_of_the_paper_as_options():
     ("\0#### 72", False), ("#### 1.2.3", False), ("#### 72 clips", True), ("#### 7,2", True), ("", False)])
 def test_right_answers_by_the_authors_rule(text, right):
     """The first number behind `#### `, without its commas, as a float; nothing else is an answer."""
-    assert rft.is_right(text, "72", "gsm8k") == right == rft.is_right(text, "so\n#### 72", "gsm8k")
+    assert rft.is_right(text, "72", "gsm8k", "hash") == right
+    assert rft.is_right(text, "so\n#### 72", "gsm8k", "hash") == right
 
 
-def test_other_data_sets_go_by_their_grader():
+def test_other_formats_and_data_sets_go_by_their_grader():
+    """With --prompt reft no path of GSM8K was ever right: step 3 looked for ####, whatever was asked."""
+    final = ["So.\nFinal answer: 72", "So.\nFinal answer: 73"]
+    assert select_paths(final, "72", "gsm8k", answer_format="final_answer") == [0]
+    assert select_paths(["So.\n#### 8", "So.\n#### 9"], "8.0", "svamp", answer_format="hash") == [0]
     assert select_paths(["Therefore, the answer is: 4", "Therefore, the answer is: 5"], "4.0", "svamp") == [0]
 
 
@@ -201,6 +207,8 @@ def test_steps_matched_sees_gold_alone_for_as_many_steps(run, rho, tmp_path):
     call(rft, *SMALL, "--model", rho, "--pool", run, "--steps_matched", "--run_dir", tmp_path / "run")
     mine, theirs = (read_lines(r / "iter1" / "train.jsonl") for r in (tmp_path / "run", run))
     assert len(mine) == len(theirs) and mine[-1]["lr"] == theirs[-1]["lr"]
+    [row] = [r for r in json.loads((tmp_path / "run" / "results.json").read_text()) if r["split"] == "train"]
+    assert row["kept"] == 0 and row["distinct_paths"] > 0
     gold = {tokens for i in range(2) for tokens in [sum(row["tokens"] for row in mine[3 * i:3 * i + 3])]}
     assert len(gold) == 1  # each three steps of four are one pass over the ten gold solutions
     assert not (tmp_path / "run" / "iter0").exists()
@@ -255,9 +263,31 @@ def test_pools_that_do_not_fit_are_refused(run, rho, tmp_path, capsys):
     for flags, word in [(["--pool", tmp_path], "samples.jsonl does not exist"),
                         (["--pool", run, "--num_samples", "7"], "--num_samples 7"),
                         (["--pool", run, "--num_questions", "12"], "--num_questions"),
+                        (["--pool", run, "--chat", "llama2"], "was sampled with chat"),
                         (["--dedup", "all"], "--dedup"), (["--temperature", "0"], "--temperature"),
                         (["--train_fraction", "0"], "--train_fraction")]:
         assert word in refusal(capsys, rft, *SMALL, "--model", rho, *flags, "--run_dir", tmp_path / "run")
+
+
+def test_a_pool_of_other_data_is_refused(run, rho, tmp_path, capsys):
+    """Ids are row numbers, which every file of that name has: the right answers must agree, too."""
+    other = tmp_path / "other"
+    settings, answered = rft.read_answered(run / "iter1" / "samples.jsonl")
+    rft.save_answered(other / "iter1" / "samples.jsonl",
+                      [dataclasses.replace(q, gold="-3") for q in answered],
+                      rft.Config(model="m", **rft.TOY))
+    message = refusal(capsys, rft, *SMALL, "--model", rho, "--pool", other, "--run_dir", tmp_path / "run")
+    assert "another right answer" in message
+
+
+def test_examples_longer_than_the_model_are_left_out(run, rho, tmp_path, capsys):
+    """They ended in a traceback in the middle of training."""
+    config = json.loads((rho / "config.json").read_text())
+    model = tmp_path / "short"
+    shutil.copytree(rho, model)
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 110}))
+    call(rft, *SMALL, "--model", model, "--pool", run, "--max_new_tokens", "20", "--run_dir", tmp_path / "run")
+    assert "are left out" in capsys.readouterr().out
 
 
 def test_train_fraction_takes_a_share_and_sft_restarts_from_step_1(run, rho, tmp_path):
