@@ -14,8 +14,9 @@ PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINT
 TOY = $(PY) irpo.py --preset toy
 BASE = runs/base-s$(SEED)/model
 RFT = $(PY) rft.py --preset toy
+REFT = $(PY) reft.py --preset toy
 
-.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table eval smoke report clean
+.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval smoke report clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -74,7 +75,7 @@ endif
 
 ifneq ($(TASK)$(MODEL),toy)
 ifeq ($(TASK),toy)
-ifneq ($(filter irpo rft,$(MAKECMDGOALS)),)
+ifneq ($(filter irpo rft reft,$(MAKECMDGOALS)),)
 $(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own)
 endif
 else ifeq ($(MODEL),)
@@ -82,6 +83,18 @@ ifneq ($(filter eval,$(MAKECMDGOALS)),)
 $(error name a model directory: make eval TASK=$(TASK) MODEL=dir)
 endif
 endif
+endif
+
+ifneq ($(TASK),toy)
+reft: setup
+	$(PY) reft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make reft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/reft-$(TASK)-s$(SEED) $(ARGS)
+	$(PY) report_reft.py runs/reft-$(TASK)-s$(SEED)
+else ifneq ($(strip $(ARGS)),)
+reft: base
+	$(REFT) --model $(BASE) --seed $(SEED) $(ARGS)
+else
+reft: $(foreach cell,reft nokl sft offline_st,runs/reft/$(cell)/s$(SEED)/results.json)  ## ReFT on the toy world, with and without KL, beside SFT and offline self-training
+	$(PY) report_reft.py runs/reft --out runs/reft-report
 endif
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
@@ -186,3 +199,39 @@ rft-pool: setup runs/rft/pool/s$(SEED)/results.json  ## three small models of di
 
 rft-table: setup $(foreach cell,k50 $(RFT_CELLS),$(SEEDS:%=runs/rft/$(cell)/s%/results.json))  ## every row of RFT on the toy world, 3 seeds: make -j2 rft-table
 	$(PY) report_rft.py runs/rft --out results/rft
+
+# --- ReFT -----------------------------------------------------------------------------------------
+# runs/reft/reft/sSEED makes the warm-up model; the other cells of a seed start from copies of it.
+# $(call reft_run,folder,seed,flags,folder whose iter0 is shared)
+define reft_run
+runs/reft/$(1)/s$(2)/results.json: runs/base-s$(2)/model $(4:%=runs/reft/%/s$(2)/results.json)
+	mkdir -p runs/reft/$(1)/s$(2)
+	$(if $(4),cp -r runs/reft/$(4)/s$(2)/iter0 runs/reft/$(1)/s$(2)/)
+	$(ONE) $(REFT) --model runs/base-s$(2)/model --seed $(2) --run_dir runs/reft/$(1)/s$(2) $(3)
+endef
+# $(call rerank_run,method,seed): best of 8 test samples by a reward model that starts from the method's
+define rerank_run
+runs/reft/rerank-$(1)/s$(2)/results.json: runs/reft/$(1)/s$(2)/results.json runs/labelled-s$(2)/eval_samples.jsonl
+	$(ONE) $(PY) rerank.py --preset toy --model runs/reft/$(1)/s$(2)/iter1/model --labelled runs/labelled-s$(2)/eval_samples.jsonl --candidates runs/reft/$(1)/s$(2)/iter1/eval_sampled.jsonl --seed $(2) --run_dir runs/reft/rerank-$(1)/s$(2)
+endef
+runs/labelled-s%/eval_samples.jsonl: runs/reft/reft/s%/results.json
+	$(ONE) $(PY) evaluate.py --preset toy --model runs/reft/reft/s$*/iter0/model --split train --limit 1000 --num_samples 8 --temperature 1 --seed $* --run_dir runs/labelled-s$*
+
+REFT_CELLS = reft nokl sft offline_st online_st group nopartial separate letters rerank-reft rerank-sft
+define reft_of_seed
+$(call reft_run,reft,$(1),--eval_samples 8,)
+$(call reft_run,sft,$(1),--eval_samples 8 --method sft,reft)
+$(call reft_run,nokl,$(1),--kl_coef 0,reft)
+$(call reft_run,offline_st,$(1),--method offline_st,reft)
+$(call reft_run,online_st,$(1),--method online_st,reft)
+$(call reft_run,group,$(1),--advantage group --num_samples 4 --batch_size 32,reft)
+$(call reft_run,nopartial,$(1),--partial_reward 0,reft)
+$(call reft_run,separate,$(1),--critic separate,reft)
+$(call reft_run,letters,$(1),--num_choices 2,reft)
+$(call rerank_run,reft,$(1))
+$(call rerank_run,sft,$(1))
+endef
+$(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call reft_of_seed,$(seed))))
+
+reft-table: setup $(foreach cell,$(REFT_CELLS),$(SEEDS:%=runs/reft/$(cell)/s%/results.json))  ## every row of ReFT on the toy world, 3 seeds: make -j2 reft-table
+	$(PY) report_reft.py runs/reft --out results/reft

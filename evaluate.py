@@ -76,10 +76,11 @@ class SampleOptions(TaskOptions):
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,
            num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
-    """Sample num_samples responses to each problem and grade them."""
+    """Sample num_samples responses to each problem and grade them. Without a label, no bar is shown."""
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     start, total = time.perf_counter(), 0
-    with tqdm(total=len(prompts) * num_samples, desc=label, unit="sample", dynamic_ncols=True) as bar:
+    with tqdm(total=len(prompts) * num_samples, desc=label, unit="sample", dynamic_ncols=True,
+              disable=not label) as bar:
         def progress(responses: int, tokens: int) -> None:
             nonlocal total
             total += tokens

@@ -5,6 +5,7 @@ the batch: the training loop divides by the number of sequences in the whole bat
 of a micro-batch cannot change a gradient. Masks are bool or 0/1, True on response tokens. Nothing
 here writes to its arguments.
 """
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -47,3 +48,84 @@ def dpo_nll_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
     """
     nll = -chosen / chosen_length
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta) + alpha * nll
+
+
+def kl_shaped_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tensor,
+                      kl_coef: float) -> Tensor:
+    """(B,) scores, (B, T) log-probs of policy and reference -> (B, T) rewards, 0 where mask is off.
+
+    ReFT (arXiv 2401.08967) section 3, r_total = r - beta KL. The score goes to the last response
+    token, which is the EOS action where there is one. A token's KL is estimated by the log-ratio of
+    the token that was sampled, as the authors' code does: right on average, negative at times.
+    """
+    mask = mask.bool()
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    kl = torch.where(mask, logps - ref_logps, 0.0)
+    return scores[:, None] * last - kl_coef * kl
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
+        lam: float) -> tuple[Tensor, Tensor]:
+    """(B, T) x 3 -> advantages and returns (B, T), 0 where mask is off.
+
+    Generalized advantage estimation (arXiv 1506.02438) eq. 16: the sum of (gamma lam)^l delta_{t+l}
+    with delta_t = r_t + gamma V(s_{t+1}) - V(s_t); returns are advantages + values. V is 0 after the
+    last response token, for a response that was cut short of EOS too: nothing is bootstrapped.
+    """
+    rewards, values = rewards * mask, values * mask
+    next_values = F.pad(values[:, 1:], (0, 1))
+    deltas = rewards + gamma * next_values - values
+    running, sums = torch.zeros_like(values[:, 0]), []
+    for delta in deltas.flip(-1).unbind(-1):  # from the last token to the first
+        running = delta + gamma * lam * running
+        sums.append(running)
+    advantages = torch.stack(sums[::-1], -1) * mask
+    return advantages, advantages + values
+
+
+def whiten(x: Tensor, mask: Tensor, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
+    """(B, T), (B, T) -> (B, T) with mean 0 and variance 1 over the mask, 0 where it is off.
+
+    Over all tokens of the batch at once, so that a good response stays better than a bad one. Where
+    this is only a part of the batch, the whole batch's mean and (uncorrected) variance may be given.
+    """
+    if mean is None:
+        mean = (x * mask).sum() / mask.sum()
+    if var is None:
+        var = ((x - mean).square() * mask).sum() / mask.sum()
+    return (x - mean) * torch.rsqrt(var + 1e-8) * mask
+
+
+def group_normalized(scores: Tensor) -> Tensor:
+    """(Q, N) scores of N responses to Q questions -> (Q, N): (r - mean) / std over a question's own.
+
+    GRPO (arXiv 2402.03300) section 4.1.2, with uncorrected std; 0 where all N scores are equal.
+    """
+    centered = scores - scores.mean(-1, keepdim=True)
+    return centered * torch.rsqrt(centered.square().mean(-1, keepdim=True) + 1e-8)
+
+
+def leave_one_out(scores: Tensor) -> Tensor:
+    """(Q, N) -> (Q, N): score minus the mean of the question's other N - 1 (RLOO, arXiv 2402.14740)."""
+    N = scores.shape[-1]
+    return (scores - scores.mean(-1, keepdim=True)) * N / (N - 1)
+
+
+def ppo_policy_loss(logps: Tensor, old_logps: Tensor, advantages: Tensor, mask: Tensor,
+                    clip_range: float) -> Tensor:
+    """(B, T) x 4 -> (B,): PPO (arXiv 1707.06347) eq. 7, negated, as a mean over response tokens."""
+    ratio = ((logps - old_logps) * mask).exp()  # 1 where mask is off: nothing there can overflow
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return -masked_mean(torch.minimum(ratio * advantages, clipped * advantages), mask)
+
+
+def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor,
+                   clip_range: float) -> Tensor:
+    """(B, T) x 4 -> (B,): half the squared error of V, where V may not move far from its old value.
+
+    ReFT section 3, with the band around V - R as [-A - eps, -A + eps] (the first version of the paper
+    lost a sign): V is clipped to old V +- clip_range, and the larger of the two errors counts.
+    """
+    clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    errors = torch.maximum((values - returns).square(), (clipped - returns).square())
+    return 0.5 * masked_mean(errors, mask)

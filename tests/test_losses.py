@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from losses import dpo_loss, dpo_nll_loss, masked_mean, nll_loss, token_logps
+from losses import (dpo_loss, dpo_nll_loss, gae, group_normalized, kl_shaped_rewards, leave_one_out,
+                    masked_mean, nll_loss, ppo_policy_loss, ppo_value_loss, token_logps, whiten)
 
 SPANS = [(0, 3), (2, 9), (4, 5), (0, 9), (1, 8)]  # where each sequence's response lies
 
@@ -167,6 +168,223 @@ def test_dpo_nll_is_equation_1():
         assert float(got) == pytest.approx(expected)
 
 
+# --- PPO: rewards and advantages -----------------------------------------------------------------
+
+def noise(seed: int, scale: float = 1.0) -> Tensor:
+    """Float64 numbers (5, 9), junk included where the mask is off."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(5, 9, generator=generator, dtype=torch.float64)
+
+
+def slow_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """A_t = sum over l of (gamma lam)^l delta_{t+l}, as written, for one response."""
+    L = len(rewards)
+    V = [*values, 0.0]  # V(s_{L+1}) := 0
+    delta = [-V[t] + rewards[t] + gamma * V[t + 1] for t in range(L)]
+    return [sum((gamma * lam) ** k * delta[t + k] for k in range(L - t)) for t in range(L)]
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.05, 1.0])
+def test_rewards_are_the_score_at_the_end_and_the_kl_everywhere(kl_coef):
+    """A score on the place after EOS, on the last column of the padded batch, or on every token; a
+    KL with the wrong sign, or one that is charged for the prompt."""
+    logps, mask = ragged(20)
+    ref_logps, scores = ragged(21)[0], [1.0, 0.1, 0.0, 1.0, 0.1]
+    got = kl_shaped_rewards(torch.tensor(scores), logps, ref_logps, mask, kl_coef).tolist()
+    for row, (a, b) in enumerate(SPANS):
+        for t in range(9):
+            expected = -kl_coef * float(logps[row, t] - ref_logps[row, t]) if a <= t < b else 0.0
+            expected += scores[row] if t == b - 1 else 0.0
+            assert got[row][t] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 1.0), (0.9, 0.7), (0.0, 0.5)])
+def test_gae_is_equation_16(gamma, lam):
+    """A sum that leaks from one response's padding, or from a value after EOS, into the next."""
+    rewards, values, mask = noise(22), noise(23), ragged(0)[1]
+    advantages, returns = gae(rewards, values, mask, gamma, lam)
+    for row, (a, b) in enumerate(SPANS):
+        slow = slow_gae(rewards[row, a:b].tolist(), values[row, a:b].tolist(), gamma, lam)
+        expected = [0.0] * a + slow + [0.0] * (9 - b)
+        assert advantages[row].tolist() == pytest.approx(expected)
+        targets = [A + float(V) for A, V in zip(slow, values[row, a:b])]
+        assert returns[row].tolist() == pytest.approx([0.0] * a + targets + [0.0] * (9 - b))
+
+
+def test_gae_at_its_ends():
+    """lambda = 1 is the reward to go minus the value, lambda = 0 the one-step error."""
+    rewards, values, mask = noise(24), noise(25), ragged(0)[1]
+    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
+    to_go = (rewards * mask).flip(-1).cumsum(-1).flip(-1) * mask
+    torch.testing.assert_close(returns, to_go)
+    torch.testing.assert_close(advantages, to_go - values * mask)
+    one_step, _ = gae(rewards, values, mask, 1.0, 0.0)
+    for row, (_, b) in enumerate(SPANS):
+        assert float(one_step[row, b - 1]) == pytest.approx(float((rewards - values)[row, b - 1]))
+
+
+@pytest.mark.parametrize("padding", [2, 0], ids=["EOS", "truncated"])
+def test_value_targets_of_three_tokens_by_hand(padding):
+    """Score 1 on the third token, no KL, gamma 1, lambda 0.5, V = 0.2, 0.4, 0.6.
+
+    By hand: delta = 0.4 - 0.2, 0.6 - 0.4, 1 - 0.6; A_3 = 0.4, A_2 = 0.2 + 0.5 * 0.4 = 0.4,
+    A_1 = 0.2 + 0.5 * 0.4 = 0.4; targets A + V = 0.6, 0.8, 1. The same behind an EOS, with padding
+    whose V is junk, and for a response that was cut at the end of its row: V is 0 after both.
+    """
+    values = torch.tensor([[7.0, 0.2, 0.4, 0.6, *[-5.0] * padding]])
+    mask = torch.tensor([[0, 1, 1, 1, *[0] * padding]])
+    zeros = torch.zeros_like(values)
+    rewards = kl_shaped_rewards(torch.ones(1), zeros, zeros, mask, 0.05)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=0.5)
+    assert advantages[0].tolist() == pytest.approx([0, 0.4, 0.4, 0.4, *[0] * padding])
+    assert returns[0].tolist() == pytest.approx([0, 0.6, 0.8, 1.0, *[0] * padding])
+
+
+def test_whitening_is_over_all_tokens_of_the_batch():
+    """Mean 0 and variance 1 over the tokens under the mask, not per response (which would make a
+    bad response as good as a right one) and not with the padding."""
+    x, mask = 3 * noise(26) + 2, ragged(0)[1]
+    tokens = [float(x[row, t]) for row, (a, b) in enumerate(SPANS) for t in range(a, b)]
+    mean = sum(tokens) / len(tokens)
+    std = math.sqrt(sum((v - mean) ** 2 for v in tokens) / len(tokens))
+    got = whiten(x, mask)
+    for row, (a, b) in enumerate(SPANS):
+        for t in range(9):
+            expected = (float(x[row, t]) - mean) / std if a <= t < b else 0.0
+            assert float(got[row, t]) == pytest.approx(expected, abs=1e-6)
+
+
+def test_whitening_with_given_statistics_is_that_of_the_whole_batch():
+    """Each rank has a part of the batch, and all must use the same mean and variance."""
+    x, mask = noise(27), ragged(0)[1]
+    tokens = x[mask]
+    mean, var = tokens.mean(), tokens.var(correction=0)
+    parts = [whiten(x[rows], mask[rows], mean, var) for rows in (slice(0, 2), slice(2, 5))]
+    torch.testing.assert_close(torch.cat(parts), whiten(x, mask))
+    alone = torch.cat([whiten(x[rows], mask[rows]) for rows in (slice(0, 2), slice(2, 5))])
+    assert not torch.allclose(alone, whiten(x, mask), atol=0.01)
+
+
+def test_whitening_of_equal_numbers_is_zero():
+    """All responses right and no KL: nothing to learn, and no division by zero."""
+    mask = ragged(0)[1]
+    torch.testing.assert_close(whiten(torch.ones(5, 9), mask), torch.zeros(5, 9))
+
+
+def test_group_baselines():
+    """(r - mean) / std of a question's own samples, and r minus the mean of the others. Scores that
+    are all 0.1 have a rounding error for a standard deviation, which must not be divided by."""
+    scores = torch.tensor([[1.0, 0.0, 0.1, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 1.0]])
+    normalized, others = group_normalized(scores), leave_one_out(scores)
+    for row, values in enumerate(scores.tolist()):
+        mean = sum(values) / 4
+        std = math.sqrt(sum((v - mean) ** 2 for v in values) / 4)
+        for i, value in enumerate(values):
+            expected = (value - mean) / std if row != 1 else 0.0
+            assert float(normalized[row, i]) == pytest.approx(expected, abs=1e-3)
+            rest = (sum(values) - value) / 3
+            assert float(others[row, i]) == pytest.approx(value - rest, abs=1e-6)
+
+
+# --- PPO: losses ---------------------------------------------------------------------------------
+
+def ratio_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New and old log-probs whose ratios lie on both sides of the clip, advantages, mask."""
+    old_logps, mask = ragged(seed)
+    return old_logps + noise(seed + 1, 0.3), old_logps, noise(seed + 2), mask
+
+
+@pytest.mark.parametrize("clip_range", [0.05, 0.2])
+def test_policy_loss_is_equation_7(clip_range):
+    """min taken for max, a clip that holds gains back only or losses only, a mean over the batch's
+    tokens in place of each response's own."""
+    logps, old_logps, advantages, mask = ratio_inputs(30)
+    got = ppo_policy_loss(logps, old_logps, advantages, mask, clip_range)
+    sides = set()
+    for row, (a, b) in enumerate(SPANS):
+        total = 0.0
+        for t in range(a, b):
+            ratio, A = math.exp(logps[row, t] - old_logps[row, t]), float(advantages[row, t])
+            clipped = min(max(ratio, 1 - clip_range), 1 + clip_range)
+            total += min(ratio * A, clipped * A)
+            sides.add((A > 0, ratio > clipped, ratio < clipped))
+        assert float(got[row]) == pytest.approx(-total / (b - a))
+    assert len(sides) == 6  # the numbers reach every case: A of both signs, above, below, within
+
+
+def test_policy_gradient_stops_where_the_clip_says():
+    """No gradient for more of what is already 20 % likelier; but one for taking back too much."""
+    old = torch.zeros(1, 4)
+    logps = torch.tensor([[1.3, 0.7, 1.3, 0.7]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[1.0, -1.0, -1.0, 1.0]]), torch.ones(1, 4)
+    ppo_policy_loss(logps, old, advantages, mask, 0.2).sum().backward()
+    assert logps.grad[0].tolist() == pytest.approx([0.0, 0.0, 1.3 / 4, -0.7 / 4])
+
+
+def test_policy_gradient_at_ratio_1_is_reinforce():
+    """Before the first update the clip and the ratio do nothing: the gradient is that of the mean
+    of -A log pi."""
+    _, old_logps, advantages, mask = ratio_inputs(40)
+    logps, plain = (old_logps.clone().requires_grad_() for _ in range(2))
+    loss = ppo_policy_loss(logps, old_logps, advantages, mask, 0.2)
+    torch.testing.assert_close(loss, -masked_mean(advantages, mask))
+    loss.sum().backward()
+    masked_mean(-advantages * plain, mask).sum().backward()
+    torch.testing.assert_close(logps.grad, plain.grad)
+
+
+@pytest.mark.parametrize("clip_range", [0.1, 0.2, 10.0])
+def test_value_loss_is_the_larger_of_two_errors(clip_range):
+    """The paper's band around V - R, with its sign right: [-A - eps, -A + eps] for A = R - old V."""
+    values, old_values, returns, mask = noise(50), noise(51), noise(52), ragged(0)[1]
+    got = ppo_value_loss(values, old_values, returns, mask, clip_range)
+    for row, (a, b) in enumerate(SPANS):
+        total = 0.0
+        for t in range(a, b):
+            V, old, R = (float(x[row, t]) for x in (values, old_values, returns))
+            A = R - old
+            clipped = min(max(V - R, -A - clip_range), -A + clip_range)
+            total += 0.5 * max((V - R) ** 2, clipped ** 2)
+        assert float(got[row]) == pytest.approx(total / (b - a))
+
+
+def test_masked_places_have_no_say_and_get_no_gradient():
+    """Prompt and padding: whatever stands there, losses and gradients of the response stay, and
+    there is none for the rest. A ratio of e^800 is infinite, and 0 times that is no number."""
+    logps, old_logps, advantages, mask = ratio_inputs(60)
+    results = []
+    for junk in (0.0, 800.0):
+        x = [torch.where(mask, v, torch.full_like(v, junk)).requires_grad_()
+             for v in (logps, advantages, noise(63), noise(64))]
+        loss = (ppo_policy_loss(x[0], old_logps, x[1], mask, 0.2)
+                + ppo_value_loss(x[2], noise(65), x[3], mask, 0.2))
+        gradients = torch.autograd.grad(loss.sum(), x)
+        assert all(torch.equal(g[~mask], torch.zeros_like(g[~mask])) for g in gradients)
+        assert all((g[mask] != 0).any() for g in gradients)
+        rewards = kl_shaped_rewards(torch.ones(5), x[0], old_logps, mask, 0.1)
+        tokens = [rewards, *gae(x[1], x[2], mask, 1.0, 0.95), whiten(x[2], mask)]
+        results.append([loss, *gradients, *tokens])
+    for clean, other in zip(*results):
+        torch.testing.assert_close(clean, other)
+
+
+def test_padding_changes_nothing_in_ppo():
+    """A longer response in the batch makes the others' rows wider, on the right."""
+    logps, old_logps, advantages, mask = ratio_inputs(70)
+    wide = [torch.cat([x, torch.full((5, 3), 9.0)], 1) for x in (logps, old_logps, advantages)]
+    wide_mask = torch.cat([mask, torch.zeros(5, 3, dtype=torch.bool)], 1)
+
+    def everything(logps, old_logps, advantages, mask):
+        rewards = kl_shaped_rewards(torch.ones(5), logps, old_logps, mask, 0.1)
+        tokens = [rewards, *gae(rewards, advantages, mask, 1.0, 0.95), whiten(advantages, mask)]
+        return [*(x[:, :9] for x in tokens), ppo_policy_loss(logps, old_logps, advantages, mask, 0.2),
+                ppo_value_loss(logps, old_logps, advantages, mask, 0.2)]
+
+    for narrow, padded in zip(everything(logps, old_logps, advantages, mask),
+                              everything(*wide, wide_mask)):
+        torch.testing.assert_close(narrow, padded)
+
+
 # --- all -----------------------------------------------------------------------------------------
 
 def test_gradients_in_float64():
@@ -180,6 +398,10 @@ def test_gradients_in_float64():
     assert check(lambda *sums: dpo_loss(*sums, 0.3), (chosen, rejected, ref_chosen, ref_rejected))
     assert check(lambda *sums: dpo_nll_loss(*sums, lengths, 0.3, 0.7),
                  (chosen, rejected, ref_chosen, ref_rejected))
+    logps, old_logps, advantages, mask = ratio_inputs(80)
+    logps = logps.requires_grad_()
+    assert check(lambda x: ppo_policy_loss(x, old_logps, advantages, mask, 0.2), logps)
+    assert check(lambda x: ppo_value_loss(x, old_logps, advantages, mask, 0.2), logps)
 
 
 def test_inputs_are_unchanged():
@@ -188,10 +410,18 @@ def test_inputs_are_unchanged():
     logps, mask = ragged(10)
     sums, lengths = four_sums(11), torch.arange(1, 7)
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))
-    arguments = [logps, mask, *sums, lengths, logits, tokens]
+    rest, scores = [noise(seed) for seed in (90, 91, 92)], torch.rand(5, 3)
+    arguments = [logps, mask, *sums, lengths, logits, tokens, *rest, scores]
     before = [x.clone() for x in arguments]
     token_logps(logits, tokens)
     nll_loss(logps, mask)
     dpo_loss(*sums, 0.1)
     dpo_nll_loss(*sums, lengths, 0.1, 1.0)
+    kl_shaped_rewards(scores[:, 0], logps, rest[0], mask, 0.1)
+    gae(logps, rest[0], mask, 1.0, 0.95)
+    whiten(logps, mask)
+    group_normalized(scores)
+    leave_one_out(scores)
+    ppo_policy_loss(logps, *rest[:2], mask, 0.2)
+    ppo_value_loss(logps, *rest[:2], mask, 0.2)
     assert all(torch.equal(a, b) for a, b in zip(arguments, before))

@@ -1,0 +1,574 @@
+"""Reinforced Fine-Tuning (Luong et al. 2024, arXiv 2401.08967, section 3 and Algorithm 1).
+
+    pi_0 = the base model after a few epochs of SFT on gold solutions      (warm-up)
+    pi = pi_0, V = 0
+    for every batch of questions:
+        1. sample a response to each question from pi, at temperature 1
+        2. score it: 1 if its answer is right, 0.1 if it gives another one, 0 if it gives none
+        3. by one forward pass: log-probs under pi (the old ones) and values V of its tokens
+        4. rewards: the score on the last token (the EOS action), -beta (log pi - log pi_0) on each
+        5. advantages by GAE, then whitened over the whole batch; returns = advantages + values
+        6. U times: a step of Adam on the clipped policy loss + alpha * the clipped value loss
+    accuracy of pi: on dev along the way, on test for the record
+
+"lambda = 1, gamma = 0.95" in the paper is a swap of names: it calls lambda the discount of rewards. Its
+delta_t has gamma V(s_{t+1}), and a gamma of 0.95 would leave 0.95^100 = 0.6 % of the reward at the
+first of 100 tokens. The authors' code has gamma 1 and lambda 0.95, and so has this.
+Left out: picking the best checkpoint (the authors pick it on test). The last model is the result.
+
+    python reft.py --preset toy --model runs/base-s0/model --run_dir runs/reft-s0
+    python reft.py --preset toy --kl_coef 0 ...                         # an ablation is a flag
+    python reft.py --preset toy --num_samples 4 --advantage group ...   # GRPO's, without a critic
+    python reft.py --preset toy --method online_st ...                  # a baseline of the paper's
+    python reft.py --task gsm8k --model DIR --run_dir DIR
+"""
+import copy
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import data
+from checkpoint import device, load_model, load_sampler, save_model, weights_hash
+from data.prompts import PROMPTS
+from data.tokenizer import load_tokenizer
+from evaluate import (Sample, SampleOptions, answer, evaluate_model, held_out, read_answered,
+                      save_answered, self_check, summarize)
+from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
+                        run_script, write_json, write_jsonl)
+from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss,
+                    ppo_policy_loss, ppo_value_loss, token_logps, whiten)
+from model import Llama, pad
+from rewards import READ, read_number
+from train import (Example, TrainOptions, autocast, batch_at, fit, learning_rate, micro_batches,
+                   new_optimizer, num_steps, response_logps, sft_loss)
+
+NAMES = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
+
+
+@dataclass(frozen=True)
+class Config(TrainOptions, SampleOptions):
+    """Defaults are the paper's values for GSM8K and chains of thought in words."""
+    model: str = option("", "directory of the base model")
+    run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
+    seed: int = option(0, "of samples and batch order")
+    prompt: str = option("reft", f"prompt template: {', '.join(PROMPTS)}")
+    num_questions: int = option(0, "only the first so many training questions; 0: all")
+    method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and "
+                         "sampled paths that are right; online_st: NLL of each batch's right samples and "
+                         "gold")
+    # warm-up
+    warmup_epochs: int = option(2, "passes over the gold solutions; 0: --model is pi_0 itself")
+    sft_lr: float = option(1e-5, "peak learning rate of warm-up and offline_st: it rises over a tenth "
+                           "of the steps and falls linearly to 0")
+    sft_batch_size: int = option(48, "solutions of a step of warm-up and offline_st")
+    # steps 1 and 2
+    batch_size: int = option(32, "questions of a batch")
+    num_samples: int = option(1, "responses to each question of a batch")
+    temperature: float = option(1.0, "of the samples; nothing but 1 is possible")
+    max_new_tokens: int = option(400, "longest response (the paper: 700 with a question of up to 300)")
+    partial_reward: float = option(0.1, "score of a wrong answer where answers are numbers")
+    num_choices: int = option(0, "score numbers as multiple choice: right if equal to the right answer "
+                              "modulo so many (section 4.3 on reward hacking); 0: do not")
+    # steps 3 to 5
+    kl_coef: float = option(0.05, "beta, of the KL penalty (the paper: 0.01 for programs)")
+    advantage: str = option("gae", "gae; group: score normalised within a question's samples (GRPO); "
+                            "rloo: minus the mean of the others'; the last two have no critic")
+    gamma: float = option(1.0, "discount per token, of gae")
+    gae_lambda: float = option(0.95, "lambda of gae")
+    critic: str = option("shared", "V is a linear map on the policy's last hidden state (shared), or on "
+                         "that of a trained copy of it (separate)")
+    value_init: str = option("zero", "weights of that map: zero, or random as in the paper")
+    # step 6
+    ppo_epochs: int = option(2, "U, passes over a batch's responses")
+    mini_batch_size: int = option(0, "responses of an optimizer step; 0: the whole batch")
+    clip_range: float = option(0.2, "epsilon, of the ratio")
+    value_clip_range: float = option(0.2, "how far V may move from its old value")
+    vf_coef: float = option(5.0, "alpha, weight of the value loss")
+    lr: float = option(3e-7, "learning rate of AdamW (the paper's 125M model: 3e-6, batches of 256)")
+    warmup_steps: int = option(0, "batches over which lr rises to its value")
+    epochs: int = option(300, "passes over the questions")
+    max_steps: int = option(0, "stop after this many batches of questions; 0: only epochs count")
+    # sft and offline_st
+    offline_samples: int = option(100, "responses to each question")
+    offline_paths: int = option(10, "different right ones of them to keep, drawn at random")
+    sft_epochs: int = option(20, "passes over these and gold (from the authors' code), or over gold alone "
+                             "(the paper: 40)")
+    # evaluation and state
+    eval_every: int = option(230, "batches between measurements of dev accuracy; 0: at the end only")
+    save_every: int = option(50, "batches after which the state is saved, from which a run goes on")
+    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only")
+    eval_questions: int = option(0, "only the first so many dev and test questions; 0: all")
+
+    def __post_init__(self) -> None:
+        TrainOptions.__post_init__(self)
+        SampleOptions.__post_init__(self)
+        self.refuse_one_file()
+        if not self.model:
+            raise ValueError("--model: give a base model's directory; `make base` makes the toy world's")
+        for name, known in (("method", tuple(NAMES)), ("advantage", ("gae", "group", "rloo")),
+                            ("critic", ("shared", "separate")), ("value_init", ("zero", "random"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
+        if self.temperature != 1:
+            raise ValueError(f"--temperature {self.temperature}: the ratio and the KL are those of the "
+                             "distribution that was sampled, and so of temperature 1")
+        for name in ("num_samples", "ppo_epochs", "sft_batch_size", "offline_samples", "save_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        for name in ("warmup_epochs", "mini_batch_size", "kl_coef", "clip_range", "value_clip_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} {getattr(self, name)}: must not be below 0")
+        if self.num_choices and (self.num_choices < 2 or READ[self.task] is not read_number):
+            raise ValueError(f"--num_choices {self.num_choices}: at least 2, and only where answers are "
+                             "numbers")
+        if self.advantage != "gae" and self.num_samples < 2:
+            raise ValueError(f"--advantage {self.advantage} compares a question's samples with each "
+                             "other: give --num_samples 2 or more")
+        if self.method == "online_st" and self.mini_batch_size:
+            raise ValueError("--mini_batch_size: online_st trains on whole batches")
+
+    @property
+    def has_critic(self) -> bool:
+        return self.method == "reft" and self.advantage == "gae"
+
+
+TOY = dict(task="toy", prompt="plain", num_questions=1000, max_new_tokens=96, sft_lr=5e-5, batch_size=128, lr=3e-4,
+           max_steps=40, offline_samples=20, sft_epochs=2, eval_every=10, save_every=10)
+SMOKE = TOY | dict(num_questions=40, batch_size=16, max_steps=6, eval_every=3, offline_samples=8,
+                   eval_questions=20)
+PRESETS = {"toy": TOY, "smoke": SMOKE}
+
+
+@dataclass(frozen=True)
+class Rollout(Example):
+    """A sampled response, with what the checker says of it."""
+    finished: bool
+    verdict: str
+    score: float
+
+    @property
+    def right(self) -> bool:
+        return self.verdict == "correct"
+
+
+class Policy(nn.Module):
+    """A Llama with a linear map from its last hidden state to V(s_t): actor and critic in one."""
+
+    def __init__(self, model: Llama, config: Config) -> None:
+        super().__init__()
+        self.model = model
+        self.value_head = self.critic = None
+        if config.has_critic:
+            if config.critic == "separate":
+                self.critic = copy.deepcopy(model.model)
+            weight = model.lm_head.weight  # (V, D)
+            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device)
+            bound = weight.shape[1] ** -0.5 if config.value_init == "random" else 0.0
+            generator = torch.Generator(weight.device).manual_seed(config.seed)
+            for parameter in self.value_head.parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens (B, T) -> float32 logits (B, T, V) of the next token, V (B, T) of what is there so far."""
+        hidden = self.model.hidden(tokens)  # (B, T, D)
+        logits = self.model.lm_head(hidden).float()
+        if self.value_head is None:
+            return logits, torch.zeros_like(logits[..., 0])
+        if self.critic is not None:
+            hidden = self.critic(tokens, None)
+        with torch.autocast(tokens.device.type, enabled=False):
+            return logits, self.value_head(hidden.float()).squeeze(-1)
+
+
+# ---- steps 1 to 5: a batch of experience ---------------------------------------------------------
+
+def score(sample: Sample, gold: str, config: Config) -> float:
+    """Step 2. A response that was cut short of EOS is judged by its text, like any other.
+
+    A wrong letter earns nothing: any guess is one, so that 0.1 would be a constant.
+    """
+    if config.num_choices:
+        return float(letter(sample.answer, config.num_choices) == letter(gold, config.num_choices))
+    if sample.right:
+        return 1.0
+    numeric = READ[config.task] is read_number
+    return config.partial_reward if sample.verdict == "wrong" and numeric else 0.0
+
+
+def letter(answer: str | None, num_choices: int) -> int | None:
+    """Which of num_choices options an answer is, if options are numbers modulo num_choices."""
+    return int(answer) % num_choices if answer and re.fullmatch(r"-?\d+", answer) else None
+
+
+def roll_out(model: Llama, tokenizer, problems: list[data.Problem], config: Config,
+             step: int) -> list[Rollout]:
+    """Steps 1 and 2: num_samples responses to each problem, question by question."""
+    answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
+                      temperature=config.temperature, seed=derive_seed(config.seed, step, "rollout"),
+                      label="")
+    return [Rollout(q.id, q.prompt_ids, s.ids, s.finished, s.verdict,
+                    score(s, q.gold, config))
+            for q in answered for s in q.samples]
+
+
+def act(policy: Policy, rollouts: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
+    """One forward pass -> log-probs and values (B, T-1), logits (B, T-1, V).
+
+    Column t is about the action that makes token t + 1, as in train.response_logps, and about the
+    state in which it is taken, which is tokens 0 to t.
+    """
+    tokens, _ = pad([r.prompt + r.response for r in rollouts], policy.model.lm_head.weight.device)
+    logits, values = policy(tokens)
+    return token_logps(logits, tokens), values[:, :-1], logits[:, :-1]
+
+
+@torch.no_grad()
+def measure(policy: Policy, reference: Llama, rollouts: list[Rollout], batches: list[list[int]],
+            config: Config) -> dict[str, Tensor]:
+    """Step 3: what is known of each token, as name -> (B, T-1) with a row for every rollout.
+
+    The old log-probs are not the sampler's but those of the training forward, in its precision and on
+    the very micro-batches of step 6: so the ratios of the first update are 1 to the last bit.
+    """
+    names = ("logps", "values", "ref_logps", "mask", "entropy")
+    shape = len(rollouts), max(rollout.tokens for rollout in rollouts) - 1
+    table = {name: torch.zeros(shape, device=policy.model.lm_head.weight.device) for name in names}
+    for rows in batches:
+        batch = [rollouts[i] for i in rows]
+        with autocast(policy.model, config.precision):
+            logps, values, logits = act(policy, batch)
+            ref_logps, mask, _ = response_logps(reference, [(r.prompt, r.response) for r in batch])
+        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+        for name, x in zip(names, (logps, values, ref_logps, mask, entropy)):
+            table[name][rows, :x.shape[1]] = x.float()
+    return table
+
+
+def add_advantages(table: dict[str, Tensor], scores: Tensor, config: Config) -> dict[str, Tensor]:
+    """Steps 4 and 5: the table with advantages (B, T-1), and with returns if there is a critic.
+
+    Without one, a response's score is compared with those of the question's other samples, and every
+    token earns the same, less the KL that is still to come. The KL has no part in the comparison: where
+    all scores are equal, GRPO's division by their spread would blow up its noise.
+    """
+    mask = table["mask"]
+    shaped = partial(kl_shaped_rewards, logps=table["logps"], ref_logps=table["ref_logps"], mask=mask,
+                     kl_coef=config.kl_coef)
+    if config.has_critic:
+        advantages, returns = gae(shaped(scores), table["values"], mask, config.gamma,
+                                  config.gae_lambda)
+        return table | {"advantages": whiten(advantages, mask), "returns": returns}
+    compared = {"group": group_normalized, "rloo": leave_one_out}[config.advantage](
+        scores.view(-1, config.num_samples)).flatten()
+    to_go, _ = gae(shaped(compared), torch.zeros_like(mask), mask, gamma=1.0, lam=1.0)
+    return table | {"advantages": to_go}
+
+
+def diagnose(rollouts: list[Rollout], table: dict[str, Tensor]) -> dict[str, float]:
+    """What a batch of rollouts says about the run. KL and length per response, entropy per token."""
+    mask = table["mask"].bool()
+    log_ratio = torch.where(mask, table["logps"] - table["ref_logps"], 0.0)
+    record = {"reward": fmean(r.score for r in rollouts), "accuracy": fmean(r.right for r in rollouts),
+              "kl": float(log_ratio.sum(-1).mean()),  # k1, which the reward uses
+              "kl_k3": float(((-log_ratio).exp() - 1 + log_ratio).sum(-1).mean()),  # never below 0
+              "entropy": float(table["entropy"][mask].mean()),
+              "length": fmean(len(r.response) for r in rollouts),
+              "eos_rate": fmean(r.finished for r in rollouts)}
+    if "returns" in table:
+        returns, values = table["returns"][mask], table["values"][mask]
+        left = (returns - values).var(correction=0) / returns.var(correction=0).clamp(min=1e-8)
+        record["explained_variance"] = 1 - float(left)
+    return record
+
+
+def unhealthy(record: dict) -> dict[str, str]:
+    """What has left its healthy range, in words; the thresholds are rules of thumb."""
+    checks = {
+        "kl": (record["kl"] > 20,
+               "KL blow-up: responses are {kl:.1f} nats away from the warm-up model, healthy is below "
+               "20; raise --kl_coef or lower --lr"),
+        "reference": (record["step"] == 0 and record["kl_k3"] > 0.5,
+                      "KL of {kl_k3:.2f} nats before the first update, healthy is 0 (0.5 with rounding): "
+                      "the reference is not the model that is trained"),
+        "entropy": (record["entropy"] < 0.002,
+                    "entropy collapse: {entropy:.4f} nats per token, healthy is above 0.002; samples are "
+                    "all alike, and nothing new is found"),
+        "eos": (record["eos_rate"] < 0.5,
+                "only {eos_rate:.0%} of the responses end in EOS, healthy is above 50%; raise "
+                "--max_new_tokens or --warmup_epochs"),
+        "ratio": (record.get("first_ratio_error", 0.0) > 1e-3,
+                  "a ratio is off by {first_ratio_error:.1e} before the first update, healthy is below "
+                  "1e-3: old and new log-probs come from different computations")}
+    return {name: text.format(**record) for name, (bad, text) in checks.items() if bad}
+
+
+# ---- step 6 --------------------------------------------------------------------------------------
+
+def ppo_loss(policy: Policy, rows: list[int], rollouts: list[Rollout], table: dict[str, Tensor],
+             config: Config) -> dict[str, Tensor]:
+    """Per response (B,): the loss, and what else is logged."""
+    logps, values, _ = act(policy, [rollouts[i] for i in rows])  # (B, T-1)
+    old = {name: x[rows, :logps.shape[1]] for name, x in table.items()}
+    mask = old["mask"]
+    loss = ppo_policy_loss(logps, old["logps"], old["advantages"], mask, config.clip_range)
+    off = (((logps - old["logps"]) * mask).exp() - 1).detach()
+    measured = {"loss": loss, "policy_loss": loss, "ratio_max": off.amax(-1) + 1,
+                "ratio_error": off.abs().amax(-1),
+                "clip_fraction": masked_mean((off.abs() > config.clip_range).float(), mask)}
+    if policy.value_head is not None:
+        value_loss = ppo_value_loss(values, old["values"], old["returns"], mask,
+                                    config.value_clip_range)
+        measured |= {"value_loss": value_loss, "loss": loss + config.vf_coef * value_loss}
+    return measured
+
+
+def self_training_loss(policy: Policy, weighted: list[tuple[Example, float]]) -> dict[str, Tensor]:
+    """Online-ST in place of PPO: weight * NLL per response (B,)."""
+    logps, mask, _ = response_logps(policy.model, [(e.prompt, e.response) for e, _ in weighted])
+    nll = nll_loss(logps, mask)
+    return {"loss": nll * nll.new_tensor([weight for _, weight in weighted]), "nll": nll}
+
+
+def halves(right: list[Example], golds: list[Example]) -> list[tuple[Example, float]]:
+    """Half of the mean loss for the right samples together, half for gold; the first half may be empty."""
+    count = len(right) + len(golds)
+    return [(example, count / 2 / len(group)) for group in (right, golds) for example in group]
+
+
+def update(policy: Policy, optimizer: torch.optim.Optimizer, mini_batches: list[list[list]],
+           loss: Callable[[Policy, list], dict[str, Tensor]], config: Config) -> list[dict]:
+    """Step 6: ppo_epochs times an optimizer step per mini-batch; a record of means for each step.
+
+    A mini-batch is a list of micro-batches, whose gradients are summed and divided once.
+    """
+    records = []
+    for mini_batch in mini_batches * config.ppo_epochs:
+        size, values = sum(map(len, mini_batch)), {}
+        for micro_batch in mini_batch:
+            with autocast(policy.model, config.precision):
+                measured = loss(policy, micro_batch)
+            (measured["loss"].sum() / size).backward()
+            for name, x in measured.items():
+                values.setdefault(name, []).extend(x.detach().tolist())
+        record = {name: (max if name.startswith("ratio") else fmean)(x) for name, x in values.items()}
+        record["grad_norm"] = float(nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm))
+        if not math.isfinite(record["loss"] + record["grad_norm"]):
+            raise SystemExit(f"the loss is {record['loss']} and the gradient's norm "
+                             f"{record['grad_norm']}. Try a smaller --lr.")
+        optimizer.step()
+        optimizer.zero_grad()
+        records.append(record)
+    return records
+
+
+def cut(items: list, length: Callable, config: Config) -> list[list[list]]:
+    """Items as mini-batches (one, or of mini_batch_size), each of them as micro-batches."""
+    size = config.mini_batch_size or len(items)
+    return [micro_batches(items[i:i + size], length, config.micro_batch_tokens)
+            for i in range(0, len(items), size)]
+
+
+def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
+             rollouts: list[Rollout], golds: list[Example], config: Config, step: int) -> dict:
+    """Steps 3 to 6 on a batch of rollouts, and its record. Online-ST trains on right ones and gold."""
+    rows = list(range(len(rollouts)))
+    random.Random(f"{config.seed} {step}").shuffle(rows)
+    mini_batches = cut(rows, lambda row: rollouts[row].tokens, config)  # for all passes over them
+    table = measure(policy, reference, rollouts, sum(mini_batches, []), config)
+    if config.method == "reft":
+        scores = table["mask"].new_tensor([rollout.score for rollout in rollouts])
+        table = add_advantages(table, scores, config)
+        loss = partial(ppo_loss, rollouts=rollouts, table=table, config=config)
+        trained = rollouts
+    else:
+        weighted = halves([r for r in rollouts if r.right and r.finished], golds)
+        mini_batches = cut(weighted, lambda pair: pair[0].tokens, config)
+        loss, trained = self_training_loss, [example for example, _ in weighted]
+    record = {"step": step, **diagnose(rollouts, table)}
+    inner = update(policy, optimizer, mini_batches, loss, config)
+    for name in inner[0]:
+        record[name] = (max if name.startswith("ratio") else fmean)(r[name] for r in inner)
+    if "ratio_error" in record:
+        record["first_ratio_error"] = inner[0]["ratio_error"]
+    record["tokens_sampled"] = sum(len(rollout.response) for rollout in rollouts)
+    record["tokens"] = config.ppo_epochs * sum(example.tokens for example in trained)
+    return record
+
+
+# ---- the loop, and the stages around it ----------------------------------------------------------
+
+def save_state(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """What the next batches depend on, and how much of the record belongs to it; whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
+                    "record_bytes": path.with_name("train.jsonl").stat().st_size}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
+    """The step to go on at. Records of steps after the saved one are cut off: they come again."""
+    if not path.exists():
+        path.with_name("train.jsonl").write_bytes(b"")
+        return 0
+    state = torch.load(path, weights_only=True, map_location=device())
+    policy.load_state_dict(state["policy"])
+    optimizer.load_state_dict(state["optimizer"])
+    os.truncate(path.with_name("train.jsonl"), state["record_bytes"])
+    return state["step"]
+
+
+def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: list[data.Problem],
+              golds: dict[str, Example]) -> Llama:
+    """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
+    folder.mkdir(parents=True, exist_ok=True)
+    policy = Policy(load_model(start, device()), config)
+    reference = load_sampler(start)
+    optimizer = new_optimizer(policy, config)
+    dev = config.problems("dev", config.eval_questions)
+    first, steps = load_state(folder / "state.pt", policy, optimizer), num_steps(len(problems), config)
+    before: dict[str, str] = {}  # warnings of the last step, which are not shown again
+    bar = tqdm(range(first, steps), desc=config.method, unit="batch", initial=first, total=steps,
+               dynamic_ncols=True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config)
+        batch = [problems[i] for i in batch_at(step, len(problems), config.batch_size, config.seed)]
+        rollouts = roll_out(policy.model, tokenizer, batch, config, step)  # steps 1 and 2
+        record = train_on(policy, reference, optimizer, rollouts,  # steps 3 to 6
+                          [golds[p.id] for p in batch if p.id in golds], config, step)
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            answered = answer(policy.model, tokenizer, dev, config, num_samples=1, temperature=0.0,
+                              seed=0, label="")
+            record["dev"] = summarize(answered, config.task)
+            tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
+        record["warnings"] = unhealthy(record)
+        for name, text in record["warnings"].items():
+            if name not in before:
+                tqdm.write(f"warning at batch {step}: {text}")
+        before = record["warnings"]
+        with open(folder / "train.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            save_state(folder / "state.pt", step + 1, policy, optimizer)
+        bar.set_postfix_str(f"accuracy {record['accuracy']:.2f}, KL {record['kl']:.2f}", refresh=False)
+    return policy.model
+
+
+def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
+    """The base model after the paper's SFT: linear decay after a tenth of warm-up, all tokens alike."""
+    options = dataclasses.replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear",
+                                  batch_size=config.sft_batch_size, max_steps=0)
+    options = dataclasses.replace(options, warmup_steps=num_steps(len(examples), options) // 10)
+    mean_length = fmean(len(example.response) for example in examples)
+    model = load_model(config.model, device())
+    records = fit(model, examples, lambda model, batch: sft_loss(model, batch, 0.0, mean_length),
+                  attrgetter("tokens"), options, seed=derive_seed(config.seed, folder.name), label="SFT")
+    write_jsonl(folder / "train.jsonl", records)
+    return model
+
+
+def keep_paths(samples: list[Sample], count: int, seed: str) -> list[list[int]]:
+    """Offline-ST: `count` of a question's different right samples, at random."""
+    different = {sample.text: sample.ids for sample in samples if sample.right and sample.finished}
+    return random.Random(seed).sample(list(different.values()), min(count, len(different)))
+
+
+def offline_self_training(config: Config, folder: Path, start: str, tokenizer,
+                          problems: list[data.Problem], golds: dict[str, Example]) -> Llama:
+    """Offline-ST: pi_0, in the directory `start`, samples; the base is trained on the right ones and gold."""
+    answered = answer(load_sampler(start), tokenizer, problems, config,
+                      num_samples=config.offline_samples, temperature=config.temperature,
+                      seed=derive_seed(config.seed, "offline"), label="sample")
+    save_answered(folder / "samples.jsonl", answered, config, split="train",
+                  num_samples=config.offline_samples, temperature=config.temperature)
+    paths = [Example(q.id, q.prompt_ids, ids) for q in answered
+             for ids in keep_paths(q.samples, config.offline_paths, f"{config.seed} {q.id}")]
+    write_json(folder / "coverage.json", {
+        "questions": len(problems), "gold": len(golds), "paths": len(paths),
+        "tokens_sampled": sum(len(sample.ids) for q in answered for sample in q.samples)})
+    return sft(config, folder, [*golds.values(), *paths], config.sft_epochs)
+
+
+def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:
+    """Dev and test accuracy of pi_0 (t = 0) or pi (t = 1)."""
+    began, name = time.perf_counter(), NAMES[config.method] if t else "warm-up"
+    rows = evaluate_model(load_sampler(model_dir), tokenizer, config, folder, config.eval_questions,
+                          config.eval_samples, seed=config.seed, label=name)
+    if config.num_choices:
+        answered = read_answered(folder / "eval_samples.jsonl")[1]
+        rows[-1]["letter_accuracy"] = fmean(score(q.samples[0], q.gold, config) for q in answered)
+    write_json(folder / "eval.json", [{"name": name, "iteration": t, **row} for row in rows])
+    log(folder.parent, event="evaluate", iteration=t, seconds=time.perf_counter() - began)
+
+
+def training_row(config: Config, folder: Path) -> dict:
+    """Means over the last quarter of the steps that made pi, and the tokens that all of them took."""
+    records = read_jsonl(folder / "train.jsonl")
+    last_quarter = records[-max(1, len(records) // 4):]
+    means = {name: fmean(record[name] for record in last_quarter) for name, value in records[0].items()
+             if isinstance(value, float)}
+    coverage = (read_json(folder / "coverage.json") if config.method == "offline_st" else
+                {"tokens_sampled": sum(record.get("tokens_sampled", 0) for record in records)})
+    return {"name": NAMES[config.method], "iteration": 1, "split": "train", **means,
+            "steps": len(records), "tokens_trained": sum(record["tokens"] for record in records),
+            **coverage}
+
+
+def main() -> None:
+    config = parse_config(Config, PRESETS, __doc__)
+    tokenizer = load_tokenizer(config.model)
+    problems = config.problems("train", config.num_questions)
+    model = load_model(config.model)
+    max_tokens = model.config.max_length
+    self_check(config, tokenizer, problems, model.config, held_out(config))
+    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    del model
+    golds = {p.id: Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p))
+             for p in problems if p.solution}
+    golds = {id: example for id, example in golds.items() if example.tokens <= max_tokens}
+    print(f"{len(golds):,} of {len(problems):,} questions have a gold solution that fits the model")
+
+    pi_0, pi = run / "iter0", run / "iter1"  # the names under which report.py looks for models
+    start = str(pi_0 / "model") if config.warmup_epochs else config.model
+    if config.warmup_epochs and not (pi_0 / "model").exists():
+        model = sft(config, pi_0, list(golds.values()), config.warmup_epochs)
+        save_model(model, pi_0 / "model", source=config.model)
+        config.remember(pi_0 / "model")
+    if not (pi_0 / "eval.json").exists():
+        evaluate_step(config, pi_0, start, tokenizer, 0)
+    if not (pi / "model").exists():
+        began = time.perf_counter()
+        if config.method == "sft":
+            model = sft(config, pi, list(golds.values()), config.sft_epochs)
+        else:
+            train = offline_self_training if config.method == "offline_st" else reinforce
+            model = train(config, pi, start, tokenizer, problems, golds)
+        save_model(model, pi / "model", source=config.model)
+        config.remember(pi / "model")
+        log(run, event="train", iteration=1, seconds=time.perf_counter() - began)
+    if not (pi / "eval.json").exists():
+        evaluate_step(config, pi, str(pi / "model"), tokenizer, 1)
+    rows = [*read_json(pi_0 / "eval.json"), training_row(config, pi), *read_json(pi / "eval.json")]
+    write_json(run / "results.json", rows)
+    print(f"{run / 'results.json'} is written; python report_reft.py {run} draws it")
+
+
+if __name__ == "__main__":
+    run_script(main)
