@@ -69,7 +69,7 @@ else ifneq ($(strip $(ARGS)),)
 rft: runs/rft-base-s$(SEED)/model
 	$(RFT) --model $< --seed $(SEED) $(ARGS)
 else
-rft: $(foreach cell,k50 k6 k1 matched none,runs/rft/$(cell)/s$(SEED)/results.json)  ## RFT on the toy world: SFT, k = 1, 6 and 50, no dedup, step-matched SFT
+rft: $(foreach cell,k50 k6 k1 matched,runs/rft/$(cell)/s$(SEED)/results.json)  ## RFT on the toy world: SFT, k = 1, 6 and 50, and SFT for as many steps
 	$(PY) report_rft.py runs/rft --out runs/rft-report
 endif
 
