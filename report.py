@@ -172,11 +172,23 @@ def load_runs(paths: list[Path]) -> list[Run]:
 
 
 def run_card(run: Run) -> dict:
-    """command.txt as a dict (command, commit, torch, ...), and the minutes in the log."""
-    lines = (run.path / "command.txt").read_text(encoding="utf-8").splitlines()
+    """command.txt as a dict, and the minutes in the log."""
     minutes = sum(model["seconds"] for model in run.models) / 60
-    card = dict(line.split(maxsplit=1) for line in reversed(lines) if line)  # of the first start
-    return dict(reversed(card.items())) | {"minutes": round(minutes, 1)}
+    return command_card(run.path) | {"minutes": round(minutes, 1)}
+
+
+def command_card(path: Path) -> dict:
+    """What a run directory's command.txt says of its first start: command, commit, torch, machine."""
+    lines = (path / "command.txt").read_text(encoding="utf-8").splitlines()
+    card = dict(line.split(maxsplit=1) for line in reversed(lines) if line)
+    return dict(reversed(card.items()))
+
+
+def timed_card(path: Path) -> dict:
+    """command_card, and the minutes that the run's log adds up to."""
+    log = path / "log.jsonl"
+    seconds = sum(line["seconds"] for line in read_jsonl(log)) if log.exists() else 0.0
+    return command_card(path) | {"minutes": round(seconds / 60, 1)}
 
 
 # ---- tables

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from report import (COLORS, Table, estimate, mean_text, picture, plain, publish, read_json, read_jsonl,
-                    write)
+                    timed_card, write)
 
 CELLS = {  # folder -> row of the tables
     "reft": "ReFT", "nokl": "ReFT, no KL", "nopartial": "ReFT, no partial reward",
@@ -121,7 +121,9 @@ def main() -> None:
     models = {title: row for title, row in models.items() if row}
     tables = [accuracy_table(models), training_table(models)]
     out = args.out or args.runs
-    write(out / "reft.json", json.dumps(models, indent=1) + "\n")
+    cards = {f"{cell}/s{seed}": timed_card(run) for cell, by_seed in runs.items()
+             for seed, run in by_seed.items()}
+    write(out / "reft.json", json.dumps({"models": models, "runs": cards}, indent=1) + "\n")
     print("\n\n".join(map(plain, tables)), end="\n\n")
     pngs = {}
     for key, label in CURVES.items():

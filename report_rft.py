@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import fmean
 
 from report import (COLORS, MARKERS, Table, estimate, mean_text, picture, plain, publish, read_json,
-                    write)
+                    timed_card, write)
 
 CELLS = {  # folder -> row of the tables
     **{f"k{k}": f"RFT, k = {k}" for k in (1, 3, 6, 12, 25, 50, 100)}, "pool": "RFT, paths of 3 models, k = 50 each",
@@ -181,7 +181,11 @@ def main() -> None:
     if "pool" in cells:
         tables.append(pool_table(cells["pool"]))
     out = args.out or args.runs
-    write(out / "rft.json", json.dumps({"models": rows, "over_k": over_k}, indent=1) + "\n")
+    found = [args.runs] if (args.runs / "results.json").exists() else [
+        args.runs / cell / f"s{seed}" for cell in cells for seed in cells[cell]]
+    write(out / "rft.json", json.dumps({
+        "models": rows, "over_k": over_k,
+        "runs": {"/".join(run.parts[-2:]): timed_card(run) for run in found}}, indent=1) + "\n")
     print("\n\n".join(map(plain, tables)), end="\n\n")
     publish(out, "rft", [], tables, pictures(cells, main_cell, rows, over_k))
 

@@ -25,6 +25,8 @@ def write(root, cell: str, seed: int, rows: list[dict]) -> None:
     folder = root / cell / f"s{seed}"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps(rows))
+    (folder / "command.txt").write_text("command  python rft.py --seed 0\ncommit   abc1234\n")
+    (folder / "log.jsonl").write_text('{"event": "SFT", "seconds": 90.0}\n')
     (folder / "config.json").write_text(json.dumps({"num_samples": 6, "seed": seed}))
 
 
@@ -58,6 +60,8 @@ def test_three_seeds_give_means_and_student_intervals(tmp_path, report):
     assert line(text, "6")[:2] == ["3.00 ± 0.00", "0.60 ± 0.00"] and line(text, "6")[4] == "1.74"
     assert line(text, "model 1")[0].startswith("40.0%")
     assert record["models"]["RFT, k = 50"]["accuracy"]["values"] == {"0": 0.6, "1": 0.7, "2": 0.8}
+    assert record["runs"]["k50/s1"] == {"command": "python rft.py --seed 0", "commit": "abc1234",
+                                        "minutes": 1.5}
     for name in ("accuracy.png", "paths.png", "solved.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
