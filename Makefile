@@ -220,7 +220,7 @@ runs/labelled-s%/eval_samples.jsonl: runs/reft/reft/s%/results.json
 REFT_CELLS = reft nokl sft offline_st online_st group nopartial separate letters rerank-reft rerank-sft
 define reft_of_seed
 $(call reft_run,reft,$(1),--eval_samples 8,)
-$(call reft_run,sft,$(1),--eval_samples 8 --method sft,reft)
+$(call reft_run,sft,$(1),--eval_samples 8 --method sft --sft_epochs 10,reft)
 $(call reft_run,nokl,$(1),--kl_coef 0,reft)
 $(call reft_run,offline_st,$(1),--method offline_st,reft)
 $(call reft_run,online_st,$(1),--method online_st,reft)
