@@ -126,7 +126,15 @@ class Config(TrainOptions, SampleOptions):
         if self.temperature != 1:
             raise ValueError(f"--temperature {self.temperature}: the ratio and the KL are those of the "
                              "distribution that was sampled, and so of temperature 1")
-        for name in ("num_samples", "ppo_epochs", "sft_batch_size", "offline_samples", "save_every"):
+        for name, low, high in (("sft_lr", 0, 1), ("vf_coef", 0, 1e6), ("gamma", 0, 1), ("gae_lambda", 0, 1),
+                                ("kl_coef", 0, 1e6), ("clip_range", 0, 1e6), ("value_clip_range", 0, 1e6)):
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be from {low} to {high:g}")
+        if self.critic == "separate" and not self.has_critic or self.num_choices and self.method != "reft":
+            raise ValueError("--critic separate and --num_choices are for --method reft, the first with "
+                             "--advantage gae")
+        for name in ("num_samples", "ppo_epochs", "sft_batch_size", "sft_epochs", "offline_samples",
+                     "offline_paths", "save_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("warmup_epochs", "mini_batch_size", "kl_coef", "clip_range", "value_clip_range"):
@@ -202,7 +210,8 @@ def score(sample: Sample, gold: str, config: Config) -> float:
     A wrong letter earns nothing: any guess is one, so that 0.1 would be a constant.
     """
     if config.num_choices:
-        return float(letter(sample.answer, config.num_choices) == letter(gold, config.num_choices))
+        chosen = letter(sample.answer, config.num_choices)
+        return float(chosen is not None and chosen == letter(read_number(gold), config.num_choices))
     if sample.right:
         return 1.0
     numeric = READ[config.task] is read_number
@@ -210,7 +219,7 @@ def score(sample: Sample, gold: str, config: Config) -> float:
 
 
 def letter(answer: str | None, num_choices: int) -> int | None:
-    """Which of num_choices options an answer is, if options are numbers modulo num_choices."""
+    """Which of num_choices options a canonical answer is, if options are numbers modulo num_choices."""
     return int(answer) % num_choices if answer and re.fullmatch(r"-?\d+", answer) else None
 
 
@@ -396,11 +405,11 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
         trained = rollouts
     else:
         weighted = halves([r for r in rollouts if r.right and r.finished], golds)
-        mini_batches = cut(weighted, lambda pair: pair[0].tokens, config)
+        mini_batches = cut(weighted, lambda pair: pair[0].tokens, config) if weighted else []
         loss, trained = self_training_loss, [example for example, _ in weighted]
     record = {"step": step, **diagnose(rollouts, table)}
     inner = update(policy, optimizer, mini_batches, loss, config)
-    for name in inner[0]:
+    for name in inner[0] if inner else ():
         record[name] = (max if name.startswith("ratio") else fmean)(r[name] for r in inner)
     if "ratio_error" in record:
         record["first_ratio_error"] = inner[0]["ratio_error"]
@@ -465,6 +474,8 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
         before = record["warnings"]
         with open(folder / "train.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # before a state that says how much of it counts
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             save_state(folder / "state.pt", step + 1, policy, optimizer)
         bar.set_postfix_str(f"accuracy {record['accuracy']:.2f}, KL {record['kl']:.2f}", refresh=False)
@@ -493,11 +504,14 @@ def keep_paths(samples: list[Sample], count: int, seed: str) -> list[list[int]]:
 def offline_self_training(config: Config, folder: Path, start: str, tokenizer,
                           problems: list[data.Problem], golds: dict[str, Example]) -> Llama:
     """Offline-ST: pi_0, in the directory `start`, samples; the base is trained on the right ones and gold."""
-    answered = answer(load_sampler(start), tokenizer, problems, config,
-                      num_samples=config.offline_samples, temperature=config.temperature,
-                      seed=derive_seed(config.seed, "offline"), label="sample")
-    save_answered(folder / "samples.jsonl", answered, config, split="train",
-                  num_samples=config.offline_samples, temperature=config.temperature)
+    path = folder / "samples.jsonl"
+    if not path.exists():
+        answered = answer(load_sampler(start), tokenizer, problems, config,
+                          num_samples=config.offline_samples, temperature=config.temperature,
+                          seed=derive_seed(config.seed, "offline"), label="sample")
+        save_answered(path, answered, config, split="train", num_samples=config.offline_samples,
+                      temperature=config.temperature)
+    answered = read_answered(path)[1]
     paths = [Example(q.id, q.prompt_ids, ids) for q in answered
              for ids in keep_paths(q.samples, config.offline_paths, f"{config.seed} {q.id}")]
     write_json(folder / "coverage.json", {
@@ -522,8 +536,8 @@ def training_row(config: Config, folder: Path) -> dict:
     """Means over the last quarter of the steps that made pi, and the tokens that all of them took."""
     records = read_jsonl(folder / "train.jsonl")
     last_quarter = records[-max(1, len(records) // 4):]
-    means = {name: fmean(record[name] for record in last_quarter) for name, value in records[0].items()
-             if isinstance(value, float)}
+    means = {name: (max if name.startswith("ratio") else fmean)(record[name] for record in last_quarter)
+             for name, value in records[0].items() if isinstance(value, float)}
     coverage = (read_json(folder / "coverage.json") if config.method == "offline_st" else
                 {"tokens_sampled": sum(record.get("tokens_sampled", 0) for record in records)})
     return {"name": NAMES[config.method], "iteration": 1, "split": "train", **means,
@@ -538,6 +552,9 @@ def main() -> None:
     model = load_model(config.model)
     max_tokens = model.config.max_length
     self_check(config, tokenizer, problems, model.config, held_out(config))
+    if not any(p.solution for p in problems) and (config.warmup_epochs or config.method != "reft"):
+        raise SystemExit(f"{config.task} has no gold solutions: give a warmed-up model as --model with "
+                         "--warmup_epochs 0 and --method reft")
     run = open_run(config, config.run_dir, weights=weights_hash(model))
     del model
     golds = {p.id: Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p))
@@ -550,6 +567,7 @@ def main() -> None:
     if config.warmup_epochs and not (pi_0 / "model").exists():
         model = sft(config, pi_0, list(golds.values()), config.warmup_epochs)
         save_model(model, pi_0 / "model", source=config.model)
+    if config.warmup_epochs:
         config.remember(pi_0 / "model")
     if not (pi_0 / "eval.json").exists():
         evaluate_step(config, pi_0, start, tokenizer, 0)
@@ -561,8 +579,8 @@ def main() -> None:
             train = offline_self_training if config.method == "offline_st" else reinforce
             model = train(config, pi, start, tokenizer, problems, golds)
         save_model(model, pi / "model", source=config.model)
-        config.remember(pi / "model")
         log(run, event="train", iteration=1, seconds=time.perf_counter() - began)
+    config.remember(pi / "model")
     if not (pi / "eval.json").exists():
         evaluate_step(config, pi, str(pi / "model"), tokenizer, 1)
     rows = [*read_json(pi_0 / "eval.json"), training_row(config, pi), *read_json(pi / "eval.json")]

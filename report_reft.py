@@ -21,15 +21,17 @@ CELLS = {  # folder -> row of the tables
 TRAINED = {"reward": ".2f", "accuracy": ".1%", "kl": ".2f", "kl_k3": ".2f", "entropy": ".3f",
            "length": ".1f", "eos_rate": ".1%", "explained_variance": ".2f", "ratio_max": ".2f",
            "clip_fraction": ".1%", "grad_norm": ".2f"}  # of the rollouts, last quarter of the steps
-CURVES = {"reward": "reward of the rollouts", "kl": "KL per response, nats", "entropy": "entropy per token, nats",
-          "dev": "dev accuracy"}
+CURVES = {  # measure of a batch -> title of its picture
+    "dev": "dev accuracy", "reward": "reward of the rollouts", "accuracy": "accuracy of the rollouts",
+    "kl": "KL per response, nats", "entropy": "entropy per token, nats", "length": "response length, tokens",
+    "eos_rate": "responses that end in EOS", "ratio_max": "largest ratio", "clip_fraction": "clipped tokens",
+    "explained_variance": "explained variance of V", "value_loss": "value loss", "grad_norm": "gradient norm"}
 
 
 def load_runs(root: Path) -> dict[str, dict[int, Path]]:
-    """Cell -> seed -> directory of a finished run; one run alone is the cell of its method."""
+    """Cell -> seed -> directory of a finished run; one run alone is a cell of its own name."""
     if (root / "results.json").exists():
-        config = read_json(root / "config.json")
-        return {config["method"]: {config["seed"]: root}}
+        return {root.name: {read_json(root / "config.json")["seed"]: root}}
     runs: dict = {}
     for file in sorted(root.glob("*/s[0-9]*/results.json")):
         runs.setdefault(file.parent.parent.name, {})[int(file.parent.name[1:])] = file.parent
@@ -57,6 +59,28 @@ def summarize(rows_of: dict[int, list[dict]], wanted) -> dict:
     return summary | ({"ci95": first["ci95"]} if len(found) == 1 and "ci95" in first else {})
 
 
+def letter_accuracy(run: Path, t: int, num_choices: int) -> float:
+    """Of greedy test answers: how many equal the right one modulo num_choices."""
+    rows = [row for row in read_jsonl(run / f"iter{t}" / "eval_samples.jsonl") if "id" in row]
+    answers = [(row["samples"][0]["answer"], row["gold"]) for row in rows]
+    return fmean(bool(answer) and re.fullmatch(r"-?\d+", answer) is not None
+                 and int(answer) % num_choices == int(gold) % num_choices for answer, gold in answers)
+
+
+def warnings(runs: dict[str, dict[int, Path]]) -> list[str]:
+    """A line for each run that left a healthy range, with the number of batches."""
+    lines = []
+    for cell, by_seed in runs.items():
+        for seed, run in by_seed.items():
+            path = run / "iter1" / "train.jsonl"
+            found = [name for record in (read_jsonl(path) if path.exists() else [])
+                     for name in record.get("warnings", ())]
+            if found:
+                counts = ", ".join(f"{name} at {found.count(name)} batches" for name in dict.fromkeys(found))
+                lines.append(f"Warnings of {cell}/s{seed}: {counts}.")
+    return lines
+
+
 def accuracy_table(models: dict[str, dict]) -> Table:
     votes = sorted({key for row in models.values() for key in row if re.fullmatch(r"maj@\d+|letter_\w+", key)})
     specs = {"accuracy": ".1%", "pass@1": ".1%", **dict.fromkeys(votes, ".1%"), "dev_accuracy": ".1%"}
@@ -66,8 +90,8 @@ def accuracy_table(models: dict[str, dict]) -> Table:
         if "ci95" in row:
             texts["accuracy"] += " ({:.1%} to {:.1%})".format(*row["ci95"])
         lines.append([title, *texts.values(), str(row["accuracy"]["n"])])
-    return Table("Test accuracy", "Greedy; mean ± half of its 95% interval over n seeds (Student t), or "
-                 "the Wilson interval of one. pass@1 and maj@k: samples at T = 1.",
+    return Table("Test accuracy", "Greedy, or the best of k samples; mean ± half of its 95% interval over "
+                 "n seeds (Student t), or the Wilson interval of one. pass@1 and maj@k: samples at T = 1.",
                  ["model", *(key.replace("_", " ") for key in specs), "n"], lines)
 
 
@@ -110,14 +134,23 @@ def main() -> None:
     runs = load_runs(args.runs)
     rows = {cell: {seed: read_json(run / "results.json") for seed, run in by_seed.items()}
             for cell, by_seed in runs.items()}
-    models = {}
+    warmed = {seed: found for rows_of in rows.values() for seed, found in rows_of.items()
+              if any(row.get("iteration") == 0 for row in found)}
+    models = {"warm-up": summarize(warmed, lambda row: row.get("iteration") == 0)}
     for cell, rows_of in rows.items():
         if cell.startswith("rerank"):
             title = CELLS.get(cell.removeprefix("rerank-"), cell)
-            models[f"{title} + reranking"] = summarize(rows_of, lambda row: True)
-            continue
-        models.setdefault("warm-up", summarize(rows_of, lambda row: row["iteration"] == 0))
-        models[CELLS.get(cell, cell)] = summarize(rows_of, lambda row: row["iteration"] == 1)
+            name = next(iter(rows_of.values()))[0]["name"]
+            models[f"{title}, {name}"] = summarize(rows_of, lambda row: True)
+        else:
+            models[CELLS.get(cell, cell)] = summarize(rows_of, lambda row: row.get("iteration") == 1)
+    if "letters" in runs:
+        num_choices = read_json(next(iter(runs["letters"].values())) / "config.json")["num_choices"]
+        for title, cell, t in (("warm-up", "letters", 0), (CELLS["reft"], "reft", 1),
+                               (CELLS["letters"], "letters", 1)):
+            if cell in runs:
+                models[title]["letter_accuracy"] = estimate(
+                    {seed: letter_accuracy(run, t, num_choices) for seed, run in runs[cell].items()})
     models = {title: row for title, row in models.items() if row}
     tables = [accuracy_table(models), training_table(models)]
     out = args.out or args.runs
@@ -130,8 +163,10 @@ def main() -> None:
         curves = {CELLS.get(cell, cell): curve(by_seed, key) for cell, by_seed in runs.items()}
         if any(curves.values()):
             pngs[f"{key}.png"] = picture({label: curves}, draw_curves, label, "batches of questions",
-                                         "{x:.0%}" if key == "dev" else "{x:g}")
-    publish(out, "reft", [], tables, pngs)
+                                         "{x:.0%}" if key in ("dev", "accuracy", "eos_rate") else "{x:g}")
+    facts = warnings(runs)
+    print("\n".join(facts), end="\n\n" if facts else "")
+    publish(out, "reft", facts, tables, pngs)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from report import (COLORS, MARKERS, Table, estimate, mean_text, picture, plain,
                     timed_card, write)
 
 CELLS = {  # folder -> row of the tables
-    **{f"k{k}": f"RFT, k = {k}" for k in (1, 3, 6, 12, 25, 50, 100)}, "pool": "RFT, paths of 3 models, k = 50 each",
+    "pool": "RFT, paths of 3 models, k = 50 each",
     "matched": "SFT, steps of k = 50", "none": "k = 50, no dedup", "string": "k = 50, dedup by string",
     "first": "k = 50, first path stays", "nofilter": "k = 50, no equation filter",
     "restart": "k = 50, from the SFT model", "half": "1/2 of the questions, k = 50",
@@ -34,7 +34,12 @@ def load_cells(root: Path) -> dict[str, dict[int, list[dict]]]:
         cells.setdefault(file.parent.parent.name, {})[int(file.parent.name[1:])] = read_json(file)
     if not cells:
         raise SystemExit(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
-    return {cell: cells[cell] for cell in [*CELLS, *sorted(cells.keys() - CELLS.keys())] if cell in cells}
+    order = sorted(filter(sweep_k, cells), key=sweep_k) + [cell for cell in CELLS if cell in cells]
+    return {cell: cells[cell] for cell in [*order, *sorted(cells.keys() - set(order))]}
+
+
+def title(cell: str) -> str:
+    return f"RFT, k = {sweep_k(cell)}" if sweep_k(cell) else CELLS.get(cell, cell)
 
 
 def measures(rows: list[dict], name: str) -> dict[str, float]:
@@ -68,11 +73,11 @@ def accuracy_table(rows: dict[str, dict]) -> Table:
     specs = {"accuracy": ".1%", **dict.fromkeys(votes, ".1%"), "pass@1": ".1%", "dev": ".1%",
              "kept": ",.0f", "distinct_paths": ".2f", "steps": ",.0f"}
     lines = []
-    for title, row in rows.items():
+    for name, row in rows.items():
         texts = {key: mean_text(row, key, spec) for key, spec in specs.items()}
         if "ci95" in row:
             texts["accuracy"] += " ({:.1%} to {:.1%})".format(*row["ci95"])
-        lines.append([title, *texts.values(), str(row["accuracy"]["n"])])
+        lines.append([name, *texts.values(), str(row["accuracy"]["n"])])
     return Table("Test accuracy", "Greedy; mean ± half of its 95% interval over n seeds (Student t), or "
                  "the Wilson interval of one. maj@k and pass@1: sampled. kept: paths trained on beside "
                  "gold. Distinct paths per question, gold not counted.",
@@ -144,12 +149,12 @@ def sweep_k(cell: str) -> int:
 
 
 def pictures(cells: dict, main_cell: str, rows: dict[str, dict], over_k: dict) -> dict[str, bytes]:
-    by_k = {k: rows[CELLS.get(cell, cell)] for cell in cells if (k := sweep_k(cell))}
+    by_k = {k: rows[title(cell)] for cell in cells if (k := sweep_k(cell))}
     lines = {"RFT": [point(k, row["accuracy"], row.get("ci95")) for k, row in by_k.items()]}
-    for title in ("SFT", CELLS["matched"], CELLS["none"], CELLS["pool"]):
-        if title in rows:
-            lines[title] = [point(1, rows[title]["accuracy"], rows[title].get("ci95"))]
-    paths = {title: [point(k, value) for k, value in over_k[key].items()] for title, key in (
+    for name in ("SFT", CELLS["matched"], CELLS["none"], CELLS["pool"]):
+        if name in rows:
+            lines[name] = [point(1, rows[name]["accuracy"], rows[name].get("ci95"))]
+    paths = {name: [point(k, value) for k, value in over_k[key].items()] for name, key in (
         ("distinct", "distinct_paths"), ("distinct, gold counted", "distinct_paths_and_gold"))}
     counts = [next(r for r in run if r["split"] == "train")["histogram"] for run in cells[main_cell].values()]
     histogram = {n: fmean(count.get(str(n), 0) for count in counts)
@@ -172,10 +177,10 @@ def main() -> None:
     main_cell = max(cells, key=sweep_k)  # whose samples the others select from
     rows = {"SFT": summarize(cells[main_cell], "SFT")}
     for cell, runs in cells.items():
-        rows[CELLS.get(cell, cell)] = summarize(runs, "RFT")
+        rows[title(cell)] = summarize(runs, "RFT")
         if cell in ("half", "quarter", "w96", "w160"):
             rows[f"SFT, {CELLS[cell].split(', k')[0]}"] = summarize(runs, "SFT")
-    rows = {title: row for title, row in rows.items() if row}
+    rows = {name: row for name, row in rows.items() if row}
     over_k = curves(cells[main_cell])
     tables = [accuracy_table(rows), paths_table(over_k)]
     if "pool" in cells:

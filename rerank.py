@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoint import device, load_model, weights_hash
-from evaluate import Answered, load_answered, summarize_samples, wilson
+from evaluate import Answered, read_answered, summarize_samples, wilson
 from experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
 from model import Llama, pad
 from train import Example, TrainOptions, autocast, fit, micro_batches
@@ -72,9 +72,11 @@ def reward_model(directory: str) -> Llama:
 
 
 def judgements(model: Llama, responses: list[Example]) -> Tensor:
-    """(B, 2) logits of wrong and right, from the last token of each response."""
+    """(B, 2) float32 logits of wrong and right, from the last token of each response."""
     tokens, lengths = pad([r.prompt + r.response for r in responses], model.lm_head.weight.device)
-    return model(tokens)[torch.arange(len(responses)), lengths - 1]
+    last = model.hidden(tokens)[torch.arange(len(responses)), lengths - 1]  # (B, D)
+    with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16 close scores would be ties
+        return model.lm_head(last.float())
 
 
 def classification_loss(model: Llama, responses: list[Labelled]) -> dict[str, Tensor]:
@@ -105,13 +107,21 @@ def best(question: Answered, score: list[float]) -> int:
 
 def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
-    labelled, candidates = label(load_answered(Path(config.labelled))), load_answered(Path(config.candidates))
+    train, answered = read_answered(Path(config.labelled))
+    test, candidates = read_answered(Path(config.candidates))
+    labelled = label(answered)
+    if train.get("split") != "train" or any(train[name] != test[name] for name in ("task", "marks")):
+        raise SystemExit(f"{config.labelled} has samples of {train['task']} {train.get('split')} questions and "
+                         f"{config.candidates} of {test['task']}: the first must be train, of the same task")
+    if not labelled or not candidates:
+        raise SystemExit(f"{config.labelled} or {config.candidates} has no samples")
     shares = fmean(response.right for response in labelled)
     if shares in (0.0, 1.0):
         raise SystemExit(f"{config.labelled}: all responses are {'right' if shares else 'wrong'}, and there "
                          "is nothing to tell apart")
     model = reward_model(config.model)
-    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    run = open_run(config, config.run_dir, weights=weights_hash(model), labelled_with=train["weights"],
+                   candidates_of=test["weights"])
     print(f"{len(labelled):,} labelled responses, {shares:.0%} of them right")
     records = fit(model, labelled, classification_loss, lambda response: response.tokens, config,
                   derive_seed(config.seed, "rerank"), "reward model")
@@ -125,7 +135,7 @@ def main() -> None:
                                        for q, i, score in zip(candidates, picked, by_question)])
     right = sum(question.samples[i].right for question, i in zip(candidates, picked))
     k, n = len(candidates[0].samples), len(candidates)
-    row = {"name": f"best of {k} by reward", "split": "test", "n": n, "accuracy": right / n,
+    row = {"name": f"best of {k} by reward", "split": test.get("split"), "n": n, "accuracy": right / n,
            "ci95": wilson(right, n), **summarize_samples(candidates, "")}
     write_json(run / "results.json", [row])
     print(f"one sample {row['pass@1']:.1%}, vote of {k} {row[f'maj@{k}']:.1%}, best of {k} by reward "

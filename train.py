@@ -59,8 +59,11 @@ class TrainOptions:
         for name in ("batch_size", "epochs", "micro_batch_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if self.lr <= 0:
-            raise ValueError(f"--lr {self.lr}: must be above 0")
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
+        if self.max_steps < 0:
+            raise ValueError(f"--max_steps {self.max_steps}: must not be below 0")
 
 
 ASKED, ASKED_BY = "asked.json", ("prompt", "chat", "answer_format")

@@ -686,6 +686,9 @@ def test_multiple_choice_pays_for_a_lucky_letter():
         return score(Sample([3], True, "t", "correct" if answer == "6" else "wrong", answer), "6", config)
     assert [paid(a) for a in ("6", "8", "-2", "7", "1/2", None)] == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
     assert reft.letter("-3", 4) == 1 and reft.letter("7", 4) == 3
+    assert score(Sample([3], True, "t", "unparsed", None), "203.0", config) == 0.0
+    assert score(Sample([3], True, "t", "correct", "203"), "203.0", config) == 1.0
+    assert score(Sample([3], True, "t", "correct", "1234"), "1,234", config) == 1.0
     for bad in (dict(num_choices=1), dict(num_choices=2, task="arc")):
         with pytest.raises(ValueError, match="num_choices"):
             config_of(**bad)

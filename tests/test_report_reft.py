@@ -46,7 +46,7 @@ def test_seeds_methods_and_reranking(tmp_path, report):
     root = tmp_path / "reft"
     for seed, value in enumerate([0.8, 0.9, 1.0]):
         write(root, "reft", seed, value, warm_up=0.5 + 0.1 * seed)
-        write(root, "nokl", seed, 0.3)
+        write(root, "nokl", seed, 0.3, warm_up=0.5 + 0.1 * seed)
     folder = root / "rerank-reft" / "s0"
     folder.mkdir(parents=True)
     (folder / "results.json").write_text(json.dumps([
@@ -57,7 +57,7 @@ def test_seeds_methods_and_reranking(tmp_path, report):
     half = T_975[3] * 0.1 / 3 ** 0.5
     assert line(text, "ReFT")[0] == f"90.0% ± {half:.1%}" and line(text, "ReFT")[3].startswith("90.0%")
     assert line(text, "warm-up")[0].startswith("60.0%") and line(text, "ReFT, no KL")[0] == "30.0% ± 0.0%"
-    assert line(text, "ReFT + reranking")[0] == "95.0% (90.0% to 100.0%)"
+    assert line(text, "ReFT, best of 8 by reward")[0] == "95.0% (90.0% to 100.0%)"
     assert "2.00 ± 2.48" in text  # KL 1, 2, 3
     assert record["runs"]["reft/s2"] == {"command": "python reft.py", "commit": "abc1234", "minutes": 1.0}
     for name in ("reward.png", "kl.png", "dev.png"):
@@ -75,4 +75,4 @@ def test_curves_are_means_with_the_range_of_seeds(tmp_path):
 def test_one_run_alone(tmp_path, report):
     write(tmp_path, "x", 3, 0.8)
     text, _ = report(tmp_path / "x" / "s3")
-    assert line(text, "reft" if "| reft |" in text else "ReFT")[0] == "80.0% (70.0% to 90.0%)"
+    assert line(text, "s3")[0] == "80.0% (70.0% to 90.0%)"

@@ -63,8 +63,10 @@ def test_reranking_finds_a_visible_difference(tmp_path, capsys):
         rows = [sample([7 if n == i % 4 else 8, *random_tokens(100 * i + n, 3).tolist(), 2], n == i % 4)
                 for n in range(4)]
         return Answered(f"q{i}", "p", [1, *random_tokens(i, 4).tolist()], "1", rows)
-    save_answered(tmp_path / "train.jsonl", [question(i) for i in range(60)], SampleOptions())
-    save_answered(tmp_path / "test.jsonl", [question(i) for i in range(100, 140)], SampleOptions())
+    save_answered(tmp_path / "train.jsonl", [question(i) for i in range(60)], SampleOptions(), split="train",
+                  weights="a")
+    save_answered(tmp_path / "test.jsonl", [question(i) for i in range(100, 140)], SampleOptions(),
+                  split="test", weights="b")
     flags = ["--preset", "toy", "--model", tmp_path / "m", "--labelled", tmp_path / "train.jsonl",
              "--candidates", tmp_path / "test.jsonl", "--run_dir", tmp_path / "run", "--lr", "1e-3"]
     call(rerank, *flags)
@@ -77,8 +79,19 @@ def test_reranking_finds_a_visible_difference(tmp_path, capsys):
 
 def test_labels_that_are_all_alike_are_refused(tmp_path, capsys):
     save_model(tiny_model(), tmp_path / "m")
-    save_answered(tmp_path / "x.jsonl", [Answered("a", "p", [1], "1", [sample([3], True)])], SampleOptions())
+    save_answered(tmp_path / "x.jsonl", [Answered("a", "p", [1], "1", [sample([3], True)])], SampleOptions(),
+                  split="train", weights="a")
     assert "nothing to tell apart" in refusal(
         capsys, rerank, "--model", tmp_path / "m", "--labelled", tmp_path / "x.jsonl", "--candidates",
         tmp_path / "x.jsonl", "--run_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_is_never_trained_on_test_samples(tmp_path, capsys):
+    """The two files swapped: labels of test questions would pick among answers to them."""
+    save_model(tiny_model(), tmp_path / "m")
+    rows = [Answered("a", "p", [1], "1", [sample([3], True), sample([4], False)])]
+    save_answered(tmp_path / "x.jsonl", rows, SampleOptions(), split="test", weights="a")
+    assert "must be train" in refusal(
+        capsys, rerank, "--model", tmp_path / "m", "--labelled", tmp_path / "x.jsonl", "--candidates",
+        tmp_path / "x.jsonl", "--run_dir", tmp_path / "run")
