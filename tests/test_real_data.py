@@ -12,6 +12,7 @@ import latex
 from data.files import read_problems
 from data.prompts import MARKS, gold_text
 from rewards import OWN_FORMAT, equations_hold, grade, grade_programs
+from rft import select_paths
 
 ROOT = Path(os.environ.get("SIR_DATA_DIR", Path(__file__).resolve().parent.parent / "downloads"))
 NEEDS_MATH_VERIFY = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None,
@@ -104,3 +105,10 @@ def test_case_table():
     should = sum(case["tier"] == "should" for case in cases)
     assert len(missed["should"]) <= 0.05 * should, missed["should"]
     assert all("sys.exit" in why for _, why, _ in missed["policy"]), missed["policy"]
+
+
+def test_rft_select_cases():
+    """What the authors' selection keeps, for each of these samples."""
+    cases = [json.loads(line) for line in real("cases", "rft_select_cases.jsonl").read_text().splitlines()]
+    for case in cases:
+        assert select_paths(case["samples"], case["gold"], "gsm8k") == case["kept_idx"], case["id"]
