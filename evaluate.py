@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
-from experiment import open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
+from experiment import at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama, ModelConfig
 from rewards import Grade, grade, grade_programs, require_math_verify
 from sample import generate
@@ -66,12 +66,9 @@ class SampleOptions(TaskOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("max_new_tokens", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("limit", "num_questions", "eval_questions", "eval_samples"):  # where a driver has it
-            if getattr(self, name, 0) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must not be below 0")
+        at_least(self, 1, "max_new_tokens", "batch_rows")
+        counts = ("limit", "num_questions", "eval_questions", "eval_samples")  # where a driver has them
+        at_least(self, 0, *(name for name in counts if hasattr(self, name)))
 
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,

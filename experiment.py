@@ -28,6 +28,21 @@ def option(default, help: str):
     return dataclasses.field(default=default, metadata={"help": help})
 
 
+def one_of(config, **known) -> None:
+    """Raise ValueError with the flag, its value and the choices if a field has none of its known values."""
+    for name, values in known.items():
+        if getattr(config, name) not in values:
+            raise ValueError(f"--{name} {getattr(config, name)}: choose from {', '.join(filter(None, values))}")
+
+
+def at_least(config, low: float, *names: str) -> None:
+    """Raise ValueError with the flag and its value if a field is below `low`."""
+    for name in names:
+        if getattr(config, name) < low:
+            raise ValueError(f"--{name} {getattr(config, name)}: must "
+                             + (f"be at least {low}" if low else "not be below 0"))
+
+
 def parse_config(Config, presets: dict[str, dict], doc: str, argv: list[str] | None = None):
     """A Config from the command line: the dataclass's defaults, then --preset, then flags."""
     parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,

@@ -38,8 +38,8 @@ from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
 from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out, load_answered,
                       save_answered, self_check, summarize)
-from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
-                        run_script, write_json, write_jsonl)
+from experiment import (at_least, derive_seed, log, one_of, open_run, option, parse_config, read_json,
+                        read_jsonl, run_script, write_json, write_jsonl)
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
 from train import TrainOptions, autocast, fit, micro_batches, num_steps, response_logps
@@ -87,11 +87,8 @@ class Config(TrainOptions, SampleOptions):
             raise ValueError("--model: give the directory of M_0; `make base` makes the toy world's")
         if self.start_from and not Path(self.start_from).is_dir():
             raise ValueError(f"--start_from {self.start_from}: there is no such directory")
-        if self.method not in ("irpo", "sft_chosen", "sft_gold"):
-            raise ValueError(f"--method {self.method}: choose irpo, sft_chosen or sft_gold")
-        for name in ("num_samples", "pairs_per_question", "iterations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
+        one_of(self, method=("irpo", "sft_chosen", "sft_gold"))
+        at_least(self, 1, "num_samples", "pairs_per_question", "iterations")
         if self.beta <= 0 or min(self.temperature) < 0:
             raise ValueError(f"--beta {self.beta} --temperature {self.temperature}: must be above 0, "
                              "and not below 0")

@@ -47,8 +47,8 @@ from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
 from evaluate import (Sample, SampleOptions, answer, evaluate_model, held_out, read_answered,
                       save_answered, self_check, summarize)
-from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
-                        run_script, write_json, write_jsonl)
+from experiment import (at_least, derive_seed, log, one_of, open_run, option, parse_config, read_json,
+                        read_jsonl, run_script, write_json, write_jsonl)
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss,
                     ppo_policy_loss, ppo_value_loss, token_logps, whiten)
 from model import Llama, pad
@@ -119,27 +119,21 @@ class Config(TrainOptions, SampleOptions):
         self.refuse_one_file()
         if not self.model:
             raise ValueError("--model: give a base model's directory; `make base` makes the toy world's")
-        for name, known in (("method", tuple(NAMES)), ("advantage", ("gae", "group", "rloo")),
-                            ("critic", ("shared", "separate")), ("value_init", ("zero", "random"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
+        one_of(self, method=NAMES, advantage=("gae", "group", "rloo"), critic=("shared", "separate"),
+               value_init=("zero", "random"))
+        at_least(self, 1, "num_samples", "ppo_epochs", "sft_batch_size", "sft_epochs", "offline_samples",
+                 "offline_paths", "save_every")
+        at_least(self, 0, "warmup_epochs", "mini_batch_size")
         if self.temperature != 1:
             raise ValueError(f"--temperature {self.temperature}: the ratio and the KL are those of the "
                              "distribution that was sampled, and so of temperature 1")
-        for name, low, high in (("sft_lr", 0, 1), ("vf_coef", 0, 1e6), ("gamma", 0, 1), ("gae_lambda", 0, 1),
-                                ("kl_coef", 0, 1e6), ("clip_range", 0, 1e6), ("value_clip_range", 0, 1e6)):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be from {low} to {high:g}")
+        for name, high in (("sft_lr", 1), ("gamma", 1), ("gae_lambda", 1), ("vf_coef", 1e6), ("kl_coef", 1e6),
+                           ("clip_range", 1e6), ("value_clip_range", 1e6)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"--{name} {getattr(self, name)}: must be from 0 to {high:g}")
         if self.critic == "separate" and not self.has_critic or self.num_choices and self.method != "reft":
             raise ValueError("--critic separate and --num_choices are for --method reft, the first with "
                              "--advantage gae")
-        for name in ("num_samples", "ppo_epochs", "sft_batch_size", "sft_epochs", "offline_samples",
-                     "offline_paths", "save_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
-        for name in ("warmup_epochs", "mini_batch_size", "kl_coef", "clip_range", "value_clip_range"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: must not be below 0")
         if self.num_choices and (self.num_choices < 2 or READ[self.task] is not read_number):
             raise ValueError(f"--num_choices {self.num_choices}: at least 2, and only where answers are "
                              "numbers")

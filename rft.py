@@ -34,7 +34,7 @@ from data.prompts import gold_text
 from data.tokenizer import load_tokenizer
 from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out, read_answered,
                       save_answered, self_check)
-from experiment import (derive_seed, log, open_run, option, parse_config, read_json, read_jsonl,
+from experiment import (derive_seed, log, one_of, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
 from rewards import OWN_FORMAT, equations, equations_hold, grade
 from train import Example, TrainOptions, fit, fitting, num_steps, sft_loss
@@ -80,10 +80,8 @@ class Config(TrainOptions, SampleOptions):
         if not self.model:
             raise ValueError("--model: give the directory of the base model; `make rft-base` makes the "
                              "toy world's")
-        for name, known in (("dedup", ("equations", "string", "none")),
-                            ("select", ("levenshtein", "first")), ("restart_from", ("base", "sft"))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from {', '.join(known)}")
+        one_of(self, dedup=("equations", "string", "none"), select=("levenshtein", "first"),
+               restart_from=("base", "sft"))
         if self.num_samples < 1 or self.temperature <= 0:
             raise ValueError(f"--num_samples {self.num_samples} --temperature {self.temperature}: at "
                              "least one sample, at a temperature above 0")

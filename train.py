@@ -27,8 +27,8 @@ from data import toy
 from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_solution, gold_text,
                           needs_examples, prompt_format, prompt_text)
 from data.tokenizer import load_tokenizer, train_tokenizer
-from experiment import (fingerprint, open_run, option, parse_config, read_json, run_script,
-                        write_json, write_jsonl)
+from experiment import (at_least, fingerprint, one_of, open_run, option, parse_config, read_json,
+                        run_script, write_json, write_jsonl)
 from losses import nll_loss, token_logps
 from model import Llama, ModelConfig, pad
 from rewards import OWN_FORMAT, require_math_verify
@@ -50,20 +50,14 @@ class TrainOptions:
     precision: str = option("bf16", "of matrix products in training: bf16 (autocast) or fp32")
 
     def __post_init__(self) -> None:
-        if self.lr_schedule not in SCHEDULES:
-            raise ValueError(f"--lr_schedule {self.lr_schedule}: choose from {', '.join(SCHEDULES)}")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"--precision {self.precision}: choose bf16 or fp32")
+        one_of(self, lr_schedule=SCHEDULES, precision=("bf16", "fp32"))
+        at_least(self, 1, "batch_size", "epochs", "micro_batch_tokens")
+        at_least(self, 0, "max_steps")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share {self.warmup_share}: from 0, and below 1")
-        for name in ("batch_size", "epochs", "micro_batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: must be at least 1")
         for name in ("lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
-        if self.max_steps < 0:
-            raise ValueError(f"--max_steps {self.max_steps}: must not be below 0")
 
 
 ASKED, ASKED_BY = "asked.json", ("prompt", "chat", "answer_format")
@@ -84,12 +78,8 @@ class TaskOptions:
                                 "the prompt asks, or else the data set's own way")
 
     def __post_init__(self) -> None:
-        for name, known in (("task", data.TASKS), ("source", data.SOURCES), ("toy_world", toy.WORLDS),
-                            ("prompt", PROMPTS), ("chat", CHATS),
-                            ("answer_format", ("", *ANSWER_FORMATS))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"--{name} {getattr(self, name)}: choose from "
-                                 f"{', '.join(filter(None, known))}")
+        one_of(self, task=data.TASKS, source=data.SOURCES, toy_world=toy.WORLDS, prompt=PROMPTS, chat=CHATS,
+               answer_format=("", *ANSWER_FORMATS))
 
     @property
     def marks(self) -> str:
