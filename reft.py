@@ -33,7 +33,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -53,8 +52,8 @@ from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, mas
                     ppo_policy_loss, ppo_value_loss, token_logps, whiten)
 from model import Llama, pad
 from rewards import READ, read_number
-from train import (Example, TrainOptions, autocast, batch_at, fit, learning_rate, micro_batches,
-                   new_optimizer, num_steps, response_logps, sft_loss)
+from train import (Example, TrainOptions, autocast, batch_at, fit_sft, fitting, learning_rate,
+                   micro_batches, new_optimizer, num_steps, response_logps)
 
 NAMES = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
 
@@ -481,10 +480,8 @@ def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> L
     options = dataclasses.replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear",
                                   batch_size=config.sft_batch_size, max_steps=0)
     options = dataclasses.replace(options, warmup_steps=num_steps(len(examples), options) // 10)
-    mean_length = fmean(len(example.response) for example in examples)
     model = load_model(config.model, device())
-    records = fit(model, examples, lambda model, batch: sft_loss(model, batch, 0.0, mean_length),
-                  attrgetter("tokens"), options, seed=derive_seed(config.seed, folder.name), label="SFT")
+    records = fit_sft(model, examples, options, derive_seed(config.seed, folder.name), "SFT")
     write_jsonl(folder / "train.jsonl", records)
     return model
 
@@ -551,10 +548,9 @@ def main() -> None:
                          "--warmup_epochs 0 and --method reft")
     run = open_run(config, config.run_dir, weights=weights_hash(model))
     del model
-    golds = {p.id: Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p))
-             for p in problems if p.solution}
-    golds = {id: example for id, example in golds.items() if example.tokens <= max_tokens}
-    print(f"{len(golds):,} of {len(problems):,} questions have a gold solution that fits the model")
+    golds = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p))
+             for p in problems if p.solution]
+    golds = {example.id: example for example in fitting(golds, max_tokens)} if golds else {}
 
     pi_0, pi = run / "iter0", run / "iter1"  # the names under which report.py looks for models
     start = str(pi_0 / "model") if config.warmup_epochs else config.model

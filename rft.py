@@ -37,7 +37,7 @@ from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out,
 from experiment import (derive_seed, log, one_of, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
 from rewards import OWN_FORMAT, equations, equations_hold, grade
-from train import Example, TrainOptions, fit, fitting, num_steps, sft_loss
+from train import Example, TrainOptions, fit_sft, num_steps
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 
@@ -224,10 +224,7 @@ def gold_examples(config: Config, tokenizer, problems: list[data.Problem]) -> li
 def finetune(config: Config, start: str, examples: list[Example], folder: Path, label: str) -> None:
     """Steps 1 and 5: SFT, the loss on responses only."""
     model, started = load_model(start, device()), time.perf_counter()
-    examples = fitting(examples, model.config.max_length)
-    mean_length = fmean(len(example.response) for example in examples)
-    records = fit(model, examples, lambda model, batch: sft_loss(model, batch, 0.0, mean_length),
-                  lambda example: example.tokens, config, derive_seed(config.seed, label), label)
+    records = fit_sft(model, examples, config, derive_seed(config.seed, label), label)
     write_jsonl(folder / "train.jsonl", records)
     save_model(model, folder / "model", source=config.model)
     config.remember(folder / "model")

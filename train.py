@@ -314,6 +314,15 @@ def sft_loss(model: Llama, examples: list[Example], prompt_weight: float,
     return {"loss": -weighted / mean_length, "nll": nll_loss(logps, mask)}
 
 
+def fit_sft(model: Llama, examples: list[Example], options: TrainOptions, seed: int, label: str = "train",
+            prompt_weight: float = 0.0) -> list[dict]:
+    """SFT on examples, those too long for the model left out; fit's records."""
+    examples = fitting(examples, model.config.max_length)
+    mean_length = fmean(len(example.response) for example in examples)
+    return fit(model, examples, lambda model, batch: sft_loss(model, batch, prompt_weight, mean_length),
+               lambda example: example.tokens, options, seed, label)
+
+
 def documents(config: Config) -> list[data.Problem]:
     """What is learned: a task's gold solutions, or the toy corpus for a new model of that task."""
     if config.task == "toy" and not config.model:
@@ -343,11 +352,7 @@ def main() -> None:
     examples = [Example(problem.id, config.prompt_ids(tokenizer, problem),
                         config.gold_ids(tokenizer, problem)) for problem in problems]
     model = load_model(start, device())
-    examples = fitting(examples, model.config.max_length)
-    mean_length = fmean(len(example.response) for example in examples)
-    records = fit(model, examples,
-                  lambda model, batch: sft_loss(model, batch, config.prompt_weight, mean_length),
-                  lambda example: example.tokens, config, config.seed)
+    records = fit_sft(model, examples, config, config.seed, prompt_weight=config.prompt_weight)
     write_jsonl(run / "train.jsonl", records)
     save_model(model, run / "model", source=start)
     config.remember(run / "model")

@@ -667,7 +667,7 @@ def test_offline_self_training_starts_from_the_base(base, tmp_path, monkeypatch)
         seen.append(items)
         return [{"step": 0, "loss": 0.0, "tokens": 1}]
 
-    monkeypatch.setattr(reft, "fit", fit)
+    monkeypatch.setattr(train, "fit", fit)
     monkeypatch.setattr(reft, "answer", lambda model, tokenizer, problems, config, **options: [
         Answered(p.id, "p", [1, 5], "1", [right] * options["num_samples"]) for p in problems])
     config = config_of(model=str(base), method="offline_st", offline_samples=3)
