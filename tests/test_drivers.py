@@ -612,11 +612,9 @@ def test_programs_are_run_where_answers_are_programs(reader, tmp_path, capsys):
 
 def test_a_model_that_does_not_know_its_tokenizer(reader, base, tmp_path, capsys):
     """Weights of one model beside the tokenizer of another ended in an index error of CUDA."""
-    shutil.copytree(base, tmp_path / "mixed")
-    shutil.copy(reader / "tokenizer.model", tmp_path / "mixed")
-    small = load_model(base).config.vocab_size
-    if load_tokenizer(reader).vocab_size <= small:
-        pytest.skip("the other tokenizer is not larger")
+    shutil.copytree(reader, tmp_path / "mixed")
+    shutil.copy(base / "tokenizer.model", tmp_path / "mixed")
+    assert load_tokenizer(base).vocab_size > load_model(reader).config.vocab_size
     message = refusal(capsys, evaluate, "--model", tmp_path / "mixed", "--max_new_tokens", "8",
                       "--run_dir", tmp_path / "out")
-    assert "do not belong together" in message or "gold" in message
+    assert "do not belong together" in message
