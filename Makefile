@@ -4,17 +4,20 @@
 #   make irpo ARGS="--alpha 0"        one run of irpo.py with these flags instead
 #   make irpo TASK=gsm8k MODEL=dir    a real data set and a model directory in Hugging Face's layout
 #   make irpo SEED=1                  another base model and other samples
+#   make irpo GPUS=8 ...              on 8 GPUs (or, without any, by 8 processes) under torchrun
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 SEED ?= 0
 TASK ?= toy
+GPUS ?= 1
 ARGS ?=
 PY = .venv/bin/python
+RUN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc_per_node $(GPUS))
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-TOY = $(PY) irpo.py --preset toy
+TOY = $(RUN) irpo.py --preset toy
 BASE = runs/base-s$(SEED)/model
-RFT = $(PY) rft.py --preset toy
-REFT = $(PY) reft.py --preset toy
+RFT = $(RUN) rft.py --preset toy
+REFT = $(RUN) reft.py --preset toy
 
 .PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval smoke report clean
 .DELETE_ON_ERROR:
@@ -48,7 +51,7 @@ base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 2 minutes
 
 ifneq ($(TASK),toy)
 irpo: setup
-	$(PY) irpo.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make irpo TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/irpo-$(TASK)-s$(SEED) $(ARGS)
+	$(RUN) irpo.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make irpo TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/irpo-$(TASK)-s$(SEED) $(ARGS)
 	$(PY) report.py runs/irpo-$(TASK)-s$(SEED)
 else ifneq ($(strip $(ARGS)),)
 irpo: base
@@ -63,7 +66,7 @@ endif
 
 ifneq ($(TASK),toy)
 rft: setup
-	$(PY) rft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make rft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/rft-$(TASK)-s$(SEED) $(ARGS)
+	$(RUN) rft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make rft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/rft-$(TASK)-s$(SEED) $(ARGS)
 	$(PY) report_rft.py runs/rft-$(TASK)-s$(SEED)
 else ifneq ($(strip $(ARGS)),)
 rft: runs/rft-base-s$(SEED)/model
@@ -87,7 +90,7 @@ endif
 
 ifneq ($(TASK),toy)
 reft: setup
-	$(PY) reft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make reft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/reft-$(TASK)-s$(SEED) $(ARGS)
+	$(RUN) reft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make reft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/reft-$(TASK)-s$(SEED) $(ARGS)
 	$(PY) report_reft.py runs/reft-$(TASK)-s$(SEED)
 else ifneq ($(strip $(ARGS)),)
 reft: base
@@ -98,7 +101,7 @@ reft: $(foreach cell,reft nokl sft offline_st,runs/reft/$(cell)/s$(SEED)/results
 endif
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
-	$(PY) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
+	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
 
 smoke: base  ## every step of irpo.py on forty questions, in half a minute
 	$(PY) irpo.py --preset smoke --model $(BASE) --run_dir runs/smoke

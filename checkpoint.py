@@ -1,4 +1,5 @@
-"""Model directories in Hugging Face's layout: config.json, *.safetensors, the tokenizer's files.
+"""Model directories in Hugging Face's layout: config.json, *.safetensors, the tokenizer's files; and the
+state of a training, from which it goes on to the bit.
 
 Llama 1 to 3, CodeLlama, TinyLlama, SmolLM2, Mistral and Qwen2 load as they are downloaded, and what is
 saved here loads in transformers as it is. Whatever model.py does not compute is refused by name: under
@@ -15,16 +16,21 @@ import json
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from model import Llama, ModelConfig
+from parallel import barrier, by_first, device, gather, like, rank, split, whole, world
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ONLY = {  # fields of config.json with the one value that model.py computes, which is also their default
@@ -40,10 +46,7 @@ TOKENIZER_FILES = (
 SHARD_BYTES = 4_000_000_000  # of weights in one file
 INDEX = "model.safetensors.index.json"
 TABLE = "rotary_emb.inv_freq"  # in the first Llama files, and no weight
-
-
-def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # with one rank it is not needed
 
 
 def read_json(path: Path) -> dict:
@@ -139,8 +142,10 @@ def config_json(config: ModelConfig, dtype: torch.dtype, source: Path | None = N
 
 # --- loading -----------------------------------------------------------------------------------------
 
-def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Llama:
-    """The model of a directory, each weight memory-mapped and converted on its own.
+def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | None = torch.float32,
+               ranks: int = 1) -> Llama:
+    """The model of a directory, each weight memory-mapped and converted on its own (dtype None: as stored),
+    or this rank's part of it, if it is split over several.
 
     On the CPU, weights that are stored in `dtype` are not copied: they are views of a private map, and
     only pages that training writes to take memory of their own. Files must therefore be replaced, never
@@ -152,6 +157,8 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype = 
     with torch.device("meta"):
         model = Llama(config)
     check_names(directory, model, files)
+    if ranks > 1:
+        split(model, ranks)
     spare_head = None
     for path in files:
         with open_weights(path) as file:
@@ -159,9 +166,7 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype = 
                 if name == "lm_head.weight" and config.tie_word_embeddings:
                     spare_head = file.get_tensor(name)
                 elif not name.endswith(TABLE):
-                    module, _, leaf = name.rpartition(".")
-                    weight = file.get_tensor(name).to(device, dtype)
-                    setattr(model.get_submodule(module), leaf, nn.Parameter(weight))
+                    put(model, name, file.get_tensor(name).to(device, dtype))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
         if spare_head is not None and not torch.equal(spare_head.to(device, dtype), model.lm_head.weight):
@@ -170,9 +175,34 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype = 
     return model
 
 
-def load_sampler(directory: str | Path) -> Llama:
-    """A model to sample from: bfloat16 on a GPU, float32 on a CPU."""
-    return load_model(directory, device(), torch.bfloat16 if device() == "cuda" else torch.float32)
+def put(model: Llama, name: str, weight: Tensor) -> None:
+    """Set a weight; where the model is split over ranks, this rank's part of it."""
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, nn.Parameter(like(model.get_parameter(name), weight)))
+
+
+def sampling_dtype() -> torch.dtype:
+    return torch.bfloat16 if device() == "cuda" else torch.float32
+
+
+def load_sampler(directory: str | Path, ranks: int = 1) -> Llama:
+    """A model to sample from: bfloat16 on a GPU, float32 on a CPU, split over so many ranks."""
+    return load_model(directory, device(), sampling_dtype(), ranks)
+
+
+def sampler_of(model: Llama, ranks: int = 1) -> Llama:
+    """A model in training as a model to sample from; a copy, unless it is that already."""
+    if ranks == 1 and world() == 1 and model.lm_head.weight.dtype == sampling_dtype():
+        return model
+    with torch.device("meta"):
+        copy = Llama(model.config)
+    if ranks > 1:
+        split(copy, ranks)
+    for name, weight in model.named_parameters():
+        put(copy, name, whole(weight.detach()).to(device(), sampling_dtype()))
+    if model.config.tie_word_embeddings:
+        copy.lm_head.weight = copy.model.embed_tokens.weight
+    return copy
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -240,19 +270,27 @@ def listed(names: list[str], comma: str = ", ") -> str:
 
 # --- saving ------------------------------------------------------------------------------------------
 
-def save_model(model: Llama, directory: str | Path, source: str | Path | None = None) -> None:
+def save_model(model: Llama, directory: str | Path, source: str | Path | None = None,
+               **files: dict) -> None:
     """Write a model directory, whole or not at all.
 
     source: the directory that the model comes from, possibly the same one: its config.json is kept (up
-    to the dtype), and the files of its tokenizer are copied.
+    to the dtype), and the files of its tokenizer are copied. files: name -> what NAME.json says beside it.
     """
     source = None if source is None else Path(source)
-    config = config_json(model.config, model.lm_head.weight.dtype, source)
-    with whole_directory(Path(directory)) as temporary:
-        write_weights(((name, weight.detach()) for name, weight in model.named_parameters()), temporary)
-        write_json(temporary / "config.json", config)
-        if source is not None:
-            copy_tokenizer(source, temporary)
+    weights = ((name, whole(weight.detach())) for name, weight in model.named_parameters())
+    if rank() > 0:
+        for _ in weights:  # a sharded weight is put together by all ranks
+            pass
+    else:
+        config = config_json(model.config, model.lm_head.weight.dtype, source)
+        with whole_directory(Path(directory)) as temporary:
+            write_weights(weights, temporary)
+            for name, value in {"config": config, **files}.items():
+                write_json(temporary / f"{name}.json", value)
+            if source is not None:
+                copy_tokenizer(source, temporary)
+    barrier()
 
 
 @contextmanager
@@ -271,6 +309,12 @@ def whole_directory(directory: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary)
         raise
+    take_place(directory)
+
+
+def take_place(directory: Path) -> None:
+    """Put the complete successor of a directory in its place."""
+    temporary, old = beside(directory)
     for path in (*temporary.iterdir(), temporary):
         flush(path)
     if directory.exists():
@@ -334,8 +378,106 @@ def weights_hash(model: Llama) -> str:
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(whole(weight.detach()).cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+# --- the state of a training ---------------------------------------------------------------------------
+# FOLDER/step-00000040/ holds weights and moments (*.safetensors, a file per rank, written and read by
+# torch.distributed.checkpoint, so that another number of ranks can go on), records.jsonl with the record of
+# every step so far, and state.json with what the training is made of and the SHA-256 of the other files.
+
+def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict],
+               made_of: dict) -> None:
+    """Write the state after len(records) steps, whole or not at all; the one before is kept beside it."""
+    target = folder / f"step-{len(records):08}"
+    temporary = beside(target)[0]
+
+    def open_directory() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def close_directory() -> None:
+        (temporary / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        hashes["records.jsonl"] = file_hash(temporary / "records.jsonl")
+        write_json(temporary / "state.json", {"made_of": made_of, "sha256": hashes})
+        take_place(target)
+        for old in states(folder)[2:]:
+            shutil.rmtree(old)
+
+    try:
+        by_first(open_directory)
+        dcp.save(tensors(module, optimizer), no_dist=world() == 1,
+                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        files = sorted(path.name for path in temporary.glob("*.safetensors"))
+        hashes = {}
+        for part in gather({name: file_hash(temporary / name) for name in files[rank()::world()]}):
+            hashes |= part
+        by_first(close_directory)
+    except (OSError, CheckpointException) as error:
+        by_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        reasons = [str(failure) for failure, _ in error.failures.values()] if hasattr(error, "failures") else [error]
+        raise SystemExit(f"{target} cannot be written: {reasons[0]}. The states before it in {folder} are whole: "
+                         "make room, and the same command goes on from the newest") from None
+
+
+def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, made_of: dict) -> list[dict]:
+    """Bring back the newest state that is whole; the records of the steps until then, [] if there is none."""
+    found = by_first(lambda: states(folder))
+    for path in found:
+        if fault := fault_of(path):
+            if rank() == 0:
+                print(f"warning: {path} is not whole and is passed over: {fault}")
+            continue
+        before = read_json(path / "state.json")["made_of"]
+        changed = [f"  {name}: {before.get(name)!r} there, {made_of.get(name)!r} now" for name in before | made_of
+                   if before.get(name) != made_of.get(name)]
+        if changed:
+            raise SystemExit(f"{path} is the state of another training:\n" + "\n".join(changed)
+                             + f"\nRemove {folder} to start this one from its beginning.")
+        dcp.load(tensors(module, optimizer), no_dist=world() == 1,
+                 storage_reader=HuggingFaceStorageReader(str(path)))
+        return [json.loads(line) for line in (path / "records.jsonl").read_text().splitlines()]
+    if found:
+        raise SystemExit(f"{folder} holds no state that is whole. Remove it to start this training from its beginning.")
+    return []
+
+
+def states(folder: Path) -> list[Path]:
+    """The states in a folder, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix != ".tmp"), reverse=True)
+
+
+def fault_of(path: Path) -> str:
+    """What is wrong with the files of a state, if anything is; every rank reads some of them."""
+    try:
+        hashes = read_json(path / "state.json")["sha256"]
+    except (SystemExit, KeyError) as error:
+        return f"state.json: {error}"
+    faults = [f"{name} is missing" if not (path / name).is_file() else f"{name} has changed"
+              for name in sorted(hashes)[rank()::world()]
+              if not (path / name).is_file() or file_hash(path / name) != hashes[name]]
+    return "; ".join(fault for part in gather(faults) for fault in part)
+
+
+def file_hash(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and AdamW's moments and step counts by name; moments that are not there yet become zeros."""
+    named = {}
+    for name, weight in module.named_parameters():
+        state = optimizer.state[weight]
+        if not state:
+            state |= {"step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                      "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        named |= {name: weight.detach()} | {f"{name}.{part}": value for part, value in state.items()}
+    return named
 
 
 # --- Meta's files ------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
 from experiment import at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama, ModelConfig
+from parallel import collected, dealt, node_size, rank, world
 from rewards import Grade, grade, grade_programs, require_math_verify
-from sample import generate
-from train import TaskOptions
+from sample import Response, generate
+from train import TaskOptions, items_hash
 
 
 @dataclass(frozen=True)
@@ -62,45 +64,73 @@ class Answered:
 class SampleOptions(TaskOptions):
     """How responses are sampled; drivers inherit these fields."""
     max_new_tokens: int = option(512, "longest response; one that is cut counts as it stands")
-    batch_rows: int = option(1024, "responses sampled together; speed and memory only")
+    batch_rows: int = option(1024, "responses sampled together, by one rank; speed and memory only")
+    tensor_parallel: int = option(1, "ranks that hold one sampling model together, where it is too large for one "
+                                  "device")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "max_new_tokens", "batch_rows")
+        at_least(self, 1, "max_new_tokens", "batch_rows", "tensor_parallel")
         counts = ("limit", "num_questions", "eval_questions", "eval_samples")  # where a driver has them
         at_least(self, 0, *(name for name in counts if hasattr(self, name)))
 
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,
            num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
-    """Sample num_samples responses to each problem and grade them. Without a label, no bar is shown."""
+    """Sample num_samples responses to each problem and grade them. Without a label, no bar is shown.
+
+    Prompts of like length make a batch, and batches are dealt out over ranks; all ranks return all answers.
+    """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    start, total = time.perf_counter(), 0
-    with tqdm(total=len(prompts) * num_samples, desc=label, unit="sample", dynamic_ncols=True,
-              disable=not label) as bar:
-        def progress(responses: int, tokens: int) -> None:
-            nonlocal total
-            total += tokens
-            bar.update(responses)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    size = max(1, options.batch_rows // num_samples)
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    hands = world() // options.tensor_parallel
+    if len(batches) < hands:
+        warnings.warn(f"{len(prompts) * num_samples} responses are {len(batches)} batches of --batch_rows "
+                      f"{options.batch_rows}, and {hands - len(batches)} of {hands} samplers have nothing to do: lower "
+                      "--batch_rows", stacklevel=2)
+    mine = [batch for batch, _ in dealt(batches, hands)]
+    start, total, found = time.perf_counter(), 0, []
+    with tqdm(total=sum(map(len, mine)) * num_samples, desc=label, unit="sample", dynamic_ncols=True,
+              disable=not label or rank() > 0) as bar:
+        for batch in mine:
+            responses = generate(
+                model, [prompts[i] for i in batch], num_samples=num_samples, max_new_tokens=options.max_new_tokens,
+                temperature=temperature, eos_id=tokenizer.eos_id, seed=seed, batch_rows=options.batch_rows)
+            found.append(graded(responses, [problems[i] for i in batch], tokenizer, options))
+            bar.update(len(batch) * num_samples)
+            total += sum(len(response.ids) for group in responses for response in group)
             bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tok/s")
-        responses = generate(
-            model, prompts, num_samples=num_samples, max_new_tokens=options.max_new_tokens,
-            temperature=temperature, eos_id=tokenizer.eos_id, seed=seed,
-            batch_rows=options.batch_rows, progress=progress)
+    samples = dict(zip(order, (group for batch in collected(found, hands) for group in batch)))
+    return [Answered(problem.id, options.prompt_text(problem), prompts[i], problem.answer, samples[i])
+            for i, problem in enumerate(problems)]
+
+
+def graded(responses: list[list[Response]], problems: list[data.Problem], tokenizer,
+           options: SampleOptions) -> list[list[Sample]]:
+    """The responses to each problem with their texts and verdicts."""
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
     grades = iter(judge([text for group in texts for text in group],
                         [problem.answer for problem, group in zip(problems, texts) for _ in group],
                         options.task, options.marks))
-    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer,
-                     [Sample(response.ids, response.finished, text, *dataclasses.astuple(next(grades)))
-                      for response, text in zip(*group)])
-            for problem, prompt, *group in zip(problems, prompts, responses, texts)]
+    return [[Sample(response.ids, response.finished, text, *dataclasses.astuple(next(grades)))
+             for response, text in zip(*group)] for group in zip(responses, texts)]
+
+
+def answer_to(path: Path, model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,
+              split: str, num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
+    """What `answer` gives, and a file of it."""
+    settings = dict(num_samples=num_samples, temperature=temperature, seed=seed)
+    answered = answer(model, tokenizer, problems, options, **settings, label=label)
+    save_answered(path, answered, options, split=split, weights=weights_hash(model), **settings)
+    return answered
 
 
 def judge(texts: list[str], golds: list[str], task: str, answer_format: str) -> list[Grade]:
     """The verdict on each text; programs run beside each other."""
     if answer_format == "python":
-        return grade_programs(texts, golds, task, workers=os.cpu_count())
+        return grade_programs(texts, golds, task, workers=max(1, os.cpu_count() // node_size()))
     return [grade(text, gold, task, answer_format) for text, gold in zip(texts, golds)]
 
 
@@ -209,14 +239,9 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
 def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path, limit: int,
                    num_samples: int, seed: int, label: str, temperature: float = 1.0) -> list[dict]:
     """Rows for dev and test: greedy, and on test also num_samples at a temperature if that is not 0."""
-    weights = weights_hash(model)
-
     def answers(file: str, split: str, num_samples: int, temperature: float) -> list[Answered]:
-        settings = dict(num_samples=num_samples, temperature=temperature, seed=seed)
-        answered = answer(model, tokenizer, options.problems(split, limit), options, **settings,
-                          label=f"{label} {split}")
-        save_answered(folder / file, answered, options, split=split, weights=weights, **settings)
-        return answered
+        return answer_to(folder / file, model, tokenizer, options.problems(split, limit), options, split=split,
+                         num_samples=num_samples, temperature=temperature, seed=seed, label=f"{label} {split}")
 
     rows = [{"split": split, **summarize(answers(file, split, 1, 0.0), options.task)}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
@@ -337,17 +362,14 @@ def main() -> None:
     config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=96)}, __doc__)
     if config.rescore:
         return rescore(Path(config.rescore))
-    model, tokenizer = load_sampler(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_sampler(config.model, config.tensor_parallel), load_tokenizer(config.model)
     config.compare(config.model)
     problems = config.problems(config.split, config.limit)
     self_check(config, tokenizer, problems, model.config)
-    weights = weights_hash(model)
-    run = open_run(config, config.run_dir, weights=weights)
-    answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
-                      temperature=config.temperature, seed=config.seed, label="evaluate")
-    save_answered(run / "eval_samples.jsonl", answered, config, split=config.split,
-                  num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
-                  weights=weights)
+    run = open_run(config, config.run_dir, weights=weights_hash(model), problems=items_hash(problems))
+    answered = answer_to(run / "eval_samples.jsonl", model, tokenizer, problems, config, split=config.split,
+                         num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
+                         label="evaluate")
     write_json(run / "eval.json", print_accuracy(answered, config.task))
     print(f"all of it is in {run}")
 

@@ -5,22 +5,29 @@ the JSON key and the column of the report. No nesting, no config files, no globa
 """
 import argparse
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+import parallel
 
-FREE = ("run_dir", "micro_batch_tokens", "batch_rows")  # may differ when a run is taken up again
+FREE = ("run_dir", "micro_batch_tokens", "batch_rows", "save_every", "skip_nonfinite", "shard_within_node",
+        "cpu_offload", "tensor_parallel")  # may differ when a run is taken up again
+LOCKS: dict[Path, typing.IO] = {}  # of the run directories that this process holds until it ends
 
 
 def option(default, help: str):
@@ -90,43 +97,110 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) ->
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run a script's main; Ctrl-C ends it with a sentence instead of a traceback."""
+    """Run a script's main on all ranks; Ctrl-C and SIGTERM end it with a sentence instead of a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        parallel.start()
         main()
+        parallel.finish()
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ModuleNotFoundError as error:  # an optional package; the message says how to get it
-        raise SystemExit(f"error: {error}") from None
+        end(f"error: {error}")
     except KeyboardInterrupt:
-        raise SystemExit("\nstopped; files that are complete stay, and the same command makes the "
-                         "missing ones") from None
+        end("\nstopped; files that are complete stay, and the same command makes the missing ones")
+    except SystemExit as error:
+        end(error.code)
+
+
+def end(message: str | int | None) -> typing.NoReturn:
+    """Leave with a message, which rank 0 gives for all if it has one to give."""
+    if parallel.world() == 1:
+        raise SystemExit(message)
+    if parallel.rank():
+        time.sleep(2)  # torchrun ends the others when one has ended
+    if isinstance(message, str):
+        print(message, file=sys.stderr, flush=True)
+    os._exit(message if isinstance(message, int) else message is not None)  # others may wait for this rank
+
+
+@contextmanager
+def finishing_steps() -> Iterator[Callable[[], bool]]:
+    """Within, Ctrl-C and SIGTERM only ask to stop, and the function tells whether any rank was asked.
+
+    A second Ctrl-C does not wait; under torchrun it does, since there one Ctrl-C comes twice.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame) -> None:
+        if number == signal.SIGINT and number in asked and parallel.world() == 1:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: parallel.anywhere(bool(asked))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def open_run(config, run_dir: str | Path, **inputs: str) -> Path:
-    """Create a run directory, or take up one that holds the same config and inputs; refuse others."""
+    """Create a run directory, or take up one that holds the same config and inputs; refuse others.
+
+    inputs: names and hashes of what the run is made from. The directory is this process's until it ends.
+    """
     run = Path(run_dir)
-    config_path = run / "config.json"
     values = json.loads(json.dumps(dataclasses.asdict(config) | inputs))  # tuples as JSON has them
-    if config_path.exists():
-        before = json.loads(config_path.read_text())
-        changed = {name: (before.get(name), values.get(name))
-                   for name in {**before, **values}
-                   if name not in FREE and before.get(name) != values.get(name)}
-        if changed:
-            lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
-            raise SystemExit(f"{run} holds a run with another config:\n" + "\n".join(lines)
-                             + "\nGive another --run_dir, or remove that directory.")
-        write_text(run / "command.txt", (run / "command.txt").read_text() + "\n" + run_card())
-        return run
+    parallel.by_first(lambda: claim(run, values))
+    return run
+
+
+def claim(run: Path, values: dict) -> None:
     try:
         run.mkdir(parents=True, exist_ok=True)
+        lock(run)
+        config_path = run / "config.json"
+        if config_path.exists():
+            refuse_changes(run, read_json(config_path), values)
+            write_text(run / "command.txt", (run / "command.txt").read_text() + "\n" + run_card())
+            return
         shutil.copytree(Path(__file__).parent, run / "source", dirs_exist_ok=True,
                         ignore=lambda folder, names: [n for n in names if not is_source(folder, n)])
         write_text(run / "command.txt", run_card())
         write_json(config_path, values)
     except OSError as error:
         raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
-    return run
+
+
+def lock(run: Path) -> None:
+    """Hold the run directory until this process ends, however it ends: the system lets go of the lock then.
+
+    So a lock file that is left over from a run that was killed is in nobody's way.
+    """
+    if run.resolve() in LOCKS:
+        return
+    file = open(run / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise SystemExit(f"{run} is in use: {file.read().strip() or 'by another process'}. Wait for it, or stop "
+                         "it, or give another --run_dir.") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}: "
+               f"{' '.join(sys.argv)}\n")
+    file.flush()
+    LOCKS[run.resolve()] = file
+
+
+def refuse_changes(run: Path, before: dict, values: dict) -> None:
+    changed = {name: (before.get(name), values.get(name)) for name in {**before, **values}
+               if name not in FREE and before.get(name) != values.get(name)}
+    if changed:
+        lines = [f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items()]
+        raise SystemExit(f"{run} holds a run with another config or other inputs:\n" + "\n".join(lines)
+                         + "\nGive another --run_dir, or remove that directory.")
 
 
 def is_source(folder: str, name: str) -> bool:
@@ -139,15 +213,18 @@ def run_card() -> str:
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
                          cwd=Path(__file__).parent)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
     return (f"command  {' '.join([Path(sys.executable).name, *sys.argv])}\n"
             f"commit   {git.stdout.strip() or 'unknown'}\n"
-            f"torch    {torch.__version__}, {torch.get_num_threads()} threads, {device}\n"
+            f"torch    {torch.__version__}, {torch.get_num_threads()} threads, {device}{ranks}\n"
             f"machine  {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"
             f"start    {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file so that it exists if and only if it is complete."""
+    """Write a file, on rank 0, so that it exists if and only if it is complete."""
+    if parallel.rank():
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as file:
@@ -188,5 +265,7 @@ def fingerprint(values: dict, sources: list[str]) -> dict:
 
 def log(run: Path, **record) -> None:
     """Append one line to the run's log.jsonl: measurements of time live here and nowhere else."""
+    if parallel.rank():
+        return
     with open(run / "log.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")

@@ -21,7 +21,9 @@ Left out: pairs of earlier iterations (the paper trains on the newest only).
 import dataclasses
 import math
 import random
+import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -33,16 +35,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from checkpoint import device, load_model, load_sampler, save_model, weights_hash
+from checkpoint import load_config, load_model, load_sampler, sampler_of, weights_hash
 from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out, load_answered,
-                      save_answered, self_check, summarize)
+from evaluate import (Answered, SampleOptions, answer, answer_to, evaluate_model, held_out, load_answered,
+                      self_check, summarize)
 from experiment import (at_least, derive_seed, log, one_of, open_run, option, parse_config, read_json,
                         read_jsonl, run_script, write_json, write_jsonl)
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
-from train import TrainOptions, autocast, fit, micro_batches, num_steps, response_logps
+from parallel import barrier, computed, missing, rank, world
+from train import (TrainOptions, autocast, fit, items_hash, load_trained, micro_batches, num_steps, response_logps,
+                   save_trained, to_train)
 
 
 @dataclass(frozen=True)
@@ -186,14 +190,16 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def add_reference(model: Llama, pairs: list[Pair], config: Config) -> list[Pair]:
     """Step 4: two numbers per pair from M_{t-1}, so that training needs no second model."""
-    complete = list(pairs)
     batches = micro_batches(range(len(pairs)), lambda i: pairs[i].tokens, config.micro_batch_tokens)
-    for batch in tqdm(batches, desc="reference", unit="batch", dynamic_ncols=True):
-        with autocast(model, config.precision):
-            (chosen, rejected), _ = pair_logps(model, [pairs[i] for i in batch])
-        for i, *logps in zip(batch, chosen.tolist(), rejected.tolist()):
-            complete[i] = dataclasses.replace(pairs[i], ref_chosen=logps[0], ref_rejected=logps[1])
-    return complete
+    with tqdm(total=len(pairs), desc="reference", unit="pair", dynamic_ncols=True, disable=rank() > 0) as bar:
+        def logps(batch: list[int]) -> list[tuple[int, float, float]]:
+            with autocast(model, config.precision):
+                (chosen, rejected), _ = pair_logps(model, [pairs[i] for i in batch])
+            bar.update(len(batch) * world())
+            return list(zip(batch, chosen.tolist(), rejected.tolist()))
+
+        found = sorted(row for batch in computed(batches, logps) for row in batch)
+    return [dataclasses.replace(pairs[i], ref_chosen=chosen, ref_rejected=rejected) for i, chosen, rejected in found]
 
 
 def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str, Tensor]:
@@ -229,39 +235,38 @@ def gold_pairs(answered: list[Answered], golds: dict[str, list[int]], max_tokens
 @torch.no_grad()
 def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> dict:
     """Mean summed log-probabilities of the same few pairs and their gold, to be drawn over training."""
-    totals = dict.fromkeys(("chosen", "rejected", "gold") if golds else ("chosen", "rejected"), 0.0)
-    for batch in micro_batches(pairs, lambda pair: pair.tokens, config.micro_batch_tokens):
+    def sums(batch: list[Pair]) -> dict[str, float]:
         with autocast(model, config.precision):
             (chosen, rejected), _ = pair_logps(model, batch)
-            totals["chosen"] += float(chosen.sum()) / len(pairs)
-            totals["rejected"] += float(rejected.sum()) / len(pairs)
-            if known := [(p.prompt, golds[p.id]) for p in batch if p.id in golds]:
-                logps, mask, _ = response_logps(model, known)
-                totals["gold"] += float((logps * mask).sum()) / len(pairs)
-    return totals
+            known = [(p.prompt, golds.get(p.id, p.chosen)) for p in batch]
+            logps, mask, _ = response_logps(model, known)
+            gold = (logps * mask).sum(-1) * logps.new_tensor([p.id in golds for p in batch])
+        return {"chosen": float(chosen.sum()), "rejected": float(rejected.sum()), "gold": float(gold.sum())}
+
+    found = computed(micro_batches(pairs, lambda pair: pair.tokens, config.micro_batch_tokens), sums)
+    return {name: sum(part[name] for part in found) / len(pairs)
+            for name in (("chosen", "rejected", "gold") if golds else ("chosen", "rejected"))}
 
 
-def optimize(config: Config, model: Llama, items: list[Pair], pairs: list[Pair],
-             golds: dict[str, list[int]], iteration: int, label: str,
-             after_step=lambda step: None) -> tuple[list[dict], list[dict]]:
+def optimize(config: Config, model: Llama, items: list[Pair], pairs: list[Pair], golds: dict[str, list[int]],
+             iteration: int, label: str, folder: Path, after_step: Callable[[int], dict] = lambda step: {},
+             ) -> tuple[list[dict], list[dict]]:
     """Step 5: M_{t-1} becomes M_t in place. Returns the records of the steps and of the probe."""
     check_start(model, pairs, config)
     fixed = pairs[::max(1, len(pairs) // 64)][:64]
     every = max(1, num_steps(len(items), config) // 10)
-    probes = [{"step": 0, **probe(model, fixed, golds, config)}]
+    first = {"step": 0, **probe(model, fixed, golds, config)}
 
-    def measure(step: int) -> None:
-        if step % every == 0:
-            probes.append({"step": step, **probe(model, fixed, golds, config)})
-        after_step(step)
+    def measure(step: int) -> dict:
+        probed = {"probe": {"step": step, **probe(model, fixed, golds, config)}} if step % every == 0 else {}
+        return probed | after_step(step)
 
     if config.method == "irpo":
         loss, length = partial(preference_loss, config=config), attrgetter("tokens")
     else:
         loss, length = chosen_loss, attrgetter("chosen_tokens")
-    records = fit(model, items, loss, length, config, seed=derive_seed(config.seed, iteration),
-                  label=label, after_step=measure)
-    return records, probes
+    records = fit(model, items, loss, length, config, derive_seed(config.seed, iteration), label, folder, measure)
+    return records, [first, *(record.pop("probe") for record in records if "probe" in record)]
 
 
 @torch.no_grad()
@@ -279,14 +284,13 @@ def choose_steps(config: Config, start: str, items: list[Pair], pairs: list[Pair
                  dev: list[data.Problem], tokenizer, folder: Path, iteration: int) -> int:
     """Steps after which dev accuracy is best, in a training without the pairs of dev questions."""
     path = folder / "select.json"
-    if not path.exists():
-        curve = []
-
-        def measure(step: int) -> None:
-            if step % config.select_every == 0:
-                summary = summarize(answer(model, tokenizer, dev, config, num_samples=1,
-                                           temperature=0, seed=0, label="dev"), config.task)
-                curve.append({"step": step, "accuracy": summary["accuracy"]})
+    if missing(path):
+        def measure(step: int) -> dict:
+            if step % config.select_every:
+                return {}
+            sampler = sampler_of(model, config.tensor_parallel)
+            return {"dev": summarize(answer(sampler, tokenizer, dev, config, num_samples=1, temperature=0, seed=0,
+                                            label="dev"), config.task)["accuracy"]}
 
         held_out = {problem.id for problem in dev}
         rest = [item for item in items if item.id not in held_out]
@@ -294,29 +298,31 @@ def choose_steps(config: Config, start: str, items: list[Pair], pairs: list[Pair
             raise SystemExit(f"--select_every {config.select_every} is more than the "
                              f"{num_steps(len(rest), config)} steps of a training: lower it, or give "
                              "0 to train without selection")
-        model = load_model(start, device())
-        optimize(config, model, rest, pairs, golds, iteration, f"select {iteration}", measure)
-        write_json(path, curve)
-    curve = read_json(path)
-    return max(curve, key=lambda row: row["accuracy"])["step"]
+        model = load_trained(start, config)
+        records, _ = optimize(config, model, rest, pairs, golds, iteration, f"select {iteration}",
+                              folder / "select", measure)
+        write_json(path, [{"step": record["step"] + 1, "accuracy": record["dev"]} for record in records
+                          if "dev" in record])
+        barrier()
+    if rank() == 0:
+        shutil.rmtree(folder / "select", ignore_errors=True)  # the state of that training
+    return max(read_json(path), key=lambda row: row["accuracy"])["step"]
 
 
 def sample_step(config: Config, folder: Path, model_dir: str, tokenizer, problems, t: int) -> None:
     """Step 1."""
-    temperature = config.temperature[min(t, len(config.temperature)) - 1]
-    seed, start = derive_seed(config.seed, t, "sample"), time.perf_counter()
-    model = load_sampler(model_dir)
-    answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
-                      temperature=temperature, seed=seed, label=f"sample {t}")
-    save_answered(folder / "samples.jsonl", answered, config, split="train", weights=weights_hash(model),
-                  num_samples=config.num_samples, temperature=temperature, seed=seed)
+    start = time.perf_counter()
+    answered = answer_to(folder / "samples.jsonl", load_sampler(model_dir, config.tensor_parallel), tokenizer, problems,
+                         config, split="train", num_samples=config.num_samples,
+                         temperature=config.temperature[min(t, len(config.temperature)) - 1],
+                         seed=derive_seed(config.seed, t, "sample"), label=f"sample {t}")
     log(folder.parent, event="sample", iteration=t, seconds=time.perf_counter() - start,
         tokens=sum(len(s.ids) for q in answered for s in q.samples))
 
 
 def pair_step(config: Config, folder: Path, model_dir: str, golds, t: int) -> None:
     """Steps 2 to 4."""
-    model = load_model(model_dir, device())
+    model = load_trained(model_dir, config)
     pairs, coverage = collect_pairs(load_answered(folder / "samples.jsonl"), golds, config, t,
                                     model.config.max_length)
     start = time.perf_counter()
@@ -329,32 +335,29 @@ def pair_step(config: Config, folder: Path, model_dir: str, golds, t: int) -> No
 
 def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, dev, t: int) -> None:
     """Step 5."""
-    model = load_model(model_dir, device())
     items = pairs = [Pair(**row) for row in read_jsonl(folder / "pairs.jsonl")]
     if config.method == "sft_gold":
-        items = gold_pairs(load_answered(folder / "samples.jsonl"), golds,
-                           model.config.max_length)
+        items = gold_pairs(load_answered(folder / "samples.jsonl"), golds, load_config(Path(model_dir)).max_length)
     if config.select_every:
         steps = choose_steps(config, model_dir, items, pairs, golds, dev, tokenizer, folder, t)
         config = dataclasses.replace(config, max_steps=steps)
+    model = load_trained(model_dir, config)
     reference = read_json(folder / "coverage.json")["reference"]
     if weights_hash(model) != reference:
         raise SystemExit(f"{folder / 'pairs.jsonl'} holds reference log-probabilities of other weights "
                          f"({reference[:12]}) than {model_dir}: remove {folder} and run again")
     start = time.perf_counter()
-    records, probes = optimize(config, model, items, pairs, golds, t, f"train {t}")
+    records, probes = optimize(config, model, items, pairs, golds, t, f"train {t}", folder)
     log(folder.parent, event="train", iteration=t, seconds=time.perf_counter() - start,
         tokens=sum(record["tokens"] for record in records))
-    write_jsonl(folder / "train.jsonl", records)
     write_jsonl(folder / "probe.jsonl", probes)
-    save_model(model, folder / "model", source=config.model)
-    config.remember(folder / "model")
+    save_trained(model, records, folder, config)
 
 
 def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:
     """Step 6."""
     start = time.perf_counter()
-    rows = evaluate_model(load_sampler(model_dir), tokenizer, config, folder,
+    rows = evaluate_model(load_sampler(model_dir, config.tensor_parallel), tokenizer, config, folder,
                           config.eval_questions, config.eval_samples, seed=config.seed, label=f"M{t}")
     saw_dev = {"dev_was_trained_on": True} if t and config.select_every else {}
     write_json(folder / "eval.json",
@@ -365,13 +368,15 @@ def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: in
 def training_row(folder: Path, num_parameters: int, t: int) -> dict:
     """The pairs of an iteration, what training did to them, and the tokens and FLOPs it took."""
     records, samples = read_jsonl(folder / "train.jsonl"), load_answered(folder / "samples.jsonl")
+    counted = [record for record in records if not record.get("skipped")]
     sampled = sum(len(s.ids) for question in samples for s in question.samples)
     trained = sum(record["tokens"] for record in records)
-    last_quarter = records[-max(1, len(records) // 4):]
+    last_quarter = counted[-max(1, len(counted) // 4):]
     return {"name": f"M{t}", "iteration": t, "split": "train", **read_json(folder / "coverage.json"),
             **{name: fmean(record[name] for record in last_quarter)
-               for name in records[0] if name not in ("step", "tokens", "lr")},
-            "steps": len(records), "tokens_sampled": sampled, "tokens_trained": trained,
+               for name in records[0] if name not in ("step", "tokens", "lr", "skipped")},
+            "steps": len(records), "skipped": len(records) - len(counted), "tokens_sampled": sampled,
+            "tokens_trained": trained,
             # per parameter and token 2 FLOPs forward, 6 with backward; attention, prompts of samples
             # and the reference pass are not counted
             "flops": num_parameters * (2 * sampled + 6 * trained),
@@ -389,27 +394,30 @@ def main() -> None:
         raise SystemExit(f"{config.task} has no gold solutions: go without them, with --no-gold and "
                          "another method than sft_gold")
     model = load_model(config.model)
-    self_check(config, tokenizer, problems + dev, model.config, held_out(config))
-    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    others = held_out(config)
+    self_check(config, tokenizer, problems + dev, model.config, others)
+    run = open_run(config, config.run_dir, weights=weights_hash(model),
+                   problems=items_hash([*problems, *dev, *others]))
     num_parameters = sum(p.numel() for p in model.parameters())
     del model
 
     M = config.model
-    if not (run / "iter0" / "eval.json").exists():
+    if missing(run / "iter0" / "eval.json"):
         evaluate_step(config, run / "iter0", M, tokenizer, 0)
     for t in range(1, config.iterations + 1):
         folder = run / f"iter{t}"
         start = config.start_from if t == 1 and config.start_from else M
-        if not (folder / "samples.jsonl").exists():
+        if missing(folder / "samples.jsonl"):
             sample_step(config, folder, M, tokenizer, problems + dev, t)
-        if not (folder / "pairs.jsonl").exists():
+        if missing(folder / "pairs.jsonl"):
             pair_step(config, folder, start, golds, t)
-        if not (folder / "model").exists():
+        if to_train(folder):
             train_step(config, folder, start, tokenizer, golds, dev, t)
         M = str(folder / "model")
-        if not (folder / "eval.json").exists():
+        if missing(folder / "eval.json"):
             evaluate_step(config, folder, M, tokenizer, t)
 
+    barrier()
     rows = read_json(run / "iter0" / "eval.json")
     for t in range(1, config.iterations + 1):
         folder = run / f"iter{t}"

@@ -24,9 +24,6 @@ Left out: picking the best checkpoint (the authors pick it on test). The last mo
 """
 import copy
 import dataclasses
-import json
-import math
-import os
 import random
 import re
 import time
@@ -41,19 +38,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from checkpoint import device, load_model, load_sampler, save_model, weights_hash
+from checkpoint import (load_model, load_sampler, load_state, sampler_of, sampling_dtype,
+                        weights_hash)
 from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
-from evaluate import (Sample, SampleOptions, answer, evaluate_model, held_out, read_answered,
-                      save_answered, self_check, summarize)
-from experiment import (at_least, derive_seed, log, one_of, open_run, option, parse_config, read_json,
-                        read_jsonl, run_script, write_json, write_jsonl)
+from evaluate import (Sample, SampleOptions, answer, answer_to, evaluate_model, held_out, read_answered,
+                      self_check, summarize)
+from experiment import (at_least, derive_seed, finishing_steps, log, one_of, open_run, option, parse_config,
+                        read_json, read_jsonl, run_script, write_json)
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss,
                     ppo_policy_loss, ppo_value_loss, token_logps, whiten)
-from model import Llama, pad
+from model import Llama
+from parallel import barrier, computed, device, missing, rank, world
 from rewards import READ, read_number
-from train import (Example, TrainOptions, autocast, batch_at, fit_sft, fitting, learning_rate,
-                   micro_batches, new_optimizer, num_steps, response_logps)
+from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, items_hash, learning_rate,
+                   load_trained, micro_batches, new_optimizer, num_steps, response_logps, save_or_stop,
+                   save_trained, to_train, with_masks)
 
 NAMES = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
 
@@ -106,9 +106,10 @@ class Config(TrainOptions, SampleOptions):
     offline_paths: int = option(10, "different right ones of them to keep, drawn at random")
     sft_epochs: int = option(20, "passes over these and gold (from the authors' code), or over gold alone "
                              "(the paper: 40)")
-    # evaluation and state
+    # evaluation, memory and state
     eval_every: int = option(230, "batches between measurements of dev accuracy; 0: at the end only")
-    save_every: int = option(50, "batches after which the state is saved, from which a run goes on")
+    offload_reference: bool = option(False, "pi_0 is in the host's memory between its uses")
+    save_every: int = option(50, "steps or batches after which the state is saved, from which a killed run goes on")
     eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only")
     eval_questions: int = option(0, "only the first so many dev and test questions; 0: all")
 
@@ -176,12 +177,13 @@ class Policy(nn.Module):
         if config.has_critic:
             if config.critic == "separate":
                 self.critic = copy.deepcopy(model.model)
-            weight = model.lm_head.weight  # (V, D)
-            self.value_head = nn.Linear(weight.shape[1], 1, device=weight.device)
-            bound = weight.shape[1] ** -0.5 if config.value_init == "random" else 0.0
-            generator = torch.Generator(weight.device).manual_seed(config.seed)
+            D = model.config.hidden_size
+            self.value_head = nn.Linear(D, 1)
+            bound = D ** -0.5 if config.value_init == "random" else 0.0
+            generator = torch.Generator().manual_seed(config.seed)
             for parameter in self.value_head.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
+            self.value_head.to(model.lm_head.weight.device)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """tokens (B, T) -> float32 logits (B, T, V) of the next token, V (B, T) of what is there so far."""
@@ -227,15 +229,15 @@ def roll_out(model: Llama, tokenizer, problems: list[data.Problem], config: Conf
             for q in answered for s in q.samples]
 
 
-def act(policy: Policy, rollouts: list[Example]) -> tuple[Tensor, Tensor, Tensor]:
-    """One forward pass -> log-probs and values (B, T-1), logits (B, T-1, V).
+def act(policy: Policy, rollouts: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One forward pass -> log-probs, values and mask (B, T-1), logits (B, T-1, V).
 
     Column t is about the action that makes token t + 1, as in train.response_logps, and about the
     state in which it is taken, which is tokens 0 to t.
     """
-    tokens, _ = pad([r.prompt + r.response for r in rollouts], policy.model.lm_head.weight.device)
+    tokens, mask, _ = with_masks([(r.prompt, r.response) for r in rollouts])
     logits, values = policy(tokens)
-    return token_logps(logits, tokens), values[:, :-1], logits[:, :-1]
+    return token_logps(logits, tokens), values[:, :-1], mask, logits[:, :-1]
 
 
 @torch.no_grad()
@@ -243,20 +245,25 @@ def measure(policy: Policy, reference: Llama, rollouts: list[Rollout], batches: 
             config: Config) -> dict[str, Tensor]:
     """Step 3: what is known of each token, as name -> (B, T-1) with a row for every rollout.
 
-    The old log-probs are not the sampler's but those of the training forward, in its precision and on
-    the very micro-batches of step 6: so the ratios of the first update are 1 to the last bit.
+    The old log-probs are not the sampler's but those of the training forward, in its precision, on the
+    very micro-batches of step 6 and on the same ranks: so the ratios of the first update are 1 to the last
+    bit. All ranks get the whole table.
     """
-    names = ("logps", "values", "ref_logps", "mask", "entropy")
-    shape = len(rollouts), max(rollout.tokens for rollout in rollouts) - 1
-    table = {name: torch.zeros(shape, device=policy.model.lm_head.weight.device) for name in names}
-    for rows in batches:
+    def columns(rows: list[int]) -> dict[str, Tensor]:
         batch = [rollouts[i] for i in rows]
-        with autocast(policy.model, config.precision):
-            logps, values, logits = act(policy, batch)
-            ref_logps, mask, _ = response_logps(reference, [(r.prompt, r.response) for r in batch])
+        with autocast(policy, config.precision):
+            logps, values, mask, logits = act(policy, batch)
+            ref_logps = response_logps(reference, [(r.prompt, r.response) for r in batch])[0]
         entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-        for name, x in zip(names, (logps, values, ref_logps, mask, entropy)):
-            table[name][rows, :x.shape[1]] = x.float()
+        found = {"logps": logps, "values": values, "ref_logps": ref_logps, "mask": mask, "entropy": entropy}
+        return {name: x.float().cpu() for name, x in found.items()}
+
+    table: dict[str, Tensor] = {}
+    for rows, found in zip(batches, computed(batches, columns)):
+        for name, x in found.items():
+            if name not in table:
+                table[name] = torch.zeros(len(rollouts), max(r.tokens for r in rollouts) - 1, device=device())
+            table[name][rows, :x.shape[1]] = x.to(device())
     return table
 
 
@@ -323,9 +330,8 @@ def unhealthy(record: dict) -> dict[str, str]:
 def ppo_loss(policy: Policy, rows: list[int], rollouts: list[Rollout], table: dict[str, Tensor],
              config: Config) -> dict[str, Tensor]:
     """Per response (B,): the loss, and what else is logged."""
-    logps, values, _ = act(policy, [rollouts[i] for i in rows])  # (B, T-1)
+    logps, values, mask, _ = act(policy, [rollouts[i] for i in rows])  # (B, T-1)
     old = {name: x[rows, :logps.shape[1]] for name, x in table.items()}
-    mask = old["mask"]
     loss = ppo_policy_loss(logps, old["logps"], old["advantages"], mask, config.clip_range)
     off = (((logps - old["logps"]) * mask).exp() - 1).detach()
     measured = {"loss": loss, "policy_loss": loss, "ratio_max": off.amax(-1) + 1,
@@ -340,7 +346,7 @@ def ppo_loss(policy: Policy, rows: list[int], rollouts: list[Rollout], table: di
 
 def self_training_loss(policy: Policy, weighted: list[tuple[Example, float]]) -> dict[str, Tensor]:
     """Online-ST in place of PPO: weight * NLL per response (B,)."""
-    logps, mask, _ = response_logps(policy.model, [(e.prompt, e.response) for e, _ in weighted])
+    logps, _, mask, _ = act(policy, [example for example, _ in weighted])
     nll = nll_loss(logps, mask)
     return {"loss": nll * nll.new_tensor([weight for _, weight in weighted]), "nll": nll}
 
@@ -352,28 +358,16 @@ def halves(right: list[Example], golds: list[Example]) -> list[tuple[Example, fl
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, mini_batches: list[list[list]],
-           loss: Callable[[Policy, list], dict[str, Tensor]], config: Config) -> list[dict]:
+           loss: Callable[[Policy, list], dict[str, Tensor]], config: Config, folder: Path | None = None,
+           label: str = "update") -> list[dict]:
     """Step 6: ppo_epochs times an optimizer step per mini-batch; a record of means for each step.
 
     A mini-batch is a list of micro-batches, whose gradients are summed and divided once.
     """
     records = []
     for mini_batch in mini_batches * config.ppo_epochs:
-        size, values = sum(map(len, mini_batch)), {}
-        for micro_batch in mini_batch:
-            with autocast(policy.model, config.precision):
-                measured = loss(policy, micro_batch)
-            (measured["loss"].sum() / size).backward()
-            for name, x in measured.items():
-                values.setdefault(name, []).extend(x.detach().tolist())
-        record = {name: (max if name.startswith("ratio") else fmean)(x) for name, x in values.items()}
-        record["grad_norm"] = float(nn.utils.clip_grad_norm_(policy.parameters(), config.clip_norm))
-        if not math.isfinite(record["loss"] + record["grad_norm"]):
-            raise SystemExit(f"the loss is {record['loss']} and the gradient's norm "
-                             f"{record['grad_norm']}. Try a smaller --lr.")
-        optimizer.step()
-        optimizer.zero_grad()
-        records.append(record)
+        values, figures = descend(policy, optimizer, mini_batch, loss, config, folder, label)
+        records.append({name: (max if name.startswith("ratio") else fmean)(x) for name, x in values.items()} | figures)
     return records
 
 
@@ -384,13 +378,15 @@ def cut(items: list, length: Callable, config: Config) -> list[list[list]]:
             for i in range(0, len(items), size)]
 
 
-def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
-             rollouts: list[Rollout], golds: list[Example], config: Config, step: int) -> dict:
+def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer, rollouts: list[Rollout],
+             golds: list[Example], config: Config, step: int, folder: Path | None = None) -> dict:
     """Steps 3 to 6 on a batch of rollouts, and its record. Online-ST trains on right ones and gold."""
     rows = list(range(len(rollouts)))
     random.Random(f"{config.seed} {step}").shuffle(rows)
     mini_batches = cut(rows, lambda row: rollouts[row].tokens, config)  # for all passes over them
+    move(reference, device(), config)
     table = measure(policy, reference, rollouts, sum(mini_batches, []), config)
+    move(reference, "cpu", config)
     if config.method == "reft":
         scores = table["mask"].new_tensor([rollout.score for rollout in rollouts])
         table = add_advantages(table, scores, config)
@@ -401,7 +397,7 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
         mini_batches = cut(weighted, lambda pair: pair[0].tokens, config) if weighted else []
         loss, trained = self_training_loss, [example for example, _ in weighted]
     record = {"step": step, **diagnose(rollouts, table)}
-    inner = update(policy, optimizer, mini_batches, loss, config)
+    inner = update(policy, optimizer, mini_batches, loss, config, folder, f"batch {step}")
     for name in inner[0] if inner else ():
         record[name] = (max if name.startswith("ratio") else fmean)(r[name] for r in inner)
     if "ratio_error" in record:
@@ -413,77 +409,64 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
 
 # ---- the loop, and the stages around it ----------------------------------------------------------
 
-def save_state(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """What the next batches depend on, and how much of the record belongs to it; whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict(),
-                    "record_bytes": path.with_name("train.jsonl").stat().st_size}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def load_reference(directory: str, config: Config) -> Llama:
+    """pi_0 in the sampler's precision: on a GPU in bfloat16, so that the KL before the first update is not
+    exactly 0 there. With several ranks it is sharded like the policy."""
+    options = dataclasses.replace(config, cpu_offload=config.cpu_offload or config.offload_reference)
+    reference = load_trained(directory, options, dtype=sampling_dtype()).requires_grad_(False)
+    move(reference, "cpu", config)
+    return reference
 
 
-def load_state(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> int:
-    """The step to go on at. Records of steps after the saved one are cut off: they come again."""
-    if not path.exists():
-        path.with_name("train.jsonl").write_bytes(b"")
-        return 0
-    state = torch.load(path, weights_only=True, map_location=device())
-    policy.load_state_dict(state["policy"])
-    optimizer.load_state_dict(state["optimizer"])
-    os.truncate(path.with_name("train.jsonl"), state["record_bytes"])
-    return state["step"]
+def move(reference: Llama, to: str, config: Config) -> None:
+    """Fetch or put away an offloaded reference; a sharded one is fetched by FSDP as it computes."""
+    if config.offload_reference and world() == 1:
+        reference.to(to)
 
 
 def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: list[data.Problem],
-              golds: dict[str, Example]) -> Llama:
+              golds: dict[str, Example]) -> tuple[Llama, list[dict]]:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
-    folder.mkdir(parents=True, exist_ok=True)
-    policy = Policy(load_model(start, device()), config)
-    reference = load_sampler(start)
-    optimizer = new_optimizer(policy, config)
-    dev = config.problems("dev", config.eval_questions)
-    first, steps = load_state(folder / "state.pt", policy, optimizer), num_steps(len(problems), config)
-    before: dict[str, str] = {}  # warnings of the last step, which are not shown again
-    bar = tqdm(range(first, steps), desc=config.method, unit="batch", initial=first, total=steps,
-               dynamic_ncols=True)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config)
-        batch = [problems[i] for i in batch_at(step, len(problems), config.batch_size, config.seed)]
-        rollouts = roll_out(policy.model, tokenizer, batch, config, step)  # steps 1 and 2
-        record = train_on(policy, reference, optimizer, rollouts,  # steps 3 to 6
-                          [golds[p.id] for p in batch if p.id in golds], config, step)
-        if config.eval_every and (step + 1) % config.eval_every == 0:
-            answered = answer(policy.model, tokenizer, dev, config, num_samples=1, temperature=0.0,
-                              seed=0, label="")
-            record["dev"] = summarize(answered, config.task)
-            tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
-        record["warnings"] = unhealthy(record)
-        for name, text in record["warnings"].items():
-            if name not in before:
-                tqdm.write(f"warning at batch {step}: {text}")
-        before = record["warnings"]
-        with open(folder / "train.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())  # before a state that says how much of it counts
-        if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            save_state(folder / "state.pt", step + 1, policy, optimizer)
-        bar.set_postfix_str(f"accuracy {record['accuracy']:.2f}, KL {record['kl']:.2f}", refresh=False)
-    return policy.model
+    policy = load_trained(start, config, lambda model: Policy(model, config))
+    reference, optimizer = load_reference(start, config), new_optimizer(policy, config)
+    dev, steps = config.problems("dev", config.eval_questions), num_steps(len(problems), config)
+    made_of = {"weights": weights_hash(policy), "problems": items_hash(problems), "steps": steps}
+    records = load_state(folder / "state", policy, optimizer, made_of)
+    bar = tqdm(range(len(records), steps), desc=config.method, unit="batch", initial=len(records), total=steps,
+               dynamic_ncols=True, disable=rank() > 0)
+    with finishing_steps() as asked_to_stop:
+        for step in bar:
+            rate = learning_rate(step, steps, config)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batch = [problems[i] for i in batch_at(step, len(problems), config.batch_size, config.seed)]
+            rollouts = roll_out(sampler_of(policy.model, config.tensor_parallel), tokenizer, batch, config,
+                                step)  # steps 1 and 2
+            record = train_on(policy, reference, optimizer, rollouts,  # steps 3 to 6
+                              [golds[p.id] for p in batch if p.id in golds], config, step, folder)
+            record["lr"] = rate
+            if config.eval_every and (step + 1) % config.eval_every == 0:
+                answered = answer(sampler_of(policy.model, config.tensor_parallel), tokenizer, dev, config,
+                                  num_samples=1, temperature=0.0, seed=0, label="")
+                record["dev"] = summarize(answered, config.task)
+                tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
+            record["warnings"] = unhealthy(record)
+            for name, text in record["warnings"].items():
+                if not records or name not in records[-1]["warnings"]:
+                    tqdm.write(f"warning at batch {step}: {text}")
+            records.append(record)
+            bar.set_postfix_str(f"accuracy {record['accuracy']:.2f}, KL {record['kl']:.2f}", refresh=False)
+            save_or_stop(asked_to_stop(), folder, policy, optimizer, records, steps, made_of, config)
+    return policy.model, records
 
 
-def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
+def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> tuple[Llama, list[dict]]:
     """The base model after the paper's SFT: linear decay after a tenth of warm-up, all tokens alike."""
     options = dataclasses.replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear",
                                   batch_size=config.sft_batch_size, max_steps=0)
     options = dataclasses.replace(options, warmup_steps=num_steps(len(examples), options) // 10)
-    model = load_model(config.model, device())
-    records = fit_sft(model, examples, options, derive_seed(config.seed, folder.name), "SFT")
-    write_jsonl(folder / "train.jsonl", records)
-    return model
+    model = load_trained(config.model, config)
+    return model, fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder, "SFT")
 
 
 def keep_paths(samples: list[Sample], count: int, seed: str) -> list[list[int]]:
@@ -492,16 +475,15 @@ def keep_paths(samples: list[Sample], count: int, seed: str) -> list[list[int]]:
     return random.Random(seed).sample(list(different.values()), min(count, len(different)))
 
 
-def offline_self_training(config: Config, folder: Path, start: str, tokenizer,
-                          problems: list[data.Problem], golds: dict[str, Example]) -> Llama:
+def offline_self_training(config: Config, folder: Path, start: str, tokenizer, problems: list[data.Problem],
+                          golds: dict[str, Example]) -> tuple[Llama, list[dict]]:
     """Offline-ST: pi_0, in the directory `start`, samples; the base is trained on the right ones and gold."""
     path = folder / "samples.jsonl"
-    if not path.exists():
-        answered = answer(load_sampler(start), tokenizer, problems, config,
-                          num_samples=config.offline_samples, temperature=config.temperature,
-                          seed=derive_seed(config.seed, "offline"), label="sample")
-        save_answered(path, answered, config, split="train", num_samples=config.offline_samples,
-                      temperature=config.temperature)
+    if missing(path):
+        answer_to(path, load_sampler(start, config.tensor_parallel), tokenizer, problems, config, split="train",
+                  num_samples=config.offline_samples, temperature=config.temperature,
+                  seed=derive_seed(config.seed, "offline"), label="sample")
+        barrier()
     answered = read_answered(path)[1]
     paths = [Example(q.id, q.prompt_ids, ids) for q in answered
              for ids in keep_paths(q.samples, config.offline_paths, f"{config.seed} {q.id}")]
@@ -514,9 +496,10 @@ def offline_self_training(config: Config, folder: Path, start: str, tokenizer,
 def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: int) -> None:
     """Dev and test accuracy of pi_0 (t = 0) or pi (t = 1)."""
     began, name = time.perf_counter(), NAMES[config.method] if t else "warm-up"
-    rows = evaluate_model(load_sampler(model_dir), tokenizer, config, folder, config.eval_questions,
-                          config.eval_samples, seed=config.seed, label=name)
+    rows = evaluate_model(load_sampler(model_dir, config.tensor_parallel), tokenizer, config, folder,
+                          config.eval_questions, config.eval_samples, seed=config.seed, label=name)
     if config.num_choices:
+        barrier()
         answered = read_answered(folder / "eval_samples.jsonl")[1]
         rows[-1]["letter_accuracy"] = fmean(score(q.samples[0], q.gold, config) for q in answered)
     write_json(folder / "eval.json", [{"name": name, "iteration": t, **row} for row in rows])
@@ -526,7 +509,8 @@ def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: in
 def training_row(config: Config, folder: Path) -> dict:
     """Means over the last quarter of the steps that made pi, and the tokens that all of them took."""
     records = read_jsonl(folder / "train.jsonl")
-    last_quarter = records[-max(1, len(records) // 4):]
+    counted = [record for record in records if not record.get("skipped")]
+    last_quarter = counted[-max(1, len(counted) // 4):]
     means = {name: (max if name.startswith("ratio") else fmean)(record[name] for record in last_quarter)
              for name, value in records[0].items() if isinstance(value, float)}
     coverage = (read_json(folder / "coverage.json") if config.method == "offline_st" else
@@ -542,11 +526,12 @@ def main() -> None:
     problems = config.problems("train", config.num_questions)
     model = load_model(config.model)
     max_tokens = model.config.max_length
-    self_check(config, tokenizer, problems, model.config, held_out(config))
+    others = held_out(config)
+    self_check(config, tokenizer, problems, model.config, others)
     if not any(p.solution for p in problems) and (config.warmup_epochs or config.method != "reft"):
         raise SystemExit(f"{config.task} has no gold solutions: give a warmed-up model as --model with "
                          "--warmup_epochs 0 and --method reft")
-    run = open_run(config, config.run_dir, weights=weights_hash(model))
+    run = open_run(config, config.run_dir, weights=weights_hash(model), problems=items_hash([*problems, *others]))
     del model
     golds = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p))
              for p in problems if p.solution]
@@ -554,25 +539,22 @@ def main() -> None:
 
     pi_0, pi = run / "iter0", run / "iter1"  # the names under which report.py looks for models
     start = str(pi_0 / "model") if config.warmup_epochs else config.model
-    if config.warmup_epochs and not (pi_0 / "model").exists():
-        model = sft(config, pi_0, list(golds.values()), config.warmup_epochs)
-        save_model(model, pi_0 / "model", source=config.model)
-    if config.warmup_epochs:
-        config.remember(pi_0 / "model")
-    if not (pi_0 / "eval.json").exists():
+    if config.warmup_epochs and to_train(pi_0):
+        save_trained(*sft(config, pi_0, list(golds.values()), config.warmup_epochs), pi_0, config)
+    if missing(pi_0 / "eval.json"):
         evaluate_step(config, pi_0, start, tokenizer, 0)
-    if not (pi / "model").exists():
+    if to_train(pi):
         began = time.perf_counter()
         if config.method == "sft":
-            model = sft(config, pi, list(golds.values()), config.sft_epochs)
+            trained = sft(config, pi, list(golds.values()), config.sft_epochs)
         else:
-            train = offline_self_training if config.method == "offline_st" else reinforce
-            model = train(config, pi, start, tokenizer, problems, golds)
-        save_model(model, pi / "model", source=config.model)
+            method = offline_self_training if config.method == "offline_st" else reinforce
+            trained = method(config, pi, start, tokenizer, problems, golds)
+        save_trained(*trained, pi, config)
         log(run, event="train", iteration=1, seconds=time.perf_counter() - began)
-    config.remember(pi / "model")
-    if not (pi / "eval.json").exists():
+    if missing(pi / "eval.json"):
         evaluate_step(config, pi, str(pi / "model"), tokenizer, 1)
+    barrier()
     rows = [*read_json(pi_0 / "eval.json"), training_row(config, pi), *read_json(pi / "eval.json")]
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is written; python report_reft.py {run} draws it")

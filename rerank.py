@@ -22,11 +22,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import device, load_model, weights_hash
+from checkpoint import file_hash, weights_hash
 from evaluate import Answered, read_answered, summarize_samples, wilson
 from experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
 from model import Llama, pad
-from train import Example, TrainOptions, autocast, fit, micro_batches
+from parallel import computed, device
+from train import Example, TrainOptions, autocast, fit, load_trained, micro_batches
 
 
 @dataclass(frozen=True)
@@ -63,23 +64,27 @@ def label(answered: list[Answered]) -> list[Labelled]:
             for ids, right in {tuple(s.ids): s.right for s in question.samples}.items()]
 
 
-def reward_model(directory: str) -> Llama:
-    """Step 2: a Llama that says (wrong, right) where it said which token comes next; head at zero."""
-    model = load_model(directory, device())
-    model.lm_head = nn.Linear(model.config.hidden_size, 2, bias=False, device=device())
-    nn.init.zeros_(model.lm_head.weight)
-    return model
+class RewardModel(nn.Module):
+    """Step 2: a Llama that says (wrong, right) where it said which token comes next; its head begins at zero."""
+
+    def __init__(self, model: Llama) -> None:
+        super().__init__()
+        self.model = model.model
+        self.head = nn.Linear(model.config.hidden_size, 2, bias=False, device=model.lm_head.weight.device)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, 2) float32 logits of wrong and right, from the last token of each response."""
+        last = self.model(tokens, None)[torch.arange(len(tokens)), lengths - 1]  # (B, D)
+        with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16 close scores would be ties
+            return self.head(last.float())
 
 
-def judgements(model: Llama, responses: list[Example]) -> Tensor:
-    """(B, 2) float32 logits of wrong and right, from the last token of each response."""
-    tokens, lengths = pad([r.prompt + r.response for r in responses], model.lm_head.weight.device)
-    last = model.hidden(tokens)[torch.arange(len(responses)), lengths - 1]  # (B, D)
-    with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16 close scores would be ties
-        return model.lm_head(last.float())
+def judgements(model: RewardModel, responses: list[Example]) -> Tensor:
+    return model(*pad([r.prompt + r.response for r in responses], device()))
 
 
-def classification_loss(model: Llama, responses: list[Labelled]) -> dict[str, Tensor]:
+def classification_loss(model: RewardModel, responses: list[Labelled]) -> dict[str, Tensor]:
     logits = judgements(model, responses)
     labels = torch.tensor([int(r.right) for r in responses], device=logits.device)
     return {"loss": F.cross_entropy(logits, labels, reduction="none"),
@@ -87,16 +92,15 @@ def classification_loss(model: Llama, responses: list[Labelled]) -> dict[str, Te
 
 
 @torch.no_grad()
-def scores(model: Llama, responses: list[Example], config: Config) -> list[float]:
+def scores(model: RewardModel, responses: list[Example], config: Config) -> list[float]:
     """P(right) of each response."""
-    found = [0.0] * len(responses)
-    for batch in micro_batches(range(len(responses)), lambda i: responses[i].tokens,
-                               config.micro_batch_tokens):
+    def score(batch: list[int]) -> list[tuple[int, float]]:
         with autocast(model, config.precision):
             right = judgements(model, [responses[i] for i in batch]).softmax(-1)[:, 1]
-        for i, score in zip(batch, right.tolist()):
-            found[i] = score
-    return found
+        return list(zip(batch, right.tolist()))
+
+    batches = micro_batches(range(len(responses)), lambda i: responses[i].tokens, config.micro_batch_tokens)
+    return [right for _, right in sorted(row for batch in computed(batches, score) for row in batch)]
 
 
 def best(question: Answered, score: list[float]) -> int:
@@ -119,12 +123,12 @@ def main() -> None:
     if shares in (0.0, 1.0):
         raise SystemExit(f"{config.labelled}: all responses are {'right' if shares else 'wrong'}, and there "
                          "is nothing to tell apart")
-    model = reward_model(config.model)
-    run = open_run(config, config.run_dir, weights=weights_hash(model), labelled_with=train["weights"],
-                   candidates_of=test["weights"])
+    model = load_trained(config.model, config, RewardModel)
+    run = open_run(config, config.run_dir, weights=weights_hash(model), labelled_hash=file_hash(config.labelled),
+                   candidates_hash=file_hash(config.candidates))
     print(f"{len(labelled):,} labelled responses, {shares:.0%} of them right")
     records = fit(model, labelled, classification_loss, lambda response: response.tokens, config,
-                  derive_seed(config.seed, "rerank"), "reward model")
+                  derive_seed(config.seed, "rerank"), "reward model", run)
     write_jsonl(run / "train.jsonl", records)
 
     flat = iter(scores(model, [Example(q.id, q.prompt_ids, s.ids) for q in candidates for s in q.samples],

@@ -29,15 +29,15 @@ from pathlib import Path
 from statistics import fmean
 
 import data
-from checkpoint import device, load_model, load_sampler, save_model, weights_hash
-from data.prompts import gold_text
+from checkpoint import load_model, load_sampler, weights_hash
+from data.prompts import encode_solution, gold_text
 from data.tokenizer import load_tokenizer
-from evaluate import (Answered, SampleOptions, answer, evaluate_model, held_out, read_answered,
-                      save_answered, self_check)
+from evaluate import Answered, SampleOptions, answer_to, evaluate_model, held_out, read_answered, self_check
 from experiment import (derive_seed, log, one_of, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
+from parallel import barrier, by_first, missing
 from rewards import OWN_FORMAT, equations, equations_hold, grade
-from train import Example, TrainOptions, fit_sft, num_steps
+from train import Example, TrainOptions, fit_sft, items_hash, load_trained, num_steps, save_trained, to_train
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 
@@ -223,23 +223,19 @@ def gold_examples(config: Config, tokenizer, problems: list[data.Problem]) -> li
 
 def finetune(config: Config, start: str, examples: list[Example], folder: Path, label: str) -> None:
     """Steps 1 and 5: SFT, the loss on responses only."""
-    model, started = load_model(start, device()), time.perf_counter()
-    records = fit_sft(model, examples, config, derive_seed(config.seed, label), label)
-    write_jsonl(folder / "train.jsonl", records)
-    save_model(model, folder / "model", source=config.model)
-    config.remember(folder / "model")
+    model, started = load_trained(start, config), time.perf_counter()
+    records = fit_sft(model, examples, config, derive_seed(config.seed, label), folder, label)
+    save_trained(model, records, folder, config)
     log(folder.parent, event=label, seconds=time.perf_counter() - started,
         tokens=sum(record["tokens"] for record in records))
 
 
 def sample_step(config: Config, folder: Path, model_dir: Path, tokenizer, problems) -> None:
     """Step 2."""
-    model, started = load_sampler(model_dir), time.perf_counter()
-    seed = derive_seed(config.seed, "sample")
-    answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples,
-                      temperature=config.temperature, seed=seed, label="sample")
-    save_answered(folder / "samples.jsonl", answered, config, split="train", weights=weights_hash(model),
-                  num_samples=config.num_samples, temperature=config.temperature, seed=seed)
+    started = time.perf_counter()
+    answered = answer_to(folder / "samples.jsonl", load_sampler(model_dir, config.tensor_parallel), tokenizer,
+                         problems, config, split="train", num_samples=config.num_samples,
+                         temperature=config.temperature, seed=derive_seed(config.seed, "sample"), label="sample")
     log(folder.parent, event="sample", seconds=time.perf_counter() - started,
         tokens=sum(len(s.ids) for q in answered for s in q.samples))
 
@@ -287,7 +283,7 @@ def select_step(config: Config, folder: Path, files: list[list[Answered]], token
         texts = [sample.text if sample.finished else "" for sample in pooled]
         right = right_paths(texts, problem.answer, config.task, config.marks, config.equation_filter)
         for i in distinct_paths(texts, right, config.dedup, config.select):
-            ids = pooled[i].ids if not config.pool else data.prompts.encode_solution(
+            ids = pooled[i].ids if not config.pool else encode_solution(
                 tokenizer, texts[i], config.prompt_text(problem))
             rows.append({"id": problem.id, "prompt": config.prompt_ids(tokenizer, problem),
                          "response": ids, "text": texts[i], "model": i // k})
@@ -308,24 +304,26 @@ def main() -> None:
     if not all(problem.solution for problem in problems):
         raise SystemExit(f"{config.task} has no gold solutions, which step 1 trains on")
     rho = load_model(config.model)
-    self_check(config, tokenizer, problems, rho.config, held_out(config))
+    others = held_out(config)
+    self_check(config, tokenizer, problems, rho.config, others)
     check_golds(config, problems)
     files = [load_samples(config, Path(pooled) / "iter1", problems) for pooled in config.pool]
-    run = open_run(config, config.run_dir, weights=weights_hash(rho))
+    run = open_run(config, config.run_dir, weights=weights_hash(rho), problems=items_hash([*problems, *others]),
+                   pooled=items_hash(files))
     del rho
     gold = gold_examples(config, tokenizer, problems)
     sft, rft = run / "iter0", run / "iter1"
 
     if not config.pool or config.restart_from == "sft":
-        if not (sft / "model").exists():
+        if to_train(sft):
             finetune(config, config.model, gold, sft, "SFT")
         evaluate(config, sft, tokenizer, 0)
-    if not config.pool and not (rft / "samples.jsonl").exists():
+    if not config.pool and missing(rft / "samples.jsonl"):
         sample_step(config, rft, sft / "model", tokenizer, problems)
-    if not (rft / "paths.jsonl").exists():
+    if missing(rft / "paths.jsonl"):
         files = files or [load_samples(config, rft, problems)]
-        select_step(config, rft, files, tokenizer, problems)
-    if not (rft / "model").exists():
+        by_first(lambda: select_step(config, rft, files, tokenizer, problems))
+    if to_train(rft):
         paths = [Example(row["id"], row["prompt"], row["response"]) for row in read_jsonl(rft / "paths.jsonl")]
         steps = num_steps(len(gold + paths), config)
         start = config.model if config.restart_from == "base" else sft / "model"
@@ -336,6 +334,7 @@ def main() -> None:
             finetune(config, start, gold + paths, rft, "RFT")
     evaluate(config, rft, tokenizer, 1)
 
+    barrier()
     rows = read_json(sft / "eval.json") if (sft / "eval.json").exists() else []
     rows += [training_row(config, rft), *read_json(rft / "eval.json")]
     write_json(run / "results.json", rows)
@@ -344,12 +343,12 @@ def main() -> None:
 
 def evaluate(config: Config, folder: Path, tokenizer, iteration: int) -> None:
     """Dev and test rows of a model, for the record."""
-    if (folder / "eval.json").exists():
+    if not missing(folder / "eval.json"):
         return
     started = time.perf_counter()
     name = ("SFT", "RFT")[iteration]
-    rows = evaluate_model(load_sampler(folder / "model"), tokenizer, config, folder, config.eval_questions,
-                          config.eval_samples, seed=config.seed, label=name,
+    rows = evaluate_model(load_sampler(folder / "model", config.tensor_parallel), tokenizer, config, folder,
+                          config.eval_questions, config.eval_samples, seed=config.seed, label=name,
                           temperature=config.temperature)
     write_json(folder / "eval.json", [{"name": name, "iteration": iteration, **row} for row in rows])
     log(folder.parent, event=f"evaluate {name}", seconds=time.perf_counter() - started)

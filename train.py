@@ -1,15 +1,18 @@
 """Batches, the optimizer step and `fit`, which every driver trains through; as a script, plain SFT.
 
-Micro-batches are formed by length under a token budget; gradients of summed per-sequence losses are
-divided once, by the number of items in the whole batch. So the budget changes speed and memory, never
-the result. Batches are a pure function of (seed, step).
+Micro-batches are formed by length under a token budget and dealt out over ranks; gradients of summed
+per-sequence losses are divided once, by the number of items in the whole batch. So neither the budget nor
+the number of ranks changes the result. Batches are a pure function of (seed, step), so a training that was
+stopped or killed goes on from its newest state as if nothing had happened.
 
     python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, of IRPO
     python train.py --preset rft_base --run_dir runs/rft-base-s0   # and of RFT
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # SFT on gold solutions
 """
 import dataclasses
+import hashlib
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,19 +21,20 @@ from statistics import fmean
 
 import numpy
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from checkpoint import device, load_model, save_model
+from checkpoint import load_model, load_state, save_model, save_state, weights_hash
 from data import toy
 from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_solution, gold_text,
                           needs_examples, prompt_format, prompt_text)
 from data.tokenizer import load_tokenizer, train_tokenizer
-from experiment import (at_least, fingerprint, one_of, open_run, option, parse_config, read_json,
-                        run_script, write_json, write_jsonl)
+from experiment import (at_least, fingerprint, finishing_steps, one_of, open_run, option, parse_config,
+                        read_json, run_script, write_json, write_jsonl)
 from losses import nll_loss, token_logps
-from model import Llama, ModelConfig, pad
+from model import Block, Llama, ModelConfig, pad
+from parallel import by_first, collected, dealt, device, missing, rank, shard, whole, world
 from rewards import OWN_FORMAT, require_math_verify
 
 
@@ -48,10 +52,17 @@ class TrainOptions:
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
     micro_batch_tokens: int = option(8192, "padded tokens of one forward pass; speed and memory only")
     precision: str = option("bf16", "of matrix products in training: bf16 (autocast) or fp32")
+    save_every: int = option(100, "steps after which the state is saved, from which a killed run goes on")
+    skip_nonfinite: bool = option(False, "leave a step out whose loss or gradient is not finite, and count "
+                                  "it, instead of stopping")
+    shard_within_node: bool = option(False, "with ranks on several nodes: shard weights within a node and "
+                                     "replicate them across")
+    cpu_offload: bool = option(False, "with several ranks: weights, gradients and moments stay in the host's "
+                               "memory")
 
     def __post_init__(self) -> None:
         one_of(self, lr_schedule=SCHEDULES, precision=("bf16", "fp32"))
-        at_least(self, 1, "batch_size", "epochs", "micro_batch_tokens")
+        at_least(self, 1, "batch_size", "epochs", "micro_batch_tokens", "save_every")
         at_least(self, 0, "max_steps")
         if not 0 <= self.warmup_share < 1:
             raise ValueError(f"--warmup_share {self.warmup_share}: from 0, and below 1")
@@ -60,7 +71,7 @@ class TrainOptions:
                 raise ValueError(f"--{name} {getattr(self, name)}: must be above 0")
 
 
-ASKED, ASKED_BY = "asked.json", ("prompt", "chat", "answer_format")
+ASKED_BY = ("prompt", "chat", "answer_format")
 
 
 @dataclass(frozen=True)
@@ -118,13 +129,14 @@ class TaskOptions:
         text = gold_text(problem, self.marks)
         return encode_solution(tokenizer, text, self.prompt_text(problem)) if text else None
 
-    def remember(self, directory: str | Path) -> None:
-        """Leave word in a model directory of how the model is asked."""
-        write_json(Path(directory) / ASKED, {name: getattr(self, name) for name in ASKED_BY})
+    @property
+    def asked(self) -> dict:
+        """How a model is asked, for asked.json in its directory."""
+        return {name: getattr(self, name) for name in ASKED_BY}
 
     def compare(self, directory: str | Path) -> None:
         """Warn if a model was trained to be asked in another way."""
-        path = Path(directory) / ASKED
+        path = Path(directory) / "asked.json"
         before = read_json(path) if path.is_file() else {}
         other = [f"--{name} {before[name] or repr('')}" for name in ASKED_BY
                  if name in before and before[name] != getattr(self, name)]
@@ -178,58 +190,145 @@ def response_logps(model: Llama, sequences: list[tuple[list[int], list[int]]],
     Padded on the right. Column t belongs to token t + 1, so the first response token, scored by the
     last prompt token, is in column len(prompt) - 1.
     """
-    device = model.lm_head.weight.device
-    tokens, lengths = pad([prompt + response for prompt, response in sequences], device)  # (B, T)
-    starts = torch.tensor([len(prompt) - 1 for prompt, _ in sequences], device=device)[:, None]
-    columns = torch.arange(tokens.shape[1] - 1, device=device)
-    response_mask = (columns >= starts) & (columns < lengths[:, None] - 1)
-    return token_logps(model(tokens), tokens), response_mask, columns < starts
+    tokens, response_mask, prompt_mask = with_masks(sequences)
+    return token_logps(model(tokens), tokens), response_mask, prompt_mask
 
 
-def autocast(model: Llama, precision: str):
+def with_masks(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """B (prompt_ids, response_ids) -> tokens (B, T), masks (B, T-1) of what belongs to response and prompt."""
+    tokens, lengths = pad([prompt + response for prompt, response in sequences], device())  # (B, T)
+    starts = torch.tensor([len(prompt) - 1 for prompt, _ in sequences], device=device())[:, None]
+    columns = torch.arange(tokens.shape[1] - 1, device=device())
+    return tokens, (columns >= starts) & (columns < lengths[:, None] - 1), columns < starts
+
+
+def autocast(module: nn.Module, precision: str):
     """Matrix products in bfloat16 where precision says so; parameters stay float32."""
-    return torch.autocast(model.lm_head.weight.device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(next(module.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def fit(model: Llama, items: list, loss: Callable[[Llama, list], dict[str, Tensor]],
-        length: Callable, options: TrainOptions, seed: int, label: str = "train",
-        after_step: Callable[[int], None] = lambda step: None) -> list[dict]:
+def load_trained(directory: str | Path, options: TrainOptions,
+                 prepare: Callable[[Llama], nn.Module] = lambda model: model,
+                 dtype: torch.dtype = torch.float32) -> nn.Module:
+    """prepare(the model of a directory), as training needs it: on this device, or sharded over all ranks."""
+    if world() == 1:
+        return prepare(load_model(directory, device(), dtype))
+    module = prepare(load_model(directory, dtype=None))  # mapped: a rank reads a block when it is sharded
+    blocks = [block for block in module.modules() if isinstance(block, Block)]
+    return shard(module, blocks, bf16=options.precision == "bf16", within_node=options.shard_within_node,
+                 cpu_offload=options.cpu_offload).to(dtype)
+
+
+def accumulate(module: nn.Module, micro_batches: list[list], precision: str,
+               loss: Callable[[nn.Module, list], dict[str, Tensor]]) -> dict[str, list[float]]:
+    """Add the gradients of the mean of loss(module, items)["loss"] (B,) over the items of all micro-batches.
+
+    Each is computed by one rank. Returns all values that `loss` measures, item by item, in one order.
+    """
+    size, found = sum(map(len, micro_batches)), []
+    for micro_batch, counts in dealt(micro_batches):
+        with autocast(module, precision):
+            measured = loss(module, micro_batch)
+        (measured["loss"].sum() / size * counts).backward()
+        if counts:
+            found.append({name: values.detach().tolist() for name, values in measured.items()})
+    values: dict[str, list[float]] = {}
+    for part in collected(found):
+        for name, x in part.items():
+            values.setdefault(name, []).extend(x)
+    return values
+
+
+def descend(module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[list],
+            loss: Callable[[nn.Module, list], dict[str, Tensor]], options: TrainOptions, folder: Path | None,
+            label: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """One optimizer step: the values measured item by item, and the figures of the step.
+
+    A loss or gradient that is not finite never reaches the weights: the step is left out, or the run stops.
+    """
+    values = accumulate(module, micro_batches, options.precision, loss)
+    norm = float(whole(nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)))
+    finite = math.isfinite(sum(values["loss"]) + norm)
+    if finite:
+        optimizer.step()
+    elif not options.skip_nonfinite:
+        ids = [getattr(item, "id", item) for micro_batch in micro_batches for item in micro_batch]
+        if folder:
+            write_json(folder / "nonfinite.json", {"step": label, "grad_norm": norm, "ids": ids, **values})
+        raise SystemExit(f"{label}: the loss is {fmean(values['loss'])} and the gradient's norm {norm}. The batch "
+                         f"holds {ids}{f', see {folder}/nonfinite.json' if folder else ''}. Try a smaller --lr, or "
+                         "--skip_nonfinite.")
+    optimizer.zero_grad()
+    return values, {"grad_norm": norm} | ({"skipped": float(not finite)} if options.skip_nonfinite else {})
+
+
+def fit(model: nn.Module, items: list, loss: Callable[[nn.Module, list], dict[str, Tensor]],
+        length: Callable, options: TrainOptions, seed: int, label: str = "train", folder: Path | None = None,
+        after_step: Callable[[int], dict] = lambda step: {}) -> list[dict]:
     """Minimise the mean of loss(model, items)["loss"] (B,) over items; one record of means per step.
 
-    The other entries of the dict are measured only. A loss or gradient that is not finite stops the
-    run before it reaches the weights.
+    The other entries of the dict are measured only; after_step(steps done) may add to a step's record. In
+    `folder`, if there is one, the state is saved every so many steps and when the run is asked to stop.
     """
     steps = num_steps(len(items), options)
     optimizer = new_optimizer(model, options)
-    records, total, start = [], 0, time.perf_counter()
-    bar = tqdm(range(steps), desc=label, unit="step", dynamic_ncols=True)
-    for step in bar:
-        batch = [items[i] for i in batch_at(step, len(items), options.batch_size, seed)]
-        sums, tokens = {}, sum(map(length, batch))
-        for micro_batch in micro_batches(batch, length, options.micro_batch_tokens):
-            with autocast(model, options.precision):
-                measured = loss(model, micro_batch)
-            (measured["loss"].sum() / len(batch)).backward()
-            for name, values in measured.items():
-                sums[name] = sums.get(name, 0.0) + float(values.detach().double().sum())
-        record = {name: value / len(batch) for name, value in sums.items()}
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
-        record["grad_norm"] = float(norm)
-        if not math.isfinite(record["loss"] + record["grad_norm"]):
-            raise SystemExit(f"{label}: at step {step} the loss is {record['loss']} and the gradient's "
-                             f"norm {record['grad_norm']}. The batch holds "
-                             f"{[getattr(item, 'id', item) for item in batch]}. Try a smaller --lr.")
-        record["lr"] = learning_rate(step, steps, options)
-        for group in optimizer.param_groups:
-            group["lr"] = record["lr"]
-        optimizer.step()
-        optimizer.zero_grad()
-        records.append({"step": step, **record, "tokens": tokens})
-        total += tokens
-        bar.set_postfix_str(f"loss {record['loss']:.3f}, "
-                            f"{total / (time.perf_counter() - start):,.0f} tok/s", refresh=False)
-        after_step(step + 1)
+    made_of = {"weights": weights_hash(model), "items": items_hash(items), "seed": seed, "steps": steps,
+               "lr": options.lr, "batch_size": options.batch_size}
+    records = load_state(folder / "state", model, optimizer, made_of) if folder else []
+    total, start = 0, time.perf_counter()
+    bar = tqdm(range(len(records), steps), desc=label, unit="step", dynamic_ncols=True, initial=len(records),
+               total=steps, disable=rank() > 0)
+    with finishing_steps() as asked_to_stop:
+        for step in bar:
+            batch = [items[i] for i in batch_at(step, len(items), options.batch_size, seed)]
+            rate = learning_rate(step, steps, options)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            values, figures = descend(model, optimizer, micro_batches(batch, length, options.micro_batch_tokens),
+                                      loss, options, folder, f"{label}, step {step}")
+            means, tokens = {name: fmean(x) for name, x in values.items()}, sum(map(length, batch))
+            records.append({"step": step, **means, **figures, "lr": rate, "tokens": tokens, **after_step(step + 1)})
+            total += tokens
+            bar.set_postfix_str(f"loss {means['loss']:.3f}, {total / (time.perf_counter() - start):,.0f} tok/s",
+                                refresh=False)
+            save_or_stop(asked_to_stop(), folder, model, optimizer, records, steps, made_of, options)
     return records
+
+
+def save_or_stop(stop: bool, folder: Path | None, module: nn.Module, optimizer: torch.optim.Optimizer,
+                 records: list[dict], steps: int, made_of: dict, options: TrainOptions) -> None:
+    """After a step: save the state if it is time to, or if the run is asked to stop, which ends it."""
+    done = len(records)
+    if folder and (stop or done % options.save_every == 0 and done < steps):
+        save_state(folder / "state", module, optimizer, records, made_of)
+    if stop:
+        raise SystemExit(f"\nstopped after step {done} of {steps}; " + (
+            "the same command goes on from there" if folder else "nothing is saved of it"))
+
+
+def items_hash(items: list) -> str:
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(repr(item).encode())
+    return digest.hexdigest()
+
+
+def to_train(folder: Path) -> bool:
+    """Whether the folder's model is still missing; if not, the state of its training may go."""
+    if missing(folder / "model"):
+        return True
+    if rank() == 0:
+        shutil.rmtree(folder / "state", ignore_errors=True)
+    return False
+
+
+def save_trained(model: Llama, records: list[dict], folder: Path, options: TaskOptions,
+                 source: str | Path = "") -> None:
+    """What a training leaves: the model, with the config and tokenizer of `source` (empty: options.model), and
+    the record of its steps; its state no more."""
+    write_jsonl(folder / "train.jsonl", records)
+    save_model(model, folder / "model", source=source or options.model, asked=options.asked)
+    to_train(folder)
 
 
 def new_optimizer(model: Llama, options: TrainOptions) -> torch.optim.AdamW:
@@ -272,7 +371,8 @@ def new_model(config: Config, texts: list[str], folder: Path) -> None:
     """Fresh weights and a tokenizer for these texts; numbers up to 99 and calculator marks are tokens."""
     symbols = ["\n", "=<<", ">>", "####", *map(str, range(100))]
     folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer([text.replace("\n", " ") for text in texts], folder, config.vocab_size, symbols)
+    by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, config.vocab_size,
+                                     symbols))
     D = config.hidden_size
     shape = ModelConfig(
         vocab_size=load_tokenizer(folder).vocab_size, hidden_size=D,
@@ -314,13 +414,13 @@ def sft_loss(model: Llama, examples: list[Example], prompt_weight: float,
     return {"loss": -weighted / mean_length, "nll": nll_loss(logps, mask)}
 
 
-def fit_sft(model: Llama, examples: list[Example], options: TrainOptions, seed: int, label: str = "train",
-            prompt_weight: float = 0.0) -> list[dict]:
+def fit_sft(model: Llama, examples: list[Example], options: TrainOptions, seed: int, folder: Path,
+            label: str = "train", prompt_weight: float = 0.0) -> list[dict]:
     """SFT on examples, those too long for the model left out; fit's records."""
     examples = fitting(examples, model.config.max_length)
     mean_length = fmean(len(example.response) for example in examples)
     return fit(model, examples, lambda model, batch: sft_loss(model, batch, prompt_weight, mean_length),
-               lambda example: example.tokens, options, seed, label)
+               lambda example: example.tokens, options, seed, label, folder)
 
 
 def documents(config: Config) -> list[data.Problem]:
@@ -339,9 +439,11 @@ def main() -> None:
                            "train.py", "losses.py"])
     open_run(config, run)
     made_of_path = run / "made_of.json"
-    if (run / "model").exists() and made_of_path.exists() and read_json(made_of_path) == made_of:
-        print(f"{run / 'model'} is there, made of the same config and source")
-        return
+    if not to_train(run):
+        if made_of_path.exists() and read_json(made_of_path) == made_of:
+            print(f"{run / 'model'} is there, made of the same config and source")
+            return
+        by_first(lambda: shutil.rmtree(run / "model"))
     problems = documents(config)
     start = config.model or str(run / "model.start")
     if not config.model:
@@ -351,11 +453,9 @@ def main() -> None:
         raise SystemExit(f"{config.task} has no gold solutions in these files to learn from")
     examples = [Example(problem.id, config.prompt_ids(tokenizer, problem),
                         config.gold_ids(tokenizer, problem)) for problem in problems]
-    model = load_model(start, device())
-    records = fit_sft(model, examples, config, config.seed, prompt_weight=config.prompt_weight)
-    write_jsonl(run / "train.jsonl", records)
-    save_model(model, run / "model", source=start)
-    config.remember(run / "model")
+    model = load_trained(start, config)
+    records = fit_sft(model, examples, config, config.seed, run, prompt_weight=config.prompt_weight)
+    save_trained(model, records, run, config, source=start)
     write_json(made_of_path, made_of)
     print(f"{run / 'model'}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on "
           f"{len(examples):,} documents in {len(records)} steps")

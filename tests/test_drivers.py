@@ -361,7 +361,7 @@ def test_a_model_says_how_it_was_asked(base, tmp_path, small_world, capsys):
     """rft.py's default prompt is not evaluate.py's: the same model was measured with another question."""
     model = tmp_path / "m"
     shutil.copytree(base, model)
-    train.TaskOptions(prompt="rft").remember(model)
+    (model / "asked.json").write_text(json.dumps(train.TaskOptions(prompt="rft").asked))
     flags = ["--model", model, "--limit", "2", "--max_new_tokens", "4", "--run_dir"]
     call(evaluate, *flags, tmp_path / "a")
     assert "was trained with --prompt rft" in capsys.readouterr().out

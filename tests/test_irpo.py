@@ -349,8 +349,8 @@ def test_where_variants_of_the_loss_differ():
 def test_temperature_of_each_iteration(monkeypatch, tmp_path):
     """The list is per iteration from 1, its last entry repeats; every iteration draws anew."""
     asked = []
-    monkeypatch.setattr(irpo, "load_sampler", lambda directory: tiny_model())
-    monkeypatch.setattr(irpo, "answer", lambda *args, **options: asked.append(options) or [])
+    monkeypatch.setattr(irpo, "load_sampler", lambda directory, ranks: tiny_model())
+    monkeypatch.setattr(irpo, "answer_to", lambda *args, **options: asked.append(options) or [])
     for t in range(1, 7):
         irpo.sample_step(Config(**FP32), tmp_path / f"iter{t}", "", None, [], t)
     assert [options["temperature"] for options in asked] == [0.8, 0.8, 1.3, 1.3, 1.3, 1.3]
@@ -364,17 +364,20 @@ def test_selection_trains_without_dev_questions_and_takes_the_best_step(monkeypa
     accuracy = {2: 0.3, 4: 0.8, 6: 0.5, 8: 0.8}
     seen, now = [], {}
 
-    def optimize(config, model, items, pairs, golds, iteration, label, after_step):
+    def optimize(config, model, items, pairs, golds, iteration, label, folder, after_step):
         seen.extend(item.id for item in items)
+        records = []
         for now["step"] in range(1, 10):
-            after_step(now["step"])
+            records.append({"step": now["step"] - 1, **after_step(now["step"])})
+        return records, []
 
     def answer(model, tokenizer, problems, config, **options):
         assert options["temperature"] == 0
         right = round(10 * accuracy[now["step"]])
         return [answered(f"d{i}-left", sample([5, 2], i < right)) for i in range(10)]
 
-    monkeypatch.setattr(irpo, "load_model", lambda *args: None)
+    monkeypatch.setattr(irpo, "load_trained", lambda *args: None)
+    monkeypatch.setattr(irpo, "sampler_of", lambda *args: None)
     monkeypatch.setattr(irpo, "optimize", optimize)
     monkeypatch.setattr(irpo, "answer", answer)
     dev = [irpo.data.Problem(id, "", "", "") for id in ("q1", "q4")]

@@ -25,8 +25,9 @@ LEVELS = {  # arrows point down only; a new file must be given its place here
     None: {"report", "report_rft", "report_reft"},  # apart: imported by no file of the levels
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
-WITHIN_A_LEVEL = {("checkpoint", "model"), ("rewards", "latex"), ("rewards", "sandbox"),
-                  ("latex", "sandbox"), ("report_rft", "report"), ("report_reft", "report")}
+WITHIN_A_LEVEL = {("checkpoint", "model"), ("checkpoint", "parallel"), ("experiment", "parallel"),
+                  ("rewards", "latex"), ("rewards", "sandbox"), ("latex", "sandbox"),
+                  ("report_rft", "report"), ("report_reft", "report")}
 RUNS_PROGRAMS = {"sandbox.py"}  # in a locked process of its own, which is its purpose
 
 

@@ -10,7 +10,7 @@ from tiny import random_tokens, tiny_model
 import rerank
 from checkpoint import save_model
 from evaluate import Answered, Sample, SampleOptions, save_answered
-from rerank import Config, Labelled, best, classification_loss, label, reward_model, scores
+from rerank import Config, Labelled, RewardModel, best, classification_loss, label, scores
 
 FILES = dict(model="m", labelled="l", candidates="c", run_dir="r", precision="fp32")
 
@@ -27,20 +27,20 @@ def test_equal_responses_of_a_question_count_once():
         Labelled("b", [1, 6], [3, 2], False)]
 
 
-def test_the_head_reads_the_last_token_of_each_response(tmp_path):
+def test_the_head_reads_the_last_token_of_each_response():
     """Padding and company change nothing; an untrained head gives one half and a loss of ln 2."""
-    save_model(tiny_model(), tmp_path / "m")
-    model = reward_model(tmp_path / "m")
+    model = RewardModel(tiny_model())
     responses = [Labelled(str(i), random_tokens(i, 2 + i).tolist(), random_tokens(9 + i, 1 + 3 * i).tolist(),
                           bool(i % 2)) for i in range(5)]
     start = classification_loss(model, responses)["loss"]
     torch.testing.assert_close(start, torch.full((5,), math.log(2)))
-    torch.nn.init.normal_(model.lm_head.weight, generator=torch.Generator().manual_seed(0))
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     together = classification_loss(model, responses)["loss"]
     alone = torch.cat([classification_loss(model, [r])["loss"] for r in responses])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     for r, value in zip(responses, scores(model, responses, Config(**FILES, micro_batch_tokens=16))):
-        logits = model(torch.tensor([r.prompt + r.response]))[0, -1]
+        tokens = torch.tensor([r.prompt + r.response])
+        logits = model.head(model.model(tokens, None)[0, -1])
         assert value == pytest.approx(float(logits.detach().softmax(-1)[1]), abs=1e-5)
         other = classification_loss(model, [r])["loss"].item()
         assert other == pytest.approx(-math.log(value if r.right else 1 - value), rel=1e-3)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_drivers import call, read_lines, refusal
 
+import evaluate
 import rft
 import train
 from checkpoint import load_model, save_model
@@ -273,9 +274,8 @@ def test_a_pool_of_other_data_is_refused(run, rho, tmp_path, capsys):
     """Ids are row numbers, which every file of that name has: the right answers must agree, too."""
     other = tmp_path / "other"
     settings, answered = rft.read_answered(run / "iter1" / "samples.jsonl")
-    rft.save_answered(other / "iter1" / "samples.jsonl",
-                      [dataclasses.replace(q, gold="-3") for q in answered],
-                      rft.Config(model="m", **rft.TOY))
+    evaluate.save_answered(other / "iter1" / "samples.jsonl", [dataclasses.replace(q, gold="-3") for q in answered],
+                           rft.Config(model="m", **rft.TOY))
     message = refusal(capsys, rft, *SMALL, "--model", rho, "--pool", other, "--run_dir", tmp_path / "run")
     assert "another right answer" in message
 

@@ -1,0 +1,208 @@
+"""Everything that knows about ranks: the processes that torchrun starts, one per device.
+
+    make irpo GPUS=8                                               # or, for any command here:
+    torchrun --standalone --nproc_per_node 8 irpo.py ...
+    torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 irpo.py ...
+
+All ranks run the same program on the same run directory, on a disk that they share. Work that can be cut
+(sampling, grading, reference log-probs, micro-batches) is dealt out in pieces that do not depend on the
+number of ranks, and all ranks get all results, in one order. So another number of ranks changes the order
+in which gradients are added up, and nothing else. Only rank 0 writes files and prints.
+
+Without torchrun there is one rank, and these functions do next to nothing. Left out: pipeline
+parallelism, and every engine but PyTorch's own.
+"""
+import dataclasses
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+Item, Result = TypeVar("Item"), TypeVar("Result")
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def node_size() -> int:
+    """Ranks on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if world() > 1 else 1
+
+
+def start() -> None:
+    """Join the ranks that torchrun has started, if it has started several."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+        return
+    if device() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")  # Python objects travel by gloo
+    else:
+        dist.init_process_group("gloo")
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def finish() -> None:
+    """Part in peace: without these three lines ranks over gloo abort at exit every other time."""
+    if dist.is_initialized():
+        gc.collect()  # sharded modules must be gone before their process group
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+# --- agreement -----------------------------------------------------------------------------------
+
+def barrier() -> None:
+    """Wait for all ranks: what rank 0 has written before is there for all after."""
+    if world() > 1:
+        dist.barrier()
+
+
+def by_first(act: Callable[[], Result]) -> Result:
+    """What `act` returns on rank 0, on all ranks; what it raises there, SystemExit or OSError, too."""
+    if world() == 1:
+        return act()
+    outcome: list = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = act()
+        except (SystemExit, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def missing(path) -> bool:
+    """Whether rank 0 finds no such file or directory; all earlier files of rank 0 are complete after."""
+    return by_first(lambda: not path.exists())
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether the flag is set on any rank."""
+    return any(gather(flag))
+
+
+def gather(value: Result) -> list[Result]:
+    """Every rank's value, in the order of ranks."""
+    if world() == 1:
+        return [value]
+    values: list = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+# --- dealing out work ------------------------------------------------------------------------------
+
+def dealt(items: list[Item], hands: int | None = None) -> Iterator[tuple[Item, bool]]:
+    """This rank's items, every world()-th, each with True.
+
+    A sharded model computes on all ranks at once, so where the items do not come out even, some ranks get
+    the first item with False: to be computed for company, and not counted. `hands`: deal to so many groups
+    of neighbouring ranks instead, without company.
+    """
+    step = hands or world()
+    mine = rank() // (world() // step)
+    for i in range(mine, len(items), step):
+        yield items[i], True
+    if hands is None and 0 < len(items) % step <= mine:
+        yield items[0], False
+
+
+def collected(mine: list[Result], hands: int | None = None) -> list[Result]:
+    """The results of all ranks, in the order of the items that were dealt; `mine`: of those that count."""
+    everyone = gather(mine)[::world() // (hands or world())]
+    total = sum(map(len, everyone))
+    return [everyone[i % len(everyone)][i // len(everyone)] for i in range(total)]
+
+
+def computed(items: list[Item], compute: Callable[[Item], Result]) -> list[Result]:
+    """compute(item) of each item, by one rank or another; for what a sharded model does."""
+    return collected([result for item, counts in dealt(items) for result in [compute(item)] if counts])
+
+
+# --- sharded training ------------------------------------------------------------------------------
+
+def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node: bool,
+          cpu_offload: bool) -> nn.Module:
+    """Split a module's float32 weights, gradients and moments over all ranks (FSDP2), block by block.
+
+    A block's weights are gathered, in bfloat16 if bf16, when it computes; the embedding and the head in
+    float32, which autocast casts as it does without ranks. Gradients are summed, never averaged: the loop
+    divides by the number of items in the whole batch. within_node: shard over the ranks of a node and
+    replicate across nodes, for more memory and less traffic between them.
+    """
+    if within_node:
+        mesh = init_device_mesh(device(), (world() // node_size(), node_size()),
+                                mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(device(), (world(),))
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
+                               cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    options = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+    for block in blocks:
+        fully_shard(block, mp_policy=low if bf16 else whole, **options)
+    fully_shard(module, mp_policy=whole, **options)
+    for part in (*blocks, module):
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
+    return module
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight that may be sharded, in full; all ranks must ask together."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+# --- sampling from models that do not fit one device -----------------------------------------------
+
+# Outputs of the first are cut, by heads or hidden units; inputs of the second are, and their outputs summed.
+PLAN = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
+                     ColwiseParallel()) | dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel())
+
+
+def split(model: nn.Module, ranks: int) -> nn.Module:
+    """Tensor parallelism: a Llama's heads and hidden units over `ranks` neighbouring ranks.
+
+    They compute the same tokens together, with two sums over ranks per block and token. Every rank's
+    cache holds its own heads only.
+    """
+    config = model.config
+    if world() % ranks or config.num_key_value_heads % ranks or config.intermediate_size % ranks:
+        raise SystemExit(f"--tensor_parallel {ranks} must divide the number of ranks, {world()}, the model's "
+                         f"{config.num_key_value_heads} key-value heads and its {config.intermediate_size} "
+                         "hidden units")
+    mesh = init_device_mesh(device(), (world() // ranks, ranks), mesh_dim_names=("group", "tensor"))["tensor"]
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, PLAN, src_data_rank=None)
+    model.config = dataclasses.replace(config, num_attention_heads=config.num_attention_heads // ranks,
+                                       num_key_value_heads=config.num_key_value_heads // ranks)
+    return model
+
+
+def like(target: Tensor, weight: Tensor) -> Tensor:
+    """A full weight, or the part of it that this rank holds if the target is split."""
+    if not isinstance(target, DTensor):
+        return weight
+    return distribute_tensor(weight, target.device_mesh, target.placements, src_data_rank=None)
