@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
-from experiment import at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
+from experiment import FREE, at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama, ModelConfig
 from parallel import collected, dealt, node_size, rank, world
 from rewards import Grade, grade, grade_programs, require_math_verify
@@ -137,7 +137,7 @@ def judge(texts: list[str], golds: list[str], task: str, answer_format: str) -> 
 def save_answered(path: Path, answered: list[Answered], options: SampleOptions, **settings) -> None:
     """Write samples behind a line with what they were drawn with and the hash of all the rest."""
     rows = [dataclasses.asdict(question) for question in answered]
-    names = [field.name for field in dataclasses.fields(SampleOptions)]
+    names = [field.name for field in dataclasses.fields(SampleOptions) if field.name not in FREE]
     settings = {name: getattr(options, name) for name in names} | {"marks": options.marks} | settings
     write_jsonl(path, [{"settings": settings, "sha256": content_hash(settings, rows)}, *rows])
 
