@@ -86,7 +86,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     size = max(1, options.batch_rows // num_samples)
     batches = [order[i:i + size] for i in range(0, len(order), size)]
     hands = world() // options.tensor_parallel
-    if len(batches) < hands:
+    if len(batches) < hands and rank() == 0:
         warnings.warn(f"{len(prompts) * num_samples} responses are {len(batches)} batches of --batch_rows "
                       f"{options.batch_rows}, and {hands - len(batches)} of {hands} samplers have nothing to do: lower "
                       "--batch_rows", stacklevel=2)

@@ -117,6 +117,7 @@ def end(message: str | int | None) -> typing.NoReturn:
     """Leave with a message, which rank 0 gives for all if it has one to give."""
     if parallel.world() == 1:
         raise SystemExit(message)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if parallel.rank():
         time.sleep(2)  # torchrun ends the others when one has ended
     if isinstance(message, str):

@@ -1,0 +1,141 @@
+"""What several ranks compute, written to a folder for test_parallel.py to compare: run under torchrun.
+
+    torchrun --standalone --nproc_per_node 2 tests/ranks.py OUT MODEL
+"""
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import parallel  # noqa: E402
+import reft  # noqa: E402
+from checkpoint import load_model, load_state, sampler_of, save_model, save_state, weights_hash  # noqa: E402
+from parallel import rank, whole, world  # noqa: E402
+from sample import generate  # noqa: E402
+from test_reft import config_of, some_rollouts  # noqa: E402
+from test_train import examples, nll  # noqa: E402
+from tiny import random_prompts, random_tokens  # noqa: E402
+from train import TrainOptions, accumulate, descend, load_trained, micro_batches, new_optimizer  # noqa: E402
+
+FP32 = TrainOptions(lr=1e-2, batch_size=7, precision="fp32", micro_batch_tokens=20)
+MADE_OF = {"weights": "the same", "items": "the same"}
+TRAINED_FOR = 3
+
+
+def keep(folder: Path, name: str, tensors: dict) -> None:
+    """Full tensors of a sharded module, in a file."""
+    full = {key: whole(x.detach()).contiguous().clone() for key, x in tensors.items()}
+    if rank() == 0:
+        save_file(full, folder / f"{name}.safetensors")
+
+
+def tokens(example) -> int:
+    return example.tokens
+
+
+def gradients(folder: Path, model_dir: str, **options) -> list[float]:
+    """Of one batch in micro-batches, none of whose numbers is a multiple of 2 or 4; and all losses."""
+    module = load_trained(model_dir, dataclasses.replace(FP32, **options))
+    batches = micro_batches(examples(), tokens, FP32.micro_batch_tokens)
+    assert len(batches) % 2 and len(batches) > 4, len(batches)
+    values = accumulate(module, batches, "fp32", nll)
+    keep(folder, "-".join(["gradients", *options]), {name: p.grad for name, p in module.named_parameters()})
+    return values["loss"]
+
+
+def trained(folder: Path, model_dir: str) -> tuple[str, list[dict]]:
+    """A few steps from the start, or from the state that is there, saved after the third of five."""
+    module = load_trained(model_dir, FP32)
+    optimizer = new_optimizer(module, FP32)
+    records = load_state(folder / "state", module, optimizer, MADE_OF)
+    started = len(records)
+    while len(records) < 5:
+        batches = micro_batches(examples(seed=len(records)), tokens, FP32.micro_batch_tokens)
+        values, figures = descend(module, optimizer, batches, nll, FP32, None, "test")
+        records.append({"loss": sum(values["loss"]), **figures})
+        if len(records) == TRAINED_FOR and not started:
+            save_state(folder / "state", module, optimizer, records, MADE_OF)
+    keep(folder, f"trained-from-{started}", dict(module.named_parameters()))
+    return records
+
+
+def skipped(model_dir: str) -> tuple[bool, dict]:
+    """A loss that is infinite on one rank only: all must leave the step out together."""
+    def loss(model, batch):
+        found = nll(model, batch)
+        bad = [math.inf if e.id == "item-3" else 1.0 for e in batch]
+        return found | {"loss": found["loss"] * found["loss"].new_tensor(bad)}
+
+    options = dataclasses.replace(FP32, skip_nonfinite=True)
+    module = load_trained(model_dir, options)
+    before, batches = weights_hash(module), micro_batches(examples(), tokens, FP32.micro_batch_tokens)
+    _, figures = descend(module, new_optimizer(module, options), batches, loss, options, None, "test")
+    return weights_hash(module) == before, figures["skipped"]
+
+
+def ppo(folder: Path, model_dir: str) -> dict:
+    """A batch of PPO, with a reference of other weights, a critic and whitened advantages."""
+    config = config_of(micro_batch_tokens=20, value_init="random", lr=1e-3)
+    policy = load_trained(model_dir, config, lambda model: reft.Policy(model, config))
+    reference = reft.load_reference(f"{model_dir}-reference", config)
+    optimizer = new_optimizer(policy, config)
+    record = reft.train_on(policy, reference, optimizer, some_rollouts(), [], config, 0)
+    keep(folder, "ppo", dict(policy.named_parameters()))
+    return record
+
+
+def sampled(model_dir: str) -> dict:
+    """From a split model, from the whole one, and from one in training."""
+    prompts = random_prompts(0, [3, 9, 1])
+    found = {}
+    for name, model in (("whole", load_model(model_dir)),
+                        ("split", load_model(model_dir, ranks=min(2, world()))),
+                        ("of training", sampler_of(load_trained(model_dir, FP32), ranks=min(2, world())))):
+        found[name] = [[r.ids for r in group] for group in
+                       generate(model, prompts, num_samples=3, max_new_tokens=12, eos_id=2, seed=0)]
+        found[f"logits {name}"] = model(random_tokens(5, 2, 7)).flatten().tolist()[:50]
+    return found
+
+
+def agreements() -> dict:
+    found = {"seen": parallel.gather(rank()), "anywhere": parallel.anywhere(rank() == world() - 1),
+             "nowhere": parallel.anywhere(False), "first": parallel.by_first(lambda: f"rank {rank()}"), "dealt": {}}
+    for count in (1, 2, 3, 4, 5, 8):
+        items, computed = list(range(count)), []
+        results = parallel.computed(items, lambda i: computed.append(i) or i * i)
+        assert results == [i * i for i in items], results
+        found["dealt"][count] = parallel.gather(computed)
+    try:
+        parallel.by_first(lambda: sys.exit("no"))
+    except SystemExit as error:
+        found["said by all"] = parallel.gather(error.code)
+    return found
+
+
+def main() -> None:
+    folder, model_dir = Path(sys.argv[1]), sys.argv[2]
+    parallel.start()
+    found = {"records": trained(folder, model_dir)}
+    if parallel.missing(folder / "trained-from-3.safetensors"):  # this run did not go on from another's state
+        found |= everything(folder, model_dir)
+    if rank() == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    parallel.finish()
+
+
+def everything(folder: Path, model_dir: str) -> dict:
+    if world() == 4:
+        gradients(folder, model_dir, shard_within_node=True)
+    module = load_trained(model_dir, FP32)
+    save_model(module, folder / "saved", source=model_dir)
+    return {"agreements": agreements(), "losses": gradients(folder, model_dir), "skipped": skipped(model_dir),
+            "ppo": ppo(folder, model_dir), "samples": sampled(model_dir), "hash": weights_hash(module)}
+
+
+if __name__ == "__main__":
+    main()
