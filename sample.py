@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoint import load_sampler
 from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, pieces
 from experiment import run_script
 from model import KVCache, Llama, pad
 
@@ -167,13 +167,10 @@ def stream(model: Llama, prompt: list[int], *, max_new_tokens: int, temperature:
 
 def print_stream(tokenizer, ids: Iterator[int]) -> list[int]:
     """Print text as its tokens come; a character that is not complete waits for the rest of its bytes."""
-    drawn, shown = [], ""
-    for token in ids:
+    drawn = []
+    for token, piece in pieces(tokenizer, ids):
         drawn.append(token)
-        text = tokenizer.decode(drawn)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown):], end="", flush=True)
-            shown = text
+        print(piece, end="", flush=True)
     return drawn
 
 

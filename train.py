@@ -8,11 +8,13 @@ stopped or killed goes on from its newest state as if nothing had happened.
     python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, of IRPO
     python train.py --preset rft_base --run_dir runs/rft-base-s0   # and of RFT
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # SFT on gold solutions
+    python train.py --plan --model_shape llama-2-70b --gpus 64     # no training: memory and time of it
 """
 import dataclasses
 import hashlib
 import math
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
+import plan
 from checkpoint import load_model, load_state, save_model, save_state, weights_hash
 from data import toy
 from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_solution, gold_text,
@@ -432,6 +435,8 @@ def documents(config: Config) -> list[data.Problem]:
 
 
 def main() -> None:
+    if "--plan" in sys.argv:
+        return plan.show(parse_config(plan.Config, {}, plan.__doc__))
     config = parse_config(Config, PRESETS, __doc__)
     run = Path(config.run_dir)
     made_of = fingerprint(dataclasses.asdict(config) | {"run_dir": ""},

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 
 from data.prompts import gold_text
-from data.tokenizer import load_tokenizer
+from data.tokenizer import load_tokenizer, pieces
 from experiment import option, parse_config, run_script
 from train import TaskOptions
 
@@ -25,24 +25,17 @@ class Config(TaskOptions):
     show: int = option(3, "the first so many problems")
 
 
-def paint(pieces: list[str], shades: tuple[str, str]) -> str:
-    """Neighbouring pieces in alternating shades."""
+def paint(texts: list[str], shades: tuple[str, str]) -> str:
+    """Neighbouring texts in alternating shades."""
     if "NO_COLOR" in os.environ:
-        return "".join(pieces) if shades is GREY else f"[[{''.join(pieces)}]]"
-    return "".join(f"{shades[i % 2]}{piece}\033[0m" for i, piece in enumerate(pieces))
+        return "".join(texts) if shades is GREY else f"[[{''.join(texts)}]]"
+    return "".join(f"{shades[i % 2]}{text}\033[0m" for i, text in enumerate(texts))
 
 
 def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """What each token adds to the text; BOS and EOS by name. A character of several tokens is shown with
-    the last of them."""
+    """What each token adds to the text; BOS and EOS by name."""
     names = {tokenizer.bos_id: "<BOS>", tokenizer.eos_id: "<EOS>"}
-    texts, shown = [], ""
-    for i, token in enumerate(ids):
-        text = tokenizer.decode(ids[:i + 1])
-        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
-        texts.append(names.get(token) or (text[len(shown):] if whole else ""))
-        shown = text if whole else shown
-    return texts
+    return [names.get(token) or piece for token, piece in pieces(tokenizer, ids)]
 
 
 def main() -> None:

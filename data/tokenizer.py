@@ -6,6 +6,7 @@ BOS and EOS are added in one place, data/prompts.py.
 """
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
@@ -89,6 +90,18 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokeni
         return JsonTokenizer(json_path)
     raise SystemExit(f"{directory} has no tokenizer.model and no tokenizer.json: give a directory with "
                      "config.json, weights and tokenizer, such as `make base` writes")
+
+
+def pieces(tokenizer, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
+    """Each token with what it adds to the text, as it comes. A character of several tokens is given with
+    the last of them."""
+    seen, shown = [], ""
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        whole = not text.endswith("\N{REPLACEMENT CHARACTER}")
+        yield token, text[len(shown):] if whole else ""
+        shown = text if whole else shown
 
 
 def train_tokenizer(texts: list[str], directory: str | Path, vocab_size: int,

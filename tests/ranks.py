@@ -106,10 +106,10 @@ def agreements() -> dict:
     found = {"seen": parallel.gather(rank()), "anywhere": parallel.anywhere(rank() == world() - 1),
              "nowhere": parallel.anywhere(False), "first": parallel.by_first(lambda: f"rank {rank()}"), "dealt": {}}
     for count in (1, 2, 3, 4, 5, 8):
-        items, computed = list(range(count)), []
-        results = parallel.computed(items, lambda i: computed.append(i) or i * i)
-        assert results == [i * i for i in items], results
-        found["dealt"][count] = parallel.gather(computed)
+        done: list[int] = []
+        results = parallel.computed(list(range(count)), lambda i, done=done: done.append(i) or i * i)
+        assert results == [i * i for i in range(count)], results
+        found["dealt"][count] = parallel.gather(done)
     try:
         parallel.by_first(lambda: sys.exit("no"))
     except SystemExit as error:

@@ -14,13 +14,13 @@ from data import __main__ as show
 from data.files import FILES, read_problems, records
 from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES,
                           encode_prompt, encode_solution, gold_text, prompt_text)
-from data.tokenizer import JsonTokenizer, load_tokenizer, train_tokenizer
+from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
 import evaluate
 import irpo
 import rft
 from experiment import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
-from sample import generate, stream
+from sample import generate, print_stream, stream
 from train import TaskOptions
 
 ROWS = {  # one record of each format, as the data sets write them
@@ -441,3 +441,21 @@ def test_a_stream_is_what_generate_draws(temperature, top_p, top_k):
     streams = [list(stream(model, prompt, sample=n, **options)) for n in range(3)]
     assert streams == [response.ids for response in responses]
     assert torch.is_grad_enabled()
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes, as those that Llama falls back to are."""
+    bos_id, eos_id = None, 10
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+
+def test_pieces_wait_for_whole_characters(capsys):
+    """Half of a character printed as it comes is a question mark in a box that never goes away."""
+    ids = list("aé€b\n".encode())
+    texts = ["a", "", "é", "", "", "€", "b", "\n"]
+    assert list(pieces(Bytes(), iter(ids))) == list(zip(ids, texts, strict=True))
+    assert print_stream(Bytes(), iter(ids)) == ids
+    assert capsys.readouterr().out == "aé€b\n"
+    assert show.token_texts(Bytes(), ids) == [*texts[:-1], "<EOS>"]

@@ -21,11 +21,12 @@ LEVELS = {  # arrows point down only; a new file must be given its place here
     2: {"evaluate", "__main__"},  # python -m data
     1: {"sample", "train"},
     0: {"model", "losses", "rewards", "data", "checkpoint", "parallel", "experiment",
-        "latex", "sandbox"},
+        "latex", "sandbox", "plan"},
     None: {"report", "report_rft", "report_reft"},  # apart: imported by no file of the levels
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 WITHIN_A_LEVEL = {("checkpoint", "model"), ("checkpoint", "parallel"), ("experiment", "parallel"),
+                  ("plan", "model"), ("plan", "checkpoint"), ("plan", "experiment"),
                   ("rewards", "latex"), ("rewards", "sandbox"), ("latex", "sandbox"),
                   ("report_rft", "report"), ("report_reft", "report")}
 RUNS_PROGRAMS = {"sandbox.py"}  # in a locked process of its own, which is its purpose
