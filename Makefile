@@ -19,7 +19,7 @@ BASE = runs/base-s$(SEED)/model
 RFT = $(RUN) rft.py --preset toy
 REFT = $(RUN) reft.py --preset toy
 
-.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval smoke report clean
+.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval torture smoke report clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -102,6 +102,9 @@ endif
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
 	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
+
+torture: setup  ## SFT, IRPO and PPO killed 20 times each and run again: every file must come out the same
+	$(PY) tests/torture.py --out runs/torture $(ARGS)
 
 smoke: base  ## every step of irpo.py on forty questions, in half a minute
 	$(PY) irpo.py --preset smoke --model $(BASE) --run_dir runs/smoke
