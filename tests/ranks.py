@@ -120,6 +120,9 @@ def agreements() -> dict:
 def main() -> None:
     folder, model_dir = Path(sys.argv[1]), sys.argv[2]
     parallel.start()
+    if parallel.node_size() < world():  # several nodes: one replica on each, sharded within
+        gradients(folder, model_dir, shard_within_node=True)
+        return parallel.finish()
     found = {"records": trained(folder, model_dir)}
     if parallel.missing(folder / "trained-from-3.safetensors"):  # this run did not go on from another's state
         found |= everything(folder, model_dir)
@@ -129,8 +132,6 @@ def main() -> None:
 
 
 def everything(folder: Path, model_dir: str) -> dict:
-    if world() == 4:
-        gradients(folder, model_dir, shard_within_node=True)
     module = load_trained(model_dir, FP32)
     save_model(module, folder / "saved", source=model_dir)
     return {"agreements": agreements(), "losses": gradients(folder, model_dir), "skipped": skipped(model_dir),

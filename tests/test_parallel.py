@@ -2,6 +2,8 @@
 import json
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +21,25 @@ ROOT = Path(parallel.__file__).resolve().parent
 RANKS = (1, 2, 4)
 
 
-def under_torchrun(ranks: int, *command, timeout: float = 300) -> subprocess.CompletedProcess:
+def started(*command) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    launcher = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-                                  if ranks > 1 else [])]
-    return subprocess.run([*launcher, *map(str, command)], cwd=ROOT, env=environment, capture_output=True,
-                          text=True, timeout=timeout)
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+
+
+def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    """What came of it; if it hangs, no rank of it stays."""
+    try:
+        stdout, stderr = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def under_torchrun(ranks: int, *command) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    return ended(started(*launcher, *command))
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +75,18 @@ def test_gradients(results, ranks):
     assert now["losses"] == pytest.approx(before["losses"], rel=1e-6)
 
 
-def test_gradients_sharded_within_a_node(results):
-    """All four ranks are on one node here, so this is one replica; the mesh and its code are another."""
-    assert_near(results[1][0] / "gradients.safetensors", results[4][0] / "gradients-shard_within_node.safetensors",
+def test_gradients_sharded_within_nodes(results, tmp_path):
+    """Two nodes of two ranks, both on this machine: weights are sharded within a node, and a gradient is summed
+    within and across."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    nodes = [started("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2",
+                     "--master_addr=localhost", f"--master_port={port}", "tests/ranks.py", tmp_path, results["model"])
+             for node in range(2)]
+    for done in map(ended, nodes):
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert_near(results[1][0] / "gradients.safetensors", tmp_path / "gradients-shard_within_node.safetensors",
                 rtol=1e-5, atol=1e-6)
 
 
