@@ -10,6 +10,7 @@ pickled ones, which can run code; of Meta's own `.pth` files only plain tensors 
 """
 import argparse
 import dataclasses
+import gc
 import hashlib
 import inspect
 import json
@@ -187,6 +188,8 @@ def sampling_dtype() -> torch.dtype:
 
 def load_sampler(directory: str | Path, ranks: int = 1) -> Llama:
     """A model to sample from: bfloat16 on a GPU, float32 on a CPU, split over so many ranks."""
+    if world() > 1:
+        gc.collect()  # a sharded model that is no longer needed refers to itself
     return load_model(directory, device(), sampling_dtype(), ranks)
 
 
@@ -342,7 +345,10 @@ def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, shard_byt
     weight_map, total, count = {}, 0, 0
     for part in in_shards(weights, shard_bytes):
         count += 1
-        save_file(part, folder / f"{count}.safetensors", metadata={"format": "pt"})
+        try:
+            save_file(part, folder / f"{count}.safetensors", metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            raise SystemExit(f"{folder} cannot be written: {error}. Make room and give the command again") from None
         weight_map |= dict.fromkeys(part, count)
         total += sum(weight.nbytes for weight in part.values())
         part.clear()
@@ -409,13 +415,13 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
         by_first(open_directory)
         dcp.save(tensors(module, optimizer), no_dist=world() == 1,
                  storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
-        files = sorted(path.name for path in temporary.glob("*.safetensors"))
+        files = by_first(lambda: sorted(path.name for path in temporary.glob("*.safetensors")))
         hashes = {}
         for part in gather({name: file_hash(temporary / name) for name in files[rank()::world()]}):
             hashes |= part
         by_first(close_directory)
     except (OSError, CheckpointException) as error:
-        by_first(lambda: shutil.rmtree(temporary, ignore_errors=True))
+        shutil.rmtree(temporary, ignore_errors=True)
         reasons = [str(failure) for failure, _ in error.failures.values()] if hasattr(error, "failures") else [error]
         raise SystemExit(f"{target} cannot be written: {reasons[0]}. The states before it in {folder} are whole: "
                          "make room, and the same command goes on from the newest") from None

@@ -30,7 +30,7 @@ from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
 from experiment import FREE, at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama, ModelConfig
-from parallel import collected, dealt, node_size, rank, world
+from parallel import collected, dealt, missing, node_size, rank, world
 from rewards import Grade, grade, grade_programs, require_math_verify
 from sample import Response, generate
 from train import TaskOptions, items_hash
@@ -98,7 +98,8 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
             responses = generate(
                 model, [prompts[i] for i in batch], num_samples=num_samples, max_new_tokens=options.max_new_tokens,
                 temperature=temperature, eos_id=tokenizer.eos_id, seed=seed, batch_rows=options.batch_rows)
-            found.append(graded(responses, [problems[i] for i in batch], tokenizer, options))
+            leads = rank() % options.tensor_parallel == 0  # the others of a group have the same responses
+            found.append(graded(responses, [problems[i] for i in batch], tokenizer, options) if leads else None)
             bar.update(len(batch) * num_samples)
             total += sum(len(response.ids) for group in responses for response in group)
             bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tok/s")
@@ -367,6 +368,10 @@ def main() -> None:
     problems = config.problems(config.split, config.limit)
     self_check(config, tokenizer, problems, model.config)
     run = open_run(config, config.run_dir, weights=weights_hash(model), problems=items_hash(problems))
+    if not missing(run / "eval.json"):
+        print_accuracy(load_answered(run / "eval_samples.jsonl"), config.task)
+        print(f"all of it is in {run}, from an earlier call")
+        return
     answered = answer_to(run / "eval_samples.jsonl", model, tokenizer, problems, config, split=config.split,
                          num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
                          label="evaluate")

@@ -59,6 +59,8 @@ def parse_config(Config, presets: dict[str, dict], doc: str, argv: list[str] | N
                             "the defaults; flags still win")
     for field in dataclasses.fields(Config):
         add_flag(parser, field, typing.get_type_hints(Config)[field.name])
+    if parallel.rank():  # rank 0 tells what is wrong
+        parser.error = lambda message: end(2)
     given = vars(parser.parse_args(argv))
     preset_name = given.pop("preset", None)
     preset = presets.get(preset_name, {})
@@ -105,6 +107,7 @@ def run_script(main: Callable[[], None]) -> None:
         parallel.finish()
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end(0)
     except ModuleNotFoundError as error:  # an optional package; the message says how to get it
         end(f"error: {error}")
     except KeyboardInterrupt:
@@ -119,7 +122,7 @@ def end(message: str | int | None) -> typing.NoReturn:
         raise SystemExit(message)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if parallel.rank():
-        time.sleep(2)  # torchrun ends the others when one has ended
+        time.sleep(10)  # torchrun ends the others when one has ended
     if isinstance(message, str):
         print(message, file=sys.stderr, flush=True)
     os._exit(message if isinstance(message, int) else message is not None)  # others may wait for this rank
@@ -129,7 +132,8 @@ def end(message: str | int | None) -> typing.NoReturn:
 def finishing_steps() -> Iterator[Callable[[], bool]]:
     """Within, Ctrl-C and SIGTERM only ask to stop, and the function tells whether any rank was asked.
 
-    A second Ctrl-C does not wait; under torchrun it does, since there one Ctrl-C comes twice.
+    A second Ctrl-C does not wait. Under torchrun it does: the ranks hear of Ctrl-C from torchrun alone, which
+    kills them after 30 seconds.
     """
     asked: list[int] = []
 
@@ -188,6 +192,8 @@ def lock(run: Path) -> None:
         file.seek(0)
         raise SystemExit(f"{run} is in use: {file.read().strip() or 'by another process'}. Wait for it, or stop "
                          "it, or give another --run_dir.") from None
+    except OSError as error:
+        print(f"warning: {run} cannot be locked ({error.strerror}): see to it yourself that no other run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}: "
                f"{' '.join(sys.argv)}\n")
@@ -228,10 +234,15 @@ def write_text(path: Path, text: str) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error.strerror}. Make room, and the same command goes "
+                         "on") from None
     os.replace(temporary, path)
 
 

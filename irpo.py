@@ -346,9 +346,9 @@ def train_step(config: Config, folder: Path, model_dir: str, tokenizer, golds, d
     if weights_hash(model) != reference:
         raise SystemExit(f"{folder / 'pairs.jsonl'} holds reference log-probabilities of other weights "
                          f"({reference[:12]}) than {model_dir}: remove {folder} and run again")
-    start = time.perf_counter()
+    start, resumed = time.perf_counter(), (folder / "state").exists()
     records, probes = optimize(config, model, items, pairs, golds, t, f"train {t}", folder)
-    log(folder.parent, event="train", iteration=t, seconds=time.perf_counter() - start,
+    log(folder.parent, event="train", iteration=t, seconds=time.perf_counter() - start, resumed=resumed,
         tokens=sum(record["tokens"] for record in records))
     write_jsonl(folder / "probe.jsonl", probes)
     save_trained(model, records, folder, config)
@@ -368,15 +368,15 @@ def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: in
 def training_row(folder: Path, num_parameters: int, t: int) -> dict:
     """The pairs of an iteration, what training did to them, and the tokens and FLOPs it took."""
     records, samples = read_jsonl(folder / "train.jsonl"), load_answered(folder / "samples.jsonl")
-    counted = [record for record in records if not record.get("skipped")]
+    counted = [record for record in records if not record.get("skipped")] or records
     sampled = sum(len(s.ids) for question in samples for s in question.samples)
     trained = sum(record["tokens"] for record in records)
     last_quarter = counted[-max(1, len(counted) // 4):]
     return {"name": f"M{t}", "iteration": t, "split": "train", **read_json(folder / "coverage.json"),
             **{name: fmean(record[name] for record in last_quarter)
                for name in records[0] if name not in ("step", "tokens", "lr", "skipped")},
-            "steps": len(records), "skipped": len(records) - len(counted), "tokens_sampled": sampled,
-            "tokens_trained": trained,
+            "steps": len(records), "skipped": sum(record.get("skipped", 0) for record in records),
+            "tokens_sampled": sampled, "tokens_trained": trained,
             # per parameter and token 2 FLOPs forward, 6 with backward; attention, prompts of samples
             # and the reference pass are not counted
             "flops": num_parameters * (2 * sampled + 6 * trained),
@@ -393,7 +393,7 @@ def main() -> None:
     if not golds and (config.gold or config.method == "sft_gold"):
         raise SystemExit(f"{config.task} has no gold solutions: go without them, with --no-gold and "
                          "another method than sft_gold")
-    model = load_model(config.model)
+    model = load_model(config.model, dtype=None)
     others = held_out(config)
     self_check(config, tokenizer, problems + dev, model.config, others)
     run = open_run(config, config.run_dir, weights=weights_hash(model),

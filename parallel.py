@@ -12,11 +12,15 @@ in which gradients are added up, and nothing else. Only rank 0 writes files and 
 Without torchrun there is one rank, and these functions do next to nothing. Left out: pipeline
 parallelism, and every engine but PyTorch's own.
 """
+import ctypes
 import dataclasses
+import functools
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -28,6 +32,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
+PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: the signal to get when the parent ends
 
 
 def device() -> str:
@@ -52,11 +57,14 @@ def start() -> None:
     """Join the ranks that torchrun has started, if it has started several."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
+    if sys.platform == "linux":  # or ranks whose torchrun was killed would wait for each other for half an hour
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:  # it is dead already
+            os.kill(os.getpid(), signal.SIGKILL)
     if device() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")  # Python objects travel by gloo
-    else:
-        dist.init_process_group("gloo")
+    # Python objects travel by gloo; a rank may have to wait for another's whole share of the samples
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device() == "cuda" else "gloo", timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")
 
@@ -141,6 +149,12 @@ def computed(items: list[Item], compute: Callable[[Item], Result]) -> list[Resul
     return collected([result for item, counts in dealt(items) for result in [compute(item)] if counts])
 
 
+@functools.cache  # every mesh brings process groups of its own
+def mesh(outer: int, inner: int):
+    """All ranks as a grid of `inner` neighbours each."""
+    return init_device_mesh(device(), (outer, inner), mesh_dim_names=("outer", "inner"))
+
+
 # --- sharded training ------------------------------------------------------------------------------
 
 def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node: bool,
@@ -152,18 +166,16 @@ def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node
     divides by the number of items in the whole batch. within_node: shard over the ranks of a node and
     replicate across nodes, for more memory and less traffic between them.
     """
-    if within_node:
-        mesh = init_device_mesh(device(), (world() // node_size(), node_size()),
-                                mesh_dim_names=("replicate", "shard"))
-    else:
-        mesh = init_device_mesh(device(), (world(),))
+    ranks = mesh(world() // node_size(), node_size()) if within_node else mesh(1, world())["inner"]
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
                                cast_forward_inputs=False)
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
-    options = dict(mesh=mesh, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
+    options = dict(mesh=ranks, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
     for block in blocks:
         fully_shard(block, mp_policy=low if bf16 else whole, **options)
-    fully_shard(module, mp_policy=whole, **options)
+    # By default the outermost module stays whole after a forward without a backward, and an optimizer that is
+    # made then would hold weights that never see a gradient.
+    fully_shard(module, mp_policy=whole, reshard_after_forward=True, **options)
     for part in (*blocks, module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
@@ -185,17 +197,16 @@ PLAN = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 def split(model: nn.Module, ranks: int) -> nn.Module:
     """Tensor parallelism: a Llama's heads and hidden units over `ranks` neighbouring ranks.
 
-    They compute the same tokens together, with two sums over ranks per block and token. Every rank's
-    cache holds its own heads only.
+    They compute the same tokens together, with two sums over ranks per block and token, which are the same
+    to the bit on all of them (devices must be alike). Every rank's cache holds its own heads only.
     """
     config = model.config
     if world() % ranks or config.num_key_value_heads % ranks or config.intermediate_size % ranks:
         raise SystemExit(f"--tensor_parallel {ranks} must divide the number of ranks, {world()}, the model's "
                          f"{config.num_key_value_heads} key-value heads and its {config.intermediate_size} "
                          "hidden units")
-    mesh = init_device_mesh(device(), (world() // ranks, ranks), mesh_dim_names=("group", "tensor"))["tensor"]
     for layer in model.model.layers:
-        parallelize_module(layer, mesh, PLAN, src_data_rank=None)
+        parallelize_module(layer, mesh(world() // ranks, ranks)["inner"], PLAN, src_data_rank=None)
     model.config = dataclasses.replace(config, num_attention_heads=config.num_attention_heads // ranks,
                                        num_key_value_heads=config.num_key_value_heads // ranks)
     return model

@@ -122,7 +122,7 @@ class Config(TrainOptions, SampleOptions):
         one_of(self, method=NAMES, advantage=("gae", "group", "rloo"), critic=("shared", "separate"),
                value_init=("zero", "random"))
         at_least(self, 1, "num_samples", "ppo_epochs", "sft_batch_size", "sft_epochs", "offline_samples",
-                 "offline_paths", "save_every")
+                 "offline_paths")
         at_least(self, 0, "warmup_epochs", "mini_batch_size")
         if self.temperature != 1:
             raise ValueError(f"--temperature {self.temperature}: the ratio and the KL are those of the "
@@ -246,8 +246,8 @@ def measure(policy: Policy, reference: Llama, rollouts: list[Rollout], batches: 
     """Step 3: what is known of each token, as name -> (B, T-1) with a row for every rollout.
 
     The old log-probs are not the sampler's but those of the training forward, in its precision, on the
-    very micro-batches of step 6 and on the same ranks: so the ratios of the first update are 1 to the last
-    bit. All ranks get the whole table.
+    very micro-batches of step 6: so the ratios of the first update are 1 to the last bit. All ranks get the
+    whole table.
     """
     def columns(rows: list[int]) -> dict[str, Tensor]:
         batch = [rollouts[i] for i in rows]
@@ -359,14 +359,14 @@ def halves(right: list[Example], golds: list[Example]) -> list[tuple[Example, fl
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, mini_batches: list[list[list]],
            loss: Callable[[Policy, list], dict[str, Tensor]], config: Config, folder: Path | None = None,
-           label: str = "update") -> list[dict]:
+           label: str = "update", name: Callable = str) -> list[dict]:
     """Step 6: ppo_epochs times an optimizer step per mini-batch; a record of means for each step.
 
     A mini-batch is a list of micro-batches, whose gradients are summed and divided once.
     """
     records = []
     for mini_batch in mini_batches * config.ppo_epochs:
-        values, figures = descend(policy, optimizer, mini_batch, loss, config, folder, label)
+        values, figures = descend(policy, optimizer, mini_batch, loss, config, folder, label, name)
         records.append({name: (max if name.startswith("ratio") else fmean)(x) for name, x in values.items()} | figures)
     return records
 
@@ -391,13 +391,14 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
         scores = table["mask"].new_tensor([rollout.score for rollout in rollouts])
         table = add_advantages(table, scores, config)
         loss = partial(ppo_loss, rollouts=rollouts, table=table, config=config)
-        trained = rollouts
+        trained, name = rollouts, lambda row: rollouts[row].id
     else:
         weighted = halves([r for r in rollouts if r.right and r.finished], golds)
         mini_batches = cut(weighted, lambda pair: pair[0].tokens, config) if weighted else []
-        loss, trained = self_training_loss, [example for example, _ in weighted]
+        loss = self_training_loss
+        trained, name = [example for example, _ in weighted], lambda pair: pair[0].id
     record = {"step": step, **diagnose(rollouts, table)}
-    inner = update(policy, optimizer, mini_batches, loss, config, folder, f"batch {step}")
+    inner = update(policy, optimizer, mini_batches, loss, config, folder, f"batch {step}", name)
     for name in inner[0] if inner else ():
         record[name] = (max if name.startswith("ratio") else fmean)(r[name] for r in inner)
     if "ratio_error" in record:
@@ -509,7 +510,7 @@ def evaluate_step(config: Config, folder: Path, model_dir: str, tokenizer, t: in
 def training_row(config: Config, folder: Path) -> dict:
     """Means over the last quarter of the steps that made pi, and the tokens that all of them took."""
     records = read_jsonl(folder / "train.jsonl")
-    counted = [record for record in records if not record.get("skipped")]
+    counted = [record for record in records if not record.get("skipped")] or records
     last_quarter = counted[-max(1, len(counted) // 4):]
     means = {name: (max if name.startswith("ratio") else fmean)(record[name] for record in last_quarter)
              for name, value in records[0].items() if isinstance(value, float)}
@@ -524,7 +525,7 @@ def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     tokenizer = load_tokenizer(config.model)
     problems = config.problems("train", config.num_questions)
-    model = load_model(config.model)
+    model = load_model(config.model, dtype=None)
     max_tokens = model.config.max_length
     others = held_out(config)
     self_check(config, tokenizer, problems, model.config, others)

@@ -129,7 +129,7 @@ def model_record(t: int, rows: list[dict], log: list[dict]) -> dict:
     events = {line["event"]: line for line in log if line["iteration"] == t}
     for event, line in events.items():
         record[f"{event}_seconds"] = line["seconds"]
-        if "tokens" in line:
+        if "tokens" in line and not line.get("resumed"):  # else the seconds are those of a part
             record[f"{event}_tokens/s"] = line["tokens"] / line["seconds"]
     return record | {"seconds": sum(line["seconds"] for line in events.values())}
 

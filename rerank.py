@@ -14,6 +14,7 @@ authors choose it on test).
     python evaluate.py --preset toy --model POLICY --num_samples 20 --temperature 1 --run_dir B
     python rerank.py --model POLICY --labelled A/eval_samples.jsonl --candidates B/eval_samples.jsonl
 """
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,7 @@ from checkpoint import file_hash, weights_hash
 from evaluate import Answered, read_answered, summarize_samples, wilson
 from experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
 from model import Llama, pad
-from parallel import computed, device
+from parallel import computed, device, missing, rank
 from train import Example, TrainOptions, autocast, fit, load_trained, micro_batches
 
 
@@ -126,6 +127,9 @@ def main() -> None:
     model = load_trained(config.model, config, RewardModel)
     run = open_run(config, config.run_dir, weights=weights_hash(model), labelled_hash=file_hash(config.labelled),
                    candidates_hash=file_hash(config.candidates))
+    if not missing(run / "results.json"):
+        print(f"all of it is in {run}, from an earlier call")
+        return
     print(f"{len(labelled):,} labelled responses, {shares:.0%} of them right")
     records = fit(model, labelled, classification_loss, lambda response: response.tokens, config,
                   derive_seed(config.seed, "rerank"), "reward model", run)
@@ -142,6 +146,8 @@ def main() -> None:
     row = {"name": f"best of {k} by reward", "split": test.get("split"), "n": n, "accuracy": right / n,
            "ci95": wilson(right, n), **summarize_samples(candidates, "")}
     write_json(run / "results.json", [row])
+    if rank() == 0:
+        shutil.rmtree(run / "state", ignore_errors=True)
     print(f"one sample {row['pass@1']:.1%}, vote of {k} {row[f'maj@{k}']:.1%}, best of {k} by reward "
           f"{row['accuracy']:.1%}, of {n} questions; all of it in {run}")
 

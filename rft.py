@@ -32,10 +32,10 @@ import data
 from checkpoint import load_model, load_sampler, weights_hash
 from data.prompts import encode_solution, gold_text
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, SampleOptions, answer_to, evaluate_model, held_out, read_answered, self_check
+from evaluate import Answered, Sample, SampleOptions, answer_to, evaluate_model, held_out, read_answered, self_check
 from experiment import (derive_seed, log, one_of, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
-from parallel import barrier, by_first, missing
+from parallel import barrier, collected, dealt, missing, world
 from rewards import OWN_FORMAT, equations, equations_hold, grade
 from train import Example, TrainOptions, fit_sft, items_hash, load_trained, num_steps, save_trained, to_train
 
@@ -272,26 +272,34 @@ def load_samples(config: Config, folder: Path, problems: list[data.Problem]) -> 
     return [dataclasses.replace(questions[p.id], samples=questions[p.id].samples[:k]) for p in problems]
 
 
+def select(config: Config, problem: data.Problem, pooled: list[Sample], tokenizer,
+           ) -> tuple[list[dict], list[list[tuple[int, str]]]]:
+    """Steps 3 and 4 for one question: the paths to keep, and the right ones by model as `diversity` wants them.
+
+    Ids of this run's own samples are kept; pooled texts are encoded anew, since their models may have
+    other tokenizers.
+    """
+    k = config.num_samples
+    # a path that was cut short has no end to learn
+    texts = [sample.text if sample.finished else "" for sample in pooled]
+    right = right_paths(texts, problem.answer, config.task, config.marks, config.equation_filter)
+    kept = [{"id": problem.id, "prompt": config.prompt_ids(tokenizer, problem), "text": texts[i], "model": i // k,
+             "response": encode_solution(tokenizer, texts[i], config.prompt_text(problem)) if config.pool
+             else pooled[i].ids} for i in distinct_paths(texts, right, config.dedup, config.select)]
+    return kept, [[(i % k, texts[i]) for i in right if i // k == m] for m in range(len(pooled) // k)]
+
+
 def select_step(config: Config, folder: Path, files: list[list[Answered]], tokenizer,
                 problems: list[data.Problem]) -> None:
-    """Steps 3 and 4. Ids of this run's own samples are kept; pooled texts are encoded anew, since
-    their models may have other tokenizers."""
-    k, rows, found = config.num_samples, [], [[] for _ in files]
-    for q, problem in enumerate(problems):
-        pooled = [sample for file in files for sample in file[q].samples]
-        # a path that was cut short has no end to learn
-        texts = [sample.text if sample.finished else "" for sample in pooled]
-        right = right_paths(texts, problem.answer, config.task, config.marks, config.equation_filter)
-        for i in distinct_paths(texts, right, config.dedup, config.select):
-            ids = pooled[i].ids if not config.pool else encode_solution(
-                tokenizer, texts[i], config.prompt_text(problem))
-            rows.append({"id": problem.id, "prompt": config.prompt_ids(tokenizer, problem),
-                         "response": ids, "text": texts[i], "model": i // k})
-        for m in range(len(files)):
-            found[m].append([(i % k, texts[i]) for i in right if i // k == m])
+    """Steps 3 and 4, question by question, on all ranks."""
+    pooled = [[sample for file in files for sample in file[q].samples] for q in range(len(problems))]
+    selected = collected([select(config, problems[q], pooled[q], tokenizer)
+                          for q, _ in dealt(range(len(problems)), hands=world())], hands=world())
+    rows = [row for kept, _ in selected for row in kept]
+    found = [list(of_model) for of_model in zip(*(by_model for _, by_model in selected))]
     golds = [problem.solution for problem in problems]
-    figures = {"kept": len(rows), **diversity(found, golds, k), "over_k": [
-        {"k": n, **diversity(found, golds, n)} for n in COUNTS if n <= k]}
+    figures = {"kept": len(rows), **diversity(found, golds, config.num_samples), "over_k": [
+        {"k": n, **diversity(found, golds, n)} for n in COUNTS if n <= config.num_samples]}
     if not rows:
         print("warning: no path was kept, so step 5 trains on gold alone, as step 1")
     write_json(folder / "diversity.json", figures)
@@ -303,7 +311,7 @@ def main() -> None:
     tokenizer, problems = load_tokenizer(config.model), training_problems(config)
     if not all(problem.solution for problem in problems):
         raise SystemExit(f"{config.task} has no gold solutions, which step 1 trains on")
-    rho = load_model(config.model)
+    rho = load_model(config.model, dtype=None)
     others = held_out(config)
     self_check(config, tokenizer, problems, rho.config, others)
     check_golds(config, problems)
@@ -322,7 +330,7 @@ def main() -> None:
         sample_step(config, rft, sft / "model", tokenizer, problems)
     if missing(rft / "paths.jsonl"):
         files = files or [load_samples(config, rft, problems)]
-        by_first(lambda: select_step(config, rft, files, tokenizer, problems))
+        select_step(config, rft, files, tokenizer, problems)
     if to_train(rft):
         paths = [Example(row["id"], row["prompt"], row["response"]) for row in read_jsonl(rft / "paths.jsonl")]
         steps = num_steps(len(gold + paths), config)

@@ -11,6 +11,7 @@ stopped or killed goes on from its newest state as if nothing had happened.
     python train.py --plan --model_shape llama-2-70b --gpus 64     # no training: memory and time of it
 """
 import dataclasses
+import gc
 import hashlib
 import math
 import shutil
@@ -18,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
 
@@ -37,7 +39,7 @@ from experiment import (at_least, fingerprint, finishing_steps, one_of, open_run
                         read_json, run_script, write_json, write_jsonl)
 from losses import nll_loss, token_logps
 from model import Block, Llama, ModelConfig, pad
-from parallel import by_first, collected, dealt, device, missing, rank, shard, whole, world
+from parallel import barrier, by_first, collected, dealt, device, missing, rank, shard, whole, world
 from rewards import OWN_FORMAT, require_math_verify
 
 
@@ -207,7 +209,7 @@ def with_masks(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Te
 
 def autocast(module: nn.Module, precision: str):
     """Matrix products in bfloat16 where precision says so; parameters stay float32."""
-    return torch.autocast(next(module.parameters()).device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device(), torch.bfloat16, enabled=precision == "bf16")
 
 
 def load_trained(directory: str | Path, options: TrainOptions,
@@ -216,6 +218,7 @@ def load_trained(directory: str | Path, options: TrainOptions,
     """prepare(the model of a directory), as training needs it: on this device, or sharded over all ranks."""
     if world() == 1:
         return prepare(load_model(directory, device(), dtype))
+    gc.collect()  # a sharded model that is no longer needed refers to itself
     module = prepare(load_model(directory, dtype=None))  # mapped: a rank reads a block when it is sharded
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     return shard(module, blocks, bf16=options.precision == "bf16", within_node=options.shard_within_node,
@@ -244,7 +247,7 @@ def accumulate(module: nn.Module, micro_batches: list[list], precision: str,
 
 def descend(module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: list[list],
             loss: Callable[[nn.Module, list], dict[str, Tensor]], options: TrainOptions, folder: Path | None,
-            label: str) -> tuple[dict[str, list[float]], dict[str, float]]:
+            label: str, name: Callable = str) -> tuple[dict[str, list[float]], dict[str, float]]:
     """One optimizer step: the values measured item by item, and the figures of the step.
 
     A loss or gradient that is not finite never reaches the weights: the step is left out, or the run stops.
@@ -255,7 +258,7 @@ def descend(module: nn.Module, optimizer: torch.optim.Optimizer, micro_batches: 
     if finite:
         optimizer.step()
     elif not options.skip_nonfinite:
-        ids = [getattr(item, "id", item) for micro_batch in micro_batches for item in micro_batch]
+        ids = [name(item) for micro_batch in micro_batches for item in micro_batch]
         if folder:
             write_json(folder / "nonfinite.json", {"step": label, "grad_norm": norm, "ids": ids, **values})
         raise SystemExit(f"{label}: the loss is {fmean(values['loss'])} and the gradient's norm {norm}. The batch "
@@ -288,7 +291,7 @@ def fit(model: nn.Module, items: list, loss: Callable[[nn.Module, list], dict[st
             for group in optimizer.param_groups:
                 group["lr"] = rate
             values, figures = descend(model, optimizer, micro_batches(batch, length, options.micro_batch_tokens),
-                                      loss, options, folder, f"{label}, step {step}")
+                                      loss, options, folder, f"{label}, step {step}", attrgetter("id"))
             means, tokens = {name: fmean(x) for name, x in values.items()}, sum(map(length, batch))
             records.append({"step": step, **means, **figures, "lr": rate, "tokens": tokens, **after_step(step + 1)})
             total += tokens
@@ -376,9 +379,11 @@ def new_model(config: Config, texts: list[str], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, config.vocab_size,
                                      symbols))
+    tokens = load_tokenizer(folder).vocab_size
+    barrier()  # save_model will replace the folder
     D = config.hidden_size
     shape = ModelConfig(
-        vocab_size=load_tokenizer(folder).vocab_size, hidden_size=D,
+        vocab_size=tokens, hidden_size=D,
         intermediate_size=8 * D // 3 // 8 * 8, num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
         head_dim=D // config.num_heads, max_position_embeddings=config.max_positions)
@@ -442,14 +447,16 @@ def main() -> None:
     made_of = fingerprint(dataclasses.asdict(config) | {"run_dir": ""},
                           ["data/__init__.py", "data/prompts.py", "data/toy.py", "data/tokenizer.py", "model.py",
                            "train.py", "losses.py"])
-    open_run(config, run)
+    problems = documents(config)
+    open_run(config, run, **({"weights": weights_hash(load_model(config.model, dtype=None)),
+                              "problems": items_hash(problems)} if config.model else {}))
     made_of_path = run / "made_of.json"
     if not to_train(run):
         if made_of_path.exists() and read_json(made_of_path) == made_of:
             print(f"{run / 'model'} is there, made of the same config and source")
             return
+        print(f"{run / 'model'} was made by other source files, and is made anew")
         by_first(lambda: shutil.rmtree(run / "model"))
-    problems = documents(config)
     start = config.model or str(run / "model.start")
     if not config.model:
         new_model(config, [f"{p.question} {p.solution}" for p in problems], Path(start))
@@ -460,8 +467,10 @@ def main() -> None:
                         config.gold_ids(tokenizer, problem)) for problem in problems]
     model = load_trained(start, config)
     records = fit_sft(model, examples, config, config.seed, run, prompt_weight=config.prompt_weight)
-    save_trained(model, records, run, config, source=start)
     write_json(made_of_path, made_of)
+    save_trained(model, records, run, config, source=start)
+    if skipped := sum(record.get("skipped", 0) for record in records):
+        print(f"{skipped:g} steps were left out, since their loss or gradient was not finite")
     print(f"{run / 'model'}: {sum(p.numel() for p in model.parameters()):,} parameters, trained on "
           f"{len(examples):,} documents in {len(records)} steps")
 

@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -51,8 +52,12 @@ def gradients(folder: Path, model_dir: str, **options) -> list[float]:
 def trained(folder: Path, model_dir: str) -> tuple[str, list[dict]]:
     """A few steps from the start, or from the state that is there, saved after the third of five."""
     module = load_trained(model_dir, FP32)
+    with torch.no_grad():
+        nll(module, examples())
     optimizer = new_optimizer(module, FP32)
     records = load_state(folder / "state", module, optimizer, MADE_OF)
+    with torch.no_grad():  # a forward without a backward must not leave weights whole
+        nll(module, examples())
     started = len(records)
     while len(records) < 5:
         batches = micro_batches(examples(seed=len(records)), tokens, FP32.micro_batch_tokens)

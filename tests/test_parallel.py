@@ -111,12 +111,9 @@ def test_ppo(results, ranks):
         assert now["ppo"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("written", RANKS)
-@pytest.mark.parametrize("read", RANKS)
+@pytest.mark.parametrize("written, read", [(1, 1), (2, 2), (1, 2), (2, 1), (2, 4), (4, 1)])
 def test_a_state_goes_on_with_any_number_of_ranks(results, written, read, tmp_path):
-    """With the same number to the bit. Reading is done here only for pairs that a launch is worth."""
-    if (written, read) not in ((1, 1), (2, 2), (2, 1), (2, 4), (4, 1)):
-        pytest.skip("a launch of ranks takes seconds; five of the nine pairs are run")
+    """With the same number to the bit."""
     shutil.copytree(results[written][0] / "state", tmp_path / "state")
     done = under_torchrun(read, "tests/ranks.py", tmp_path, results["model"])
     assert done.returncode == 0, done.stderr[-3000:]
@@ -180,6 +177,9 @@ def test_a_driver_with_two_ranks(base, tmp_path):  # noqa: F811
         same = ("iter0/eval_samples.jsonl",) + (("iter1/samples.jsonl",) if driver == "irpo.py" else ())
         for name in same:
             assert (runs[1] / name).read_bytes() == (runs[2] / name).read_bytes(), name
+        # one iteration of Adam's steps: every weight must have come the same way
+        assert_near(runs[1] / "iter1/model/model.safetensors", runs[2] / "iter1/model/model.safetensors",
+                    rtol=1e-2, atol=1e-3)
         one, two = (json.loads((run / "results.json").read_text()) for run in runs.values())
         assert [row for row in one if row["iteration"] == 0] == [row for row in two if row["iteration"] == 0]
         assert [row.keys() for row in one] == [row.keys() for row in two]
