@@ -25,8 +25,9 @@ import torch
 
 import parallel
 
+# what may differ when a run is taken up again
 FREE = ("run_dir", "micro_batch_tokens", "batch_rows", "save_every", "skip_nonfinite", "shard_within_node",
-        "cpu_offload", "tensor_parallel")  # may differ when a run is taken up again
+        "cpu_offload", "tensor_parallel", "checkpoint_activations", "compile", "offload_reference")
 LOCKS: dict[Path, typing.IO] = {}  # of the run directories that this process holds until it ends
 
 
@@ -79,7 +80,7 @@ def default_run_dir(driver: str, flags: dict) -> str:
     """runs/, the driver, what was asked of it, and the seed: runs/irpo-alpha0.0-s0."""
     asked = [name + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
              for name, value in flags.items()
-             if name not in ("seed", "model", "path") and "/" not in str(value)]
+             if name not in ("seed", "model", "path", *FREE) and "/" not in str(value)]
     if driver == "evaluate" and "model" in flags:
         asked.append("_".join(Path(flags["model"]).parts[-2:]))
     return "runs/" + "-".join([driver, *asked, f"s{flags.get('seed', 0)}"])

@@ -45,8 +45,8 @@ from experiment import (at_least, derive_seed, log, one_of, open_run, option, pa
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
 from parallel import barrier, computed, missing, rank, world
-from train import (TrainOptions, autocast, fit, items_hash, load_trained, micro_batches, num_steps, response_logps,
-                   save_trained, to_train)
+from train import (TrainOptions, autocast, branch_logps, fit, items_hash, load_trained, micro_batches, num_steps,
+                   response_logps, save_trained, to_train)
 
 
 @dataclass(frozen=True)
@@ -120,8 +120,13 @@ class Pair:
 
     @property
     def tokens(self) -> int:
-        """Of both sequences, padded to the longer one."""
-        return 2 * (len(self.prompt) + max(len(self.chosen), len(self.rejected)))
+        """Of the row that holds the prompt once, and then its last token and a response twice."""
+        return len(self.prompt) + 1 + len(self.chosen) + len(self.rejected)
+
+    @property
+    def longest(self) -> int:
+        """Positions that the longer sequence needs."""
+        return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
     @property
     def chosen_tokens(self) -> int:
@@ -158,7 +163,7 @@ def collect_pairs(answered: list[Answered], golds: dict[str, list[int]], config:
         counts.append(sum(sample.right and sample.finished for sample in question.samples))
         pairs += [Pair(question.id, question.prompt_ids, chosen, rejected)
                   for chosen, rejected in make_pairs(right, wrong, config.pairs_per_question)]
-    fitting = [pair for pair in pairs if pair.tokens <= 2 * max_tokens]
+    fitting = [pair for pair in pairs if pair.longest <= max_tokens]
     kept = fitting
     if config.max_pairs and len(fitting) > config.max_pairs:
         kept = random.Random(f"{config.seed} {iteration}").sample(fitting, config.max_pairs)
@@ -182,9 +187,9 @@ def collect_pairs(answered: list[Answered], golds: dict[str, list[int]], config:
 
 def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
     """(2, B) summed log-probabilities and (2, B) token counts of the chosen and rejected responses."""
-    sequences = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    logps, mask, _ = response_logps(model, sequences)  # (2B, T-1)
-    return (logps * mask).sum(-1).view(2, -1), mask.sum(-1).view(2, -1)
+    logps, owner = branch_logps(model, [(p.prompt, [p.chosen, p.rejected]) for p in pairs])  # (B, T-1)
+    masks = torch.stack([owner == 1, owner == 2])  # (2, B, T-1)
+    return (logps * masks).sum(-1), masks.sum(-1)
 
 
 @torch.no_grad()

@@ -5,19 +5,49 @@ the batch: the training loop divides by the number of sequences in the whole bat
 of a micro-batch cannot change a gradient. Masks are bool or 0/1, True on response tokens. Nothing
 here writes to its arguments.
 """
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
+    """(N, V), (N,) -> (N,): log-probability of each target, in float32.
+
+    In bfloat16 the sum over the 200 tokens of a response would be off by about 1 nat.
+    """
+    return -F.cross_entropy(logits.float(), targets, reduction="none")
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     """(B, T, V), (B, T) -> (B, T-1): log-probability of tokens[:, 1:], each scored one place before.
 
-    The only shift in the code base: column t of the result belongs to token t + 1. Computed in
-    float32, since bfloat16 sums over 200 tokens are off by about 1 nat.
+    Column t of the result belongs to token t + 1. This is what Llama.logps computes without ever
+    building the logits of a whole batch.
     """
-    logps = logits[:, :-1].float().log_softmax(-1)
-    return logps.gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    logps = target_logps(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return logps.view(tokens[:, 1:].shape)
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(N, V) -> (N,): entropy of each distribution in nats, in float32."""
+    logps = logits.float().log_softmax(-1)
+    return -(logps.exp() * logps).sum(-1)
+
+
+def in_chunks(f: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
+    """f(*rows) where f treats the N rows of its arguments one by one, on at most `size` of them at a time.
+
+    What f makes on its way (here: logits) is there for one chunk at a time, in the backward pass too, where
+    it is computed again. A single chunk is kept instead.
+    """
+    if len(rows[0]) <= size:
+        return f(*rows)
+    chunks = zip(*(x.split(size) for x in rows))
+    return torch.cat([checkpoint(f, *chunk, use_reentrant=False, preserve_rng_state=False)
+                      for chunk in chunks])
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from losses import entropies, in_chunks, target_logps
+
+LOGITS_AT_ONCE = 2**24  # 64 MB in float32
+WIDTHS = 16  # sequences without a cache are computed at multiples of this
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -132,19 +137,41 @@ def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int
     return out.view(R, H, T, h)
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each token attends to itself and those before it. q: (B, H, T, h), k, v: (B, K, T, h)."""
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Each token attends to itself and those before it. q: (B, H, T, h), k, v: (B, K, T, h).
+
+    bias ((B, 1, T, T), added to the scores: 0 or -inf) says in place of that who sees whom, if given.
+    """
     B, H, T, h = q.shape
     K = k.shape[1]
-    if q.is_cuda:
+    if q.is_cuda and bias is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+    if q.is_cuda:  # the kernels that take a bias know no groups
+        k, v = (x.repeat_interleave(H // K, 1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     # On the CPU plain products are faster: of a training step on 100 tokens, the backward pass of
-    # scaled_dot_product_attention alone took 44 %.
+    # scaled_dot_product_attention alone took 44 %. In bfloat16, too, softmax computes in float32.
+    if bias is None:
+        bias = torch.full((T, T), -math.inf, device=q.device).triu(1)
     q = q.reshape(B, K, H // K * T, h) / math.sqrt(h)
-    future = torch.full((T, T), -math.inf, device=q.device).triu(1)
-    scores = (q @ k.mT).view(B, H, T, T).float() + future
-    weights = scores.softmax(-1).to(v.dtype).view(B, K, H // K * T, T)
+    scores = (q @ k.mT).view(B, H, T, T)
+    weights = (scores + bias.to(scores.dtype)).softmax(-1).view(B, K, H // K * T, T)
     return (weights @ v).view(B, H, T, h)
+
+
+def branch_positions(branch: Tensor) -> Tensor:
+    """(B, T): positions in rows that hold a prompt and its responses; see Llama.logps for `branch`."""
+    places = torch.arange(branch.shape[1], device=branch.device)
+    first = F.pad(branch[:, 1:] != branch[:, :-1], (1, 0))  # of a branch; place 0 needs no mark
+    since = places - (places * first).cummax(-1).values  # tokens since the branch began
+    return since + (branch > 1) * (branch == 1).sum(-1, keepdim=True)
+
+
+def branch_bias(branch: Tensor) -> Tensor:
+    """(B, 1, T, T): 0 where token i may see token j <= i of the prompt or of its own branch, else -inf."""
+    B, T = branch.shape
+    visible = (branch[:, None] == 1) | (branch[:, None] == branch[:, :, None])  # (B, i, j)
+    return torch.zeros(B, T, T, device=branch.device).masked_fill(~visible.tril(), -math.inf)[:, None]
 
 
 def rope_frequencies(config: ModelConfig, device) -> Tensor:
@@ -161,28 +188,33 @@ def rope_frequencies(config: ModelConfig, device) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B or 1, 1, T, h) for positions (B or 1, T)."""
-    angles = positions[..., None].float() * rope_frequencies(config, positions.device)
-    angles = torch.cat([angles, angles], -1)[:, None]
+    """Cosines and sines (B or 1, 1, T, h/2) for positions (B or 1, T)."""
+    angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x[i], x[i + h/2]) of each head (Hugging Face's layout; Meta's is i, i + 1)."""
     a, b = x.float().chunk(2, -1)
-    return (torch.cat([a, b], -1) * cos + torch.cat([-b, a], -1) * sin).to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        normed = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return normed.to(x.dtype) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # sums in float32; one kernel on a GPU
+
+
+def for_products(x: Tensor) -> Tensor:
+    """x in the dtype that autocast wants for products: cast once where several matrices take it, not by each."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
 class Attention(nn.Module):
@@ -197,12 +229,13 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * h, D, bias=False)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None,
-                layer: int) -> Tensor:
+                layer: int, bias: Tensor | None) -> Tensor:
         B, T, _ = x.shape
+        x = for_products(x)
         q, k, v = (proj(x).view(B, T, -1, self.config.head_dim).transpose(1, 2)  # (B, heads, T, h)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rope), rotate(k, *rope)
-        out = causal_attention(q, k, v) if cache is None else cached_attention(q, k, v, cache, layer)
+        out = causal_attention(q, k, v, bias) if cache is None else cached_attention(q, k, v, cache, layer)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -215,6 +248,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(inner, D, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = for_products(x)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -226,10 +260,15 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None,
-                layer: int) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: KVCache | None = None,
+                layer: int = 0, bias: Tensor | None = None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, layer, bias)
         return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def run_block(block: Block, x: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None) -> Tensor:
+    """The plain way through a block without a cache; train.prepare may put another in its place."""
+    return block(x, rope, bias=bias)
 
 
 class Decoder(nn.Module):
@@ -239,25 +278,43 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.run_block = run_block
 
-    def forward(self, tokens: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, branch: Tensor | None = None) -> Tensor:
         T, config = tokens.shape[1], self.config
-        total = T if cache is None else cache.total(T)
+        if cache is not None:
+            positions, total = cache.positions(T), cache.total(T)
+        elif branch is not None:
+            positions = branch_positions(branch)
+            total = int(positions.max()) + 1
+        else:
+            positions, total = torch.arange(T, device=tokens.device)[None], T
         if total > config.max_length:
             raise ValueError(f"{total} tokens are more than the {config.max_length} that this model takes "
                              f"(max_position_embeddings {config.max_position_embeddings}, "
                              f"sliding_window {config.sliding_window})")
         if cache is None:
-            positions = torch.arange(T, device=tokens.device)[None]
+            x = self.without_cache(tokens, positions, branch)
         else:
-            positions = cache.positions(T)
-        rope = rope_tables(config, positions)
-        x = self.embed_tokens(tokens)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, cache, i)
-        if cache is not None:
+            rope, x = rope_tables(config, positions), self.embed_tokens(tokens)
+            for i, layer in enumerate(self.layers):
+                x = layer(x, rope, cache, i)
             cache.length += T
         return self.norm(x)
+
+    def without_cache(self, tokens: Tensor, positions: Tensor, branch: Tensor | None) -> Tensor:
+        """Training's way through the blocks: (B, T) -> (B, T, D).
+
+        T is rounded up: products run faster on such widths, and kernels are made for few of them. On the
+        CPU every new shape costs milliseconds; of a toy step on ragged batches that was a fourth.
+        """
+        T = tokens.shape[1]
+        tokens, positions = (F.pad(x, (0, -T % WIDTHS)) for x in (tokens, positions))
+        bias = None if branch is None else branch_bias(F.pad(branch, (0, -T % WIDTHS)))
+        rope, x = rope_tables(self.config, positions), self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = self.run_block(layer, x, rope, bias)
+        return x[:, :T]
 
 
 class Llama(nn.Module):
@@ -276,6 +333,36 @@ class Llama(nn.Module):
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> float32 logits (B, T, V) of the token that follows each."""
         return self.lm_head(self.hidden(tokens, cache)).float()
+
+    def logps(self, tokens: Tensor, mask: Tensor, branch: Tensor | None = None) -> Tensor:
+        """tokens (B, T), mask (B, T-1) -> float32 log-probs (B, T-1) of tokens[:, 1:], 0 where mask is off.
+
+        Column t belongs to token t + 1, as in losses.token_logps. The head sees only places under the
+        mask, and not all of them at a time: logits (B, T, V) are never built. All of it is one call,
+        since weights that are sharded over ranks are whole only inside one.
+
+        branch (B, T) is for rows that hold a prompt and several responses to it: 1 for the prompt, 2, 3,
+        ... for the first, second, ... response, 0 for padding on the right. A response sees the prompt
+        and itself, at the positions that it would have without the others.
+        """
+        return self.score(self.model(tokens, branch=branch), tokens, mask)
+
+    def score(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        """The same from the last hidden states (B, T, D)."""
+        logps = in_chunks(lambda x, target: target_logps(self.lm_head(x), target),
+                          self.rows_at_once, hidden[:, :-1][mask], tokens[:, 1:][mask])  # (N,)
+        return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+
+    @torch.no_grad()
+    def entropy(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """(B, T-1): of the distributions that `score` looks tokens up in, in nats; 0 where mask is off."""
+        found = in_chunks(lambda x: entropies(self.lm_head(x)), self.rows_at_once, hidden[:, :-1][mask])
+        return found.new_zeros(mask.shape).masked_scatter(mask, found)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Places whose logits are in memory at the same time; at least a good size for a matrix product."""
+        return max(512, LOGITS_AT_ONCE // self.config.vocab_size)
 
     def initialize(self, seed: int) -> "Llama":
         """Fresh weights: normal, std 0.02, divided by sqrt(2 * layers) where a block writes its output."""

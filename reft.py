@@ -47,13 +47,13 @@ from evaluate import (Sample, SampleOptions, answer, answer_to, evaluate_model, 
 from experiment import (at_least, derive_seed, finishing_steps, log, one_of, open_run, option, parse_config,
                         read_json, read_jsonl, run_script, write_json)
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss,
-                    ppo_policy_loss, ppo_value_loss, token_logps, whiten)
+                    ppo_policy_loss, ppo_value_loss, whiten)
 from model import Llama
 from parallel import barrier, computed, device, missing, rank, world
 from rewards import READ, read_number
 from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, items_hash, learning_rate,
-                   load_trained, micro_batches, new_optimizer, num_steps, response_logps, save_or_stop,
-                   save_trained, to_train, with_masks)
+                   load_trained, micro_batches, new_optimizer, num_steps, padded, prepare, response_logps,
+                   save_or_stop, save_trained, to_train)
 
 NAMES = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
 
@@ -185,16 +185,22 @@ class Policy(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
             self.value_head.to(model.lm_head.weight.device)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens (B, T) -> float32 logits (B, T, V) of the next token, V (B, T) of what is there so far."""
+    def forward(self, tokens: Tensor, mask: Tensor,
+                with_entropy: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """tokens (B, T), mask (B, T-1) -> float32 log-probs, values and entropies (B, T-1).
+
+        Column t is about the action that makes token t + 1, as in train.response_logps, and about the
+        state in which it is taken, which is tokens 0 to t. Log-probs and entropies are 0 where mask is off.
+        """
         hidden = self.model.hidden(tokens)  # (B, T, D)
-        logits = self.model.lm_head(hidden).float()
+        logps = self.model.score(hidden, tokens, mask)
+        entropy = self.model.entropy(hidden, mask) if with_entropy else None
         if self.value_head is None:
-            return logits, torch.zeros_like(logits[..., 0])
+            return logps, torch.zeros_like(logps), entropy
         if self.critic is not None:
-            hidden = self.critic(tokens, None)
+            hidden = self.critic(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
-            return logits, self.value_head(hidden.float()).squeeze(-1)
+            return logps, self.value_head(hidden[:, :-1].float()).squeeze(-1), entropy
 
 
 # ---- steps 1 to 5: a batch of experience ---------------------------------------------------------
@@ -229,15 +235,11 @@ def roll_out(model: Llama, tokenizer, problems: list[data.Problem], config: Conf
             for q in answered for s in q.samples]
 
 
-def act(policy: Policy, rollouts: list[Example]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One forward pass -> log-probs, values and mask (B, T-1), logits (B, T-1, V).
-
-    Column t is about the action that makes token t + 1, as in train.response_logps, and about the
-    state in which it is taken, which is tokens 0 to t.
-    """
-    tokens, mask, _ = with_masks([(r.prompt, r.response) for r in rollouts])
-    logits, values = policy(tokens)
-    return token_logps(logits, tokens), values[:, :-1], mask, logits[:, :-1]
+def act(policy: Policy, rollouts: list[Example], with_entropy: bool = False,
+        ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Mask, log-probs, values and entropies (B, T-1) of the rollouts' response tokens: see Policy.forward."""
+    tokens, mask, _ = padded([(r.prompt, r.response) for r in rollouts])
+    return mask, *policy(tokens, mask, with_entropy)
 
 
 @torch.no_grad()
@@ -252,9 +254,8 @@ def measure(policy: Policy, reference: Llama, rollouts: list[Rollout], batches: 
     def columns(rows: list[int]) -> dict[str, Tensor]:
         batch = [rollouts[i] for i in rows]
         with autocast(policy, config.precision):
-            logps, values, mask, logits = act(policy, batch)
+            mask, logps, values, entropy = act(policy, batch, with_entropy=True)
             ref_logps = response_logps(reference, [(r.prompt, r.response) for r in batch])[0]
-        entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
         found = {"logps": logps, "values": values, "ref_logps": ref_logps, "mask": mask, "entropy": entropy}
         return {name: x.float().cpu() for name, x in found.items()}
 
@@ -330,7 +331,7 @@ def unhealthy(record: dict) -> dict[str, str]:
 def ppo_loss(policy: Policy, rows: list[int], rollouts: list[Rollout], table: dict[str, Tensor],
              config: Config) -> dict[str, Tensor]:
     """Per response (B,): the loss, and what else is logged."""
-    logps, values, mask, _ = act(policy, [rollouts[i] for i in rows])  # (B, T-1)
+    mask, logps, values, _ = act(policy, [rollouts[i] for i in rows])  # (B, T-1)
     old = {name: x[rows, :logps.shape[1]] for name, x in table.items()}
     loss = ppo_policy_loss(logps, old["logps"], old["advantages"], mask, config.clip_range)
     off = (((logps - old["logps"]) * mask).exp() - 1).detach()
@@ -346,7 +347,7 @@ def ppo_loss(policy: Policy, rows: list[int], rollouts: list[Rollout], table: di
 
 def self_training_loss(policy: Policy, weighted: list[tuple[Example, float]]) -> dict[str, Tensor]:
     """Online-ST in place of PPO: weight * NLL per response (B,)."""
-    logps, _, mask, _ = act(policy, [example for example, _ in weighted])
+    mask, logps, _, _ = act(policy, [example for example, _ in weighted])
     nll = nll_loss(logps, mask)
     return {"loss": nll * nll.new_tensor([weight for _, weight in weighted]), "nll": nll}
 
@@ -429,6 +430,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
               golds: dict[str, Example]) -> tuple[Llama, list[dict]]:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
     policy = load_trained(start, config, lambda model: Policy(model, config))
+    prepare(policy, config)
     reference, optimizer = load_reference(start, config), new_optimizer(policy, config)
     dev, steps = config.problems("dev", config.eval_questions), num_steps(len(problems), config)
     made_of = {"weights": weights_hash(policy), "problems": items_hash(problems), "steps": steps}

@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,7 @@ from statistics import fmean
 import numpy
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -37,8 +39,8 @@ from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_
 from data.tokenizer import load_tokenizer, train_tokenizer
 from experiment import (at_least, fingerprint, finishing_steps, one_of, open_run, option, parse_config,
                         read_json, run_script, write_json, write_jsonl)
-from losses import nll_loss, token_logps
-from model import Block, Llama, ModelConfig, pad
+from losses import nll_loss
+from model import Block, Decoder, Llama, ModelConfig, pad, run_block
 from parallel import barrier, by_first, collected, dealt, device, missing, rank, shard, whole, world
 from rewards import OWN_FORMAT, require_math_verify
 
@@ -55,8 +57,12 @@ class TrainOptions:
     max_steps: int = option(0, "stop after this many optimizer steps; 0: only epochs count")
     clip_norm: float = option(1.0, "gradients are scaled down to this norm")
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only")
-    micro_batch_tokens: int = option(8192, "padded tokens of one forward pass; speed and memory only")
+    micro_batch_tokens: int = option(4096, "padded tokens of one forward pass; speed and memory only (4096 "
+                                     "suits a CPU, a GPU likes as many as fit)")
     precision: str = option("bf16", "of matrix products in training: bf16 (autocast) or fp32")
+    checkpoint_activations: bool = option(False, "keep only the input of each block, and compute the rest again "
+                                          "in the backward pass: far less memory, a third more work")
+    compile: bool = option(False, "torch.compile the blocks for training; the first steps take minutes")
     save_every: int = option(100, "steps after which the state is saved, from which a killed run goes on")
     skip_nonfinite: bool = option(False, "leave a step out whose loss or gradient is not finite, and count "
                                   "it, instead of stopping")
@@ -188,23 +194,56 @@ def micro_batches(items: list, length: Callable, budget: int) -> list[list]:
     return batches
 
 
-def response_logps(model: Llama, sequences: list[tuple[list[int], list[int]]],
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """B (prompt_ids, response_ids) -> log-probabilities (B, T-1), masks (B, T-1) of response and prompt.
+def padded(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """B (prompt_ids, response_ids) -> tokens (B, T) padded on the right, masks (B, T-1) of response and prompt.
 
-    Padded on the right. Column t belongs to token t + 1, so the first response token, scored by the
-    last prompt token, is in column len(prompt) - 1.
+    Column t of a mask belongs to token t + 1, so the first response token, scored by the last prompt
+    token, is in column len(prompt) - 1.
     """
-    tokens, response_mask, prompt_mask = with_masks(sequences)
-    return token_logps(model(tokens), tokens), response_mask, prompt_mask
-
-
-def with_masks(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """B (prompt_ids, response_ids) -> tokens (B, T), masks (B, T-1) of what belongs to response and prompt."""
     tokens, lengths = pad([prompt + response for prompt, response in sequences], device())  # (B, T)
     starts = torch.tensor([len(prompt) - 1 for prompt, _ in sequences], device=device())[:, None]
     columns = torch.arange(tokens.shape[1] - 1, device=device())
     return tokens, (columns >= starts) & (columns < lengths[:, None] - 1), columns < starts
+
+
+def response_logps(model: Llama, sequences: list[tuple[list[int], list[int]]], with_prompts: bool = False,
+                   ) -> tuple[Tensor, Tensor, Tensor]:
+    """B (prompt_ids, response_ids) -> log-probabilities (B, T-1), masks of response and prompt as of `padded`.
+
+    Prompt tokens are scored only if asked; log-probabilities of what is not scored are 0.
+    """
+    tokens, mask, prompt_mask = padded(sequences)
+    return model.logps(tokens, mask | prompt_mask if with_prompts else mask), mask, prompt_mask
+
+
+def branch_logps(model: Llama, groups: list[tuple[list[int], list[list[int]]]]) -> tuple[Tensor, Tensor]:
+    """B (prompt_ids, responses) -> log-probabilities (B, T-1), and the response 1, 2, ... of each column, else 0.
+
+    A prompt is computed once for all its responses, in one row: the prompt up to its last token, then for
+    each response that token (which scores the first of the response) and the response. So here, too,
+    column t belongs to token t + 1.
+    """
+    rows, branches = [], []
+    for prompt, responses in groups:
+        row, branch = prompt[:-1], [1] * (len(prompt) - 1)
+        for number, response in enumerate(responses, start=2):
+            row = row + prompt[-1:] + response
+            branch += [number] * (1 + len(response))
+        rows.append(row)
+        branches.append(branch)
+    tokens, branch = pad(rows, device())[0], pad(branches, device())[0]  # (B, T)
+    owner = torch.where(branch[:, 1:] == branch[:, :-1], branch[:, 1:] - 1, 0).clamp(min=0)
+    return model.logps(tokens, owner > 0, branch), owner
+
+
+def prepare(model: nn.Module, options: TrainOptions) -> None:
+    """How the model's blocks are run in training."""
+    run = torch.compile(run_block, dynamic=True) if options.compile else run_block
+    if options.checkpoint_activations:
+        run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False)
+    for module in model.modules():
+        if isinstance(module, Decoder):
+            module.run_block = run
 
 
 def autocast(module: nn.Module, precision: str):
@@ -213,13 +252,13 @@ def autocast(module: nn.Module, precision: str):
 
 
 def load_trained(directory: str | Path, options: TrainOptions,
-                 prepare: Callable[[Llama], nn.Module] = lambda model: model,
+                 wrap: Callable[[Llama], nn.Module] = lambda model: model,
                  dtype: torch.dtype = torch.float32) -> nn.Module:
-    """prepare(the model of a directory), as training needs it: on this device, or sharded over all ranks."""
+    """wrap(the model of a directory), as training needs it: on this device, or sharded over all ranks."""
     if world() == 1:
-        return prepare(load_model(directory, device(), dtype))
+        return wrap(load_model(directory, device(), dtype))
     gc.collect()  # a sharded model that is no longer needed refers to itself
-    module = prepare(load_model(directory, dtype=None))  # mapped: a rank reads a block when it is sharded
+    module = wrap(load_model(directory, dtype=None))  # mapped: a rank reads a block when it is sharded
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     return shard(module, blocks, bf16=options.precision == "bf16", within_node=options.shard_within_node,
                  cpu_offload=options.cpu_offload).to(dtype)
@@ -277,6 +316,7 @@ def fit(model: nn.Module, items: list, loss: Callable[[nn.Module, list], dict[st
     `folder`, if there is one, the state is saved every so many steps and when the run is asked to stop.
     """
     steps = num_steps(len(items), options)
+    prepare(model, options)
     optimizer = new_optimizer(model, options)
     made_of = {"weights": weights_hash(model), "items": items_hash(items), "seed": seed, "steps": steps,
                "lr": options.lr, "batch_size": options.batch_size}
@@ -417,7 +457,7 @@ def sft_loss(model: Llama, examples: list[Example], prompt_weight: float,
              mean_length: float) -> dict[str, Tensor]:
     """Negative log-likelihood in units of the mean response, so that all tokens of the data weigh alike."""
     sequences = [(example.prompt, example.response) for example in examples]
-    logps, mask, prompt_mask = response_logps(model, sequences)
+    logps, mask, prompt_mask = response_logps(model, sequences, with_prompts=prompt_weight != 0)
     weighted = (logps * mask).sum(-1) + prompt_weight * (logps * prompt_mask).sum(-1)
     return {"loss": -weighted / mean_length, "nll": nll_loss(logps, mask)}
 

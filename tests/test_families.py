@@ -328,8 +328,8 @@ def test_metas_rotary_embedding_is_the_one_that_is_converted():
         return torch.view_as_real(pairs * torch.polar(torch.ones(T, 1, h // 2), angles[:, None])).flatten(2)
 
     def ours(weight: torch.Tensor) -> torch.Tensor:
-        twice = torch.cat([angles, angles], -1)[:, None]
-        return rotate((x @ checkpoint.to_halves(weight, h).T).view(T, heads, h), twice.cos(), twice.sin())
+        x_heads = (x @ checkpoint.to_halves(weight, h).T).view(T, heads, h)
+        return rotate(x_heads, angles[:, None].cos(), angles[:, None].sin())
 
     expected = torch.einsum("thd,shd->hts", turned(wq), turned(wk))
     torch.testing.assert_close(torch.einsum("thd,shd->hts", ours(wq), ours(wk)), expected)

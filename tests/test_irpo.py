@@ -290,11 +290,11 @@ def test_sft_on_gold_sees_each_question_once_with_its_gold():
 
 
 def test_lengths_that_budgets_count():
-    """Micro-batches are cut by these: both sequences at the width of the longer, or the
-    winner's."""
+    """Micro-batches are cut by these: a pair's row, whose prompt is there once, or the winner's
+    sequence. What must fit into the model is the longer sequence, not the row."""
     pair = Pair("q", [1, 5, 6], [7, 8, 9, 2], [7, 2])
-    assert pair.tokens == 14 and pair.chosen_tokens == 7
-    assert Pair("q", [1, 5, 6], [7, 2], [7, 8, 9, 2]).tokens == 14
+    assert pair.tokens == 10 and pair.chosen_tokens == 7 and pair.longest == 7
+    assert Pair("q", [1, 5, 6], [7, 2], [7, 8, 9, 2]).longest == 7
 
 
 # One batch of two pairs, at the start of training: a chosen response of 50 tokens at 1.0 nat each

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from losses import (dpo_loss, dpo_nll_loss, gae, group_normalized, kl_shaped_rewards, leave_one_out,
-                    masked_mean, nll_loss, ppo_policy_loss, ppo_value_loss, token_logps, whiten)
+from losses import (dpo_loss, dpo_nll_loss, entropies, gae, group_normalized, in_chunks, kl_shaped_rewards,
+                    leave_one_out, masked_mean, nll_loss, ppo_policy_loss, ppo_value_loss, token_logps,
+                    whiten)
 
 SPANS = [(0, 3), (2, 9), (4, 5), (0, 9), (1, 8)]  # where each sequence's response lies
 
@@ -56,6 +57,41 @@ def test_token_logps_are_float32_whatever_the_logits():
     got = token_logps(logits, tokens)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, token_logps(logits.float(), tokens), rtol=0, atol=1e-6)
+
+
+def test_entropies_of_known_distributions():
+    """Uniform over 8 is ln 8, two of four equal is ln 2 whatever the dtype, and certainty is 0, not NaN."""
+    logits = torch.zeros(3, 8)
+    logits[1, 2:] = -1e4
+    logits[2, 1:] = -math.inf
+    for x in (logits[:2], logits[:2].bfloat16()):
+        assert entropies(x).tolist() == pytest.approx([math.log(8), math.log(2)], abs=1e-6)
+    assert entropies(logits[2:].clamp(min=-1e30)).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 8, 100])
+def test_chunks_change_neither_value_nor_gradient(size):
+    """And f never sees more than `size` rows, forward or backward: in every other sense chunks are for nothing."""
+    generator = torch.Generator().manual_seed(2)
+    x, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 3), (3,)))
+    y = torch.randint(0, 9, (7,), generator=generator)
+    sizes = []
+
+    def f(rows: Tensor, shift: Tensor) -> Tensor:
+        sizes.append(len(rows))
+        return (rows * weight).sum(-1).exp() * shift
+
+    results = []
+    for call in (lambda: f(x, y), lambda: in_chunks(f, size, x, y)):
+        for leaf in (x, weight):
+            leaf.requires_grad_(True).grad = None
+        sizes.clear()
+        out = call()
+        out.square().sum().backward()
+        results.append((out.detach(), x.grad, weight.grad))
+    for whole, chunked in zip(*results):
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
+    assert max(sizes) <= size and sum(sizes) == (7 if size >= 7 else 14)  # computed again only if cut
 
 
 def test_token_logps_gradient_is_one_hot_minus_softmax():

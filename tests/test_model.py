@@ -4,6 +4,7 @@ import math
 import pytest
 import torch
 
+from losses import token_logps
 from model import KVCache, Llama, rope_frequencies
 from tiny import LLAMA3, random_prompts, random_tokens, slow_angle, slow_logits, tiny_model
 
@@ -145,6 +146,108 @@ def test_a_token_changes_nothing_before_it_and_something_after():
         gap = (model(changed) - model(tokens)).abs().amax(-1)[0]
         assert gap[:t].max() < 2e-4
         assert (gap[t:] > 1e-3).all()
+
+
+# --- log-probabilities without logits ------------------------------------------------------------
+
+SPANS = [(0, 3), (2, 9), (4, 5), (0, 11), (5, 5)]  # columns that are scored in each of five rows
+
+
+def ragged_mask() -> torch.Tensor:
+    columns = torch.arange(11)
+    return torch.stack([(columns >= a) & (columns < b) for a, b in SPANS])
+
+
+def value_and_gradients(model: Llama, logps) -> tuple[torch.Tensor, dict]:
+    """Of a sum in which every column has a weight of its own, so that none can stand in for another."""
+    model.zero_grad()
+    (logps * random_tokens(8, *logps.shape)).sum().backward()
+    return logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 4, 100])
+@pytest.mark.parametrize("tied", [False, True])
+def test_logps_are_those_of_the_naive_way(monkeypatch, tied, rows_at_once):
+    """Value and gradient of full logits, gathered; 0 where the mask is off, in one chunk or many."""
+    monkeypatch.setattr(Llama, "rows_at_once", rows_at_once)
+    model, tokens, mask = tiny_model(sharpness=0.7, tie_word_embeddings=tied), random_tokens(7, 5, 12), ragged_mask()
+    expected, slopes = value_and_gradients(model, token_logps(model(tokens), tokens) * mask)
+    got, gradients = value_and_gradients(model, model.logps(tokens, mask))
+    assert got.dtype == torch.float32 and not got[~mask].any()
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+    for name in slopes:
+        torch.testing.assert_close(gradients[name], slopes[name], rtol=0, atol=1e-6 * float(slopes[name].abs().max()))
+
+
+def test_logps_under_autocast_are_those_of_the_naive_way(monkeypatch):
+    """The computation that the backward pass repeats must be in bfloat16, as the first one was."""
+    monkeypatch.setattr(Llama, "rows_at_once", 4)
+    model, tokens, mask = tiny_model(sharpness=0.7), random_tokens(7, 5, 12), ragged_mask()
+    with torch.autocast("cpu", torch.bfloat16):
+        naive, ours = token_logps(model(tokens), tokens) * mask, model.logps(tokens, mask)
+    expected, slopes = value_and_gradients(model, naive)
+    got, gradients = value_and_gradients(model, ours)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
+    for name in slopes:
+        torch.testing.assert_close(gradients[name], slopes[name], rtol=0, atol=0.01 * float(slopes[name].abs().max()))
+
+
+def test_the_head_sees_only_places_that_are_scored(monkeypatch):
+    """(B, T, V) is what runs out of memory: no more than rows_at_once rows, and none for a prompt."""
+    monkeypatch.setattr(Llama, "rows_at_once", 4)
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(logits.shape))
+    mask = ragged_mask()
+    logps = model.logps(random_tokens(7, 5, 12), mask)
+    assert all(rows <= 4 and V == 24 for rows, V in seen) and sum(rows for rows, _ in seen) == mask.sum()
+    logps.sum().backward()
+    assert all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
+    assert not model.logps(random_tokens(7, 5, 12), torch.zeros_like(mask)).any()
+
+
+BRANCHED = [([3, 4, 5, 6], [[7, 8, 2], [9, 2]]), ([5], [[6, 2], [7, 7, 7, 2]]), ([8, 3, 9], [[2], [4, 2], [5, 6, 7]])]
+
+
+def branched(groups) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows with a prompt but its last token, and that token and the response for each response; padded."""
+    rows = [(prompt[:-1] + [t for r in responses for t in prompt[-1:] + r],
+             [1] * (len(prompt) - 1) + [i + 2 for i, r in enumerate(responses) for _ in [0, *r]])
+            for prompt, responses in groups]
+    T = 13
+    return tuple(torch.tensor([row[i] + [0] * (T - len(row[i])) for row in rows]) for i in (0, 1))
+
+
+@pytest.mark.parametrize("shape", ["mha", "gqa", "llama3"])
+def test_branches_are_the_sequences_they_stand_for(shape):
+    """A response in a row with others has the log-probabilities, and gives the gradients, that it has alone
+    behind its prompt: no look at the other one, no position off, the shared prompt counted for both."""
+    model = tiny_model(sharpness=0.7, **SHAPES[shape])
+    tokens, branch = branched(BRANCHED)
+    mask = (branch[:, 1:] == branch[:, :-1]) & (branch[:, 1:] > 1)
+    got = model.logps(tokens, mask, branch)
+    got.sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    for row, (prompt, responses) in enumerate(BRANCHED):
+        for i, response in enumerate(responses):
+            alone = torch.tensor([prompt + response])
+            logps = token_logps(model(alone), alone)[0, len(prompt) - 1:]
+            torch.testing.assert_close(got[row, branch[row, 1:].eq(i + 2) & mask[row]], logps, rtol=0, atol=1e-5)
+            logps.sum().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_must_fit_is_the_sequence_and_not_the_row():
+    """Two responses of 4 tokens behind a prompt of 3 need 7 positions, not 12."""
+    groups = [([3, 4, 5], [[6, 7, 8, 2], [9, 9, 9, 2]])]
+    tokens, branch = branched(groups)
+    mask = branch[:, 1:] > 1
+    expected = tiny_model().logps(tokens, mask, branch)
+    torch.testing.assert_close(tiny_model(max_position_embeddings=7).logps(tokens, mask, branch), expected)
+    with pytest.raises(ValueError, match="7 tokens are more than the 6"):
+        tiny_model(max_position_embeddings=6).logps(tokens, mask, branch)
 
 
 def test_llama3_scaling_slows_long_waves_only():

@@ -28,6 +28,7 @@ from test_drivers import base, call, read_lines, remembered_world  # noqa: F401 
 from tiny import random_tokens, slow_logps, tiny_model
 
 ROOT = Path(reft.__file__).resolve().parent
+EVERY = torch.ones(2, 5, dtype=torch.bool)  # mask: all of (2, 6) tokens but the first
 VERDICTS = ("correct", "wrong", "unparsed", "correct", "timeout", "wrong", "correct")
 
 
@@ -110,7 +111,7 @@ def test_values_and_logps_stand_in_the_same_columns(critic):
     config = config_of(critic=critic, value_init="random")
     policy, rollouts = policy_of(config), some_rollouts()
     with torch.no_grad():
-        logps, values, _, logits = act(policy, rollouts)
+        _, logps, values, entropy = act(policy, rollouts, with_entropy=True)
         for row, r in enumerate(rollouts):
             slow = slow_logps(policy.model, r.prompt, r.response)
             for i in range(len(r.response)):
@@ -120,14 +121,14 @@ def test_values_and_logps_stand_in_the_same_columns(critic):
                 trunk = policy.critic if critic == "separate" else policy.model.model
                 V = policy.value_head(trunk(prefix, None))[0, -1, 0]
                 assert float(values[row, t]) == pytest.approx(float(V), abs=1e-4)
-                torch.testing.assert_close(logits[row, t], policy.model(prefix)[0, -1], atol=1e-3,
-                                           rtol=0)
+                probs = policy.model(prefix)[0, -1].double().softmax(-1)
+                assert float(entropy[row, t]) == pytest.approx(-float((probs * probs.log()).sum()), abs=1e-4)
 
 
 def test_the_value_head_starts_at_zero_or_at_random():
     """Zero: no dip at the start. Random: as the paper, the same for the same seed."""
     tokens = random_tokens(0, 2, 6)
-    assert torch.equal(policy_of(config_of())(tokens)[1], torch.zeros(2, 6))
+    assert torch.equal(policy_of(config_of())(tokens, EVERY)[1], torch.zeros(2, 5))
     heads = [policy_of(config_of(value_init="random", seed=seed)).value_head for seed in (3, 3, 4)]
     assert torch.equal(heads[0].weight, heads[1].weight) and torch.equal(heads[0].bias, heads[1].bias)
     assert not torch.equal(heads[0].weight, heads[2].weight)
@@ -139,17 +140,17 @@ def test_values_are_float32_under_autocast():
     policy = policy_of(config_of(value_init="random"))
     tokens = random_tokens(1, 2, 6)
     with torch.autocast("cpu", torch.bfloat16):
-        logits, values = policy(tokens)
+        logps, values, entropy = policy(tokens, EVERY, with_entropy=True)
         hidden = policy.model.hidden(tokens)
-    assert logits.dtype == values.dtype == torch.float32
-    torch.testing.assert_close(values, policy.value_head(hidden.float()).squeeze(-1))
+    assert logps.dtype == values.dtype == entropy.dtype == torch.float32
+    torch.testing.assert_close(values, policy.value_head(hidden[:, :-1].float()).squeeze(-1))
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_which_trunk_the_value_loss_trains(critic):
     """A separate critic leaves the policy alone; a shared one does not."""
     policy = policy_of(config_of(critic=critic, value_init="random"))
-    policy(random_tokens(2, 2, 6))[1].sum().backward()
+    policy(random_tokens(2, 2, 6), EVERY)[1].sum().backward()
     touched = any(p.grad is not None and p.grad.any() for p in policy.model.parameters())
     assert touched == (critic == "shared")
     assert policy.value_head.weight.grad.any()
@@ -175,7 +176,8 @@ def test_the_table_is_what_each_response_alone_gives(budget):
             slow = slow_logps(model, r.prompt, r.response)
             assert table[name][row, places].tolist() == pytest.approx(slow, abs=1e-4)
         with torch.no_grad():
-            logits, values = policy(torch.tensor([r.prompt + r.response]))
+            tokens = torch.tensor([r.prompt + r.response])
+            logits, (_, values, _) = policy.model(tokens), policy(tokens, tokens[:, 1:] > 0)
         assert table["values"][row, places].tolist() == pytest.approx(
             values[0, places].tolist(), abs=1e-4)
         entropy = [-sum(p * math.log(p) for p in row.softmax(-1).tolist() if p > 0)
@@ -270,7 +272,8 @@ def slow_ppo(policy: Policy, r: Rollout, row: int, table: dict, config: Config) 
     """The loss of one response, as the paper has it."""
     new = slow_logps(policy.model, r.prompt, r.response)
     with torch.no_grad():
-        values = policy(torch.tensor([r.prompt + r.response]))[1][0].tolist()
+        tokens = torch.tensor([r.prompt + r.response])
+        values = policy(tokens, tokens[:, 1:] > 0)[1][0].tolist()
     total = 0.0
     for i, logp in enumerate(new):
         t = len(r.prompt) - 1 + i

@@ -2,18 +2,21 @@
 import collections
 import dataclasses
 import math
+import shutil
 from dataclasses import dataclass
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 import train
 from losses import nll_loss
 from tiny import random_tokens, slow_logps, tiny_model
-from train import (Example, TrainOptions, batch_at, fit, learning_rate, micro_batches,
-                   new_optimizer, num_steps, response_logps, sft_loss)
+from train import (Example, TrainOptions, batch_at, branch_logps, fit, learning_rate, micro_batches,
+                   new_optimizer, num_steps, prepare, response_logps, sft_loss)
 
 FP32 = TrainOptions(lr=1.0, batch_size=7, clip_norm=1e9, precision="fp32")
 
@@ -316,7 +319,7 @@ def test_response_masks_start_at_the_last_prompt_token_and_include_eos():
     one short at the end, the model never learns to stop."""
     model = tiny_model()
     sequences = [([1, 5, 6], [7, 8, 2]), ([1], [9, 2]), ([1, 4, 4, 4, 4], [2])]
-    logps, mask, prompt_mask = response_logps(model, sequences)
+    logps, mask, prompt_mask = response_logps(model, sequences, with_prompts=True)
     assert logps.shape == mask.shape == prompt_mask.shape == (3, 5)
     for (prompt, response), row, columns, prompt_columns in zip(sequences, logps, mask,
                                                                 prompt_mask):
@@ -348,6 +351,74 @@ def test_company_does_not_change_log_probabilities():
         alone, _, _ = response_logps(model, [(example.prompt, example.response)])
         torch.testing.assert_close(row[columns], alone[0, len(example.prompt) - 1:], rtol=0,
                                    atol=1e-4)
+
+
+@pytest.mark.parametrize("with_prompts", [False, True])
+def test_prompt_tokens_are_scored_only_if_asked(with_prompts):
+    """Their logits cost as much as a response's, and most losses have no use for them."""
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(len(logits)))
+    sequences = [(e.prompt, e.response) for e in examples(5)]
+    logps, mask, prompt_mask = response_logps(model, sequences, with_prompts)
+    scored = mask | prompt_mask if with_prompts else mask
+    assert sum(seen) == scored.sum() and not logps[~scored].any() and logps[scored].all()
+
+
+def test_branches_give_each_response_its_own_log_probabilities():
+    """Responses that share a row, its prompt computed once, against each in a row of its own; a prompt of
+    one token, groups of different size, equal responses."""
+    model = tiny_model()
+    groups = [([1, 5, 6], [[7, 8, 2], [9, 2]]), ([4], [[3, 2], [3, 2], [5, 6, 7]]), ([1, 4, 4, 4], [[2]])]
+    logps, owner = branch_logps(model, groups)
+    assert logps.shape == owner.shape and owner.max() == 3
+    for row, (prompt, responses) in enumerate(groups):
+        for i, response in enumerate(responses):
+            got = logps[row, owner[row] == i + 1].tolist()
+            assert got == pytest.approx(slow_logps(model, prompt, response), abs=1e-4)
+    assert int((owner > 0).sum()) == sum(len(r) for _, responses in groups for r in responses)
+
+
+# --- how blocks are run ---------------------------------------------------------------------------
+
+def gradients_of(**options) -> tuple[Tensor, dict, int]:
+    """Losses and gradients of ragged examples, and how often a block was run."""
+    model, runs = tiny_model(sharpness=0.7), []
+    model.model.layers[1].input_layernorm.register_forward_hook(lambda *args: runs.append(1))
+    prepare(model, dataclasses.replace(FP32, **options))
+    loss = nll(model, examples())["loss"]
+    loss.sum().backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}, len(runs)
+
+
+def test_checkpointing_activations_changes_no_gradient():
+    """Equal to the bit: the same operations once more. And the flag must do something."""
+    loss, gradients, runs = gradients_of()
+    again, the_same, twice = gradients_of(checkpoint_activations=True)
+    assert (runs, twice) == (1, 2)
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradients[name], the_same[name]) for name in gradients)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs g++ on the CPU")
+def test_compiled_blocks_give_the_same_loss_and_gradient():
+    """And one graph serves all blocks: a compilation per layer would take minutes."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    loss, gradients, _ = gradients_of()
+    got, close, _ = gradients_of(compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.testing.assert_close(got, loss, rtol=1e-5, atol=1e-6)
+    for name in gradients:
+        torch.testing.assert_close(close[name], gradients[name], rtol=1e-3, atol=1e-5)
+
+
+def test_fit_prepares_the_blocks():
+    """A flag that fit forgets costs memory or time, and nothing tells."""
+    model, runs = tiny_model(), []
+    model.model.layers[0].input_layernorm.register_forward_hook(lambda *args: runs.append(1))
+    fit(model, examples(3), nll, lambda e: 1,
+        dataclasses.replace(FP32, lr=1e-3, batch_size=3, checkpoint_activations=True), seed=0)
+    assert len(runs) == 2
 
 
 # --- SFT ------------------------------------------------------------------------------------------
