@@ -19,7 +19,7 @@ BASE = runs/base-s$(SEED)/model
 RFT = $(RUN) rft.py --preset toy
 REFT = $(RUN) reft.py --preset toy
 
-.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval torture smoke report clean
+.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval torture bench smoke report clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -109,6 +109,9 @@ torture: setup  ## SFT, IRPO and PPO killed 20 times each and run again: every f
 smoke: base  ## every step of irpo.py on forty questions, in half a minute
 	$(PY) irpo.py --preset smoke --model $(BASE) --run_dir runs/smoke
 	$(PY) report.py runs/smoke
+
+bench: .venv/development  ## our sampling beside transformers' generate: table, JSON, plot (about 20 minutes)
+	$(PY) bench.py --out results/bench $(ARGS)
 
 report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
 	$(PY) report.py $(RUNS)

@@ -79,31 +79,36 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
            num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
     """Sample num_samples responses to each problem and grade them. Without a label, no bar is shown.
 
-    Prompts of like length make a batch, and batches are dealt out over ranks; all ranks return all answers.
+    Prompts of like length make a piece, and pieces are dealt out over ranks; all ranks return all answers.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    size = max(1, options.batch_rows // num_samples)
-    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    # about 64 pieces, whatever the number of ranks: in large ones responses can take the place of others
+    size = max(1, options.batch_rows // num_samples, len(order) // 64)
+    pieces = [order[i:i + size] for i in range(0, len(order), size)]
     hands = world() // options.tensor_parallel
-    if len(batches) < hands and rank() == 0:
-        warnings.warn(f"{len(prompts) * num_samples} responses are {len(batches)} batches of --batch_rows "
-                      f"{options.batch_rows}, and {hands - len(batches)} of {hands} samplers have nothing to do: lower "
+    if len(pieces) < hands and rank() == 0:
+        warnings.warn(f"{len(prompts) * num_samples} responses are {len(pieces)} pieces of --batch_rows "
+                      f"{options.batch_rows}, and {hands - len(pieces)} of {hands} samplers have nothing to do: lower "
                       "--batch_rows", stacklevel=2)
-    mine = [batch for batch, _ in dealt(batches, hands)]
+    mine = [piece for piece, _ in dealt(pieces, hands)]
     start, total, found = time.perf_counter(), 0, []
     with tqdm(total=sum(map(len, mine)) * num_samples, desc=label, unit="sample", dynamic_ncols=True,
               disable=not label or rank() > 0) as bar:
-        for batch in mine:
+        def progress(responses: int, tokens: int) -> None:
+            nonlocal total
+            total += tokens
+            bar.update(responses)
+            bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tok/s", refresh=False)
+
+        for piece in mine:
             responses = generate(
-                model, [prompts[i] for i in batch], num_samples=num_samples, max_new_tokens=options.max_new_tokens,
-                temperature=temperature, eos_id=tokenizer.eos_id, seed=seed, batch_rows=options.batch_rows)
+                model, [prompts[i] for i in piece], num_samples=num_samples, max_new_tokens=options.max_new_tokens,
+                temperature=temperature, eos_id=tokenizer.eos_id, seed=seed, batch_rows=options.batch_rows,
+                progress=progress)
             leads = rank() % options.tensor_parallel == 0  # the others of a group have the same responses
-            found.append(graded(responses, [problems[i] for i in batch], tokenizer, options) if leads else None)
-            bar.update(len(batch) * num_samples)
-            total += sum(len(response.ids) for group in responses for response in group)
-            bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tok/s")
-    samples = dict(zip(order, (group for batch in collected(found, hands) for group in batch)))
+            found.append(graded(responses, [problems[i] for i in piece], tokenizer, options) if leads else None)
+    samples = dict(zip(order, (group for piece in collected(found, hands) for group in piece)))
     return [Answered(problem.id, options.prompt_text(problem), prompts[i], problem.answer, samples[i])
             for i, problem in enumerate(problems)]
 

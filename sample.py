@@ -1,20 +1,26 @@
 """Prompts in, N responses each out: prefill, decode, sample the next token, generate.
 
-A prompt is computed once and its keys and values are shared by its N samples (model.KVCache). Rows
-that have finished leave the batch. Every random number is a pure function of (seed, prompt, sample,
-token position), so neither the order nor the company of prompts changes a response beyond rounding,
-and the same seed gives the same responses again. Left out: beam search, repetition penalties, stop
-strings.
+A prompt is computed once and its keys and values are shared by its N samples (model.KVCache). All
+responses in the making advance by one token per step; where some have ended, the next questions take
+their rows, so that no step is spent on padding. Every random number is a pure function of (seed, prompt,
+sample, token position), so neither the order nor the company of prompts changes a response beyond
+rounding, and the same seed gives the same responses again. Left out: beam search, repetition penalties,
+stop strings.
 
     python sample.py --model runs/base-s0/model     # type a question, read the response
 """
 import argparse
+import copy
+import functools
 import hashlib
+import itertools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from checkpoint import load_sampler
@@ -22,6 +28,10 @@ from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
 from data.tokenizer import load_tokenizer, pieces
 from experiment import run_script
 from model import KVCache, Llama, pad
+
+BLOCK = 64  # tokens of the vocabulary that are drawn together first
+LOGITS = 2 ** 20  # so many at once, but at least those of 256 rows: more leave the processor's cache
+PREFILL_TOKENS = 2048  # so many of several prompts at once
 
 
 @dataclass(frozen=True)
@@ -53,10 +63,21 @@ def sample_keys(seed: int, questions: Tensor, samples: Tensor) -> Tensor:
     return key
 
 
-def uniforms(keys: Tensor, step: int) -> Tensor:
-    """(R,) float64 in [0, 1): the number that draws token `step` of each sample."""
-    counters = torch.full_like(keys, step + 1) * 0x1E3779B97F4A7C15
+def uniforms(keys: Tensor, step: int | Tensor) -> Tensor:
+    """(R,) float64 in [0, 1): the number that draws token `step`, of all or (R,) of each sample."""
+    counters = (torch.ones_like(keys) + step) * 0x1E3779B97F4A7C15
     return ((mix(keys + counters) >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
+
+
+def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse CDF: (R, n) weights, (R,) uniforms -> (R,) indices, never of a weight that is zero, and what
+    is left of the uniforms: (R,) new ones that may draw within what was picked."""
+    cdf = weights.double().cumsum(-1)
+    target = uniform[:, None] * cdf[:, -1:]  # below the last, since uniform < 1
+    index = torch.searchsorted(cdf, target, right=True)  # the first whose cdf exceeds the target
+    weight = weights.gather(-1, index).double()
+    rest = (target - cdf.gather(-1, index) + weight) / weight
+    return index[:, 0], rest[:, 0].clamp(0, 1 - 2 ** -53)
 
 
 def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float,
@@ -64,50 +85,171 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p
     """(R, V) logits, (R,) uniforms -> (R,) token ids by inverse CDF; temperature 0 takes the best."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
     if top_k:
         kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -torch.inf)
-    probs = logits.softmax(-1)
+    weights = logits - logits.amax(-1, keepdim=True)
+    weights.mul_(math.log2(math.e) / temperature).exp2_()  # softmax but for its sum; powers of 2 as in model.attend
     if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
+        ordered, order = (weights / weights.sum(-1, keepdim=True)).sort(-1, descending=True)
         outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays inside
-        probs = probs.masked_fill(outside.scatter(-1, order, outside), 0)
-    cdf = probs.double().cumsum(-1)
-    # the first token whose cdf exceeds the target: never one of probability zero
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True).squeeze(-1)
+        weights = weights.masked_fill(outside.scatter(-1, order, outside), 0)
+    # first a block of tokens, then a token of the block: sums are cheaper than cumulative sums
+    if weights.shape[-1] % BLOCK:
+        weights = F.pad(weights, (0, -weights.shape[-1] % BLOCK))
+    blocks = weights.unflatten(-1, (-1, BLOCK))  # (R, V/BLOCK, BLOCK)
+    block, uniform = pick(blocks.sum(-1), uniform)
+    token, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
+    return block * BLOCK + token
 
 
-def prefill(model: Llama, prompts: list[list[int]], num_samples: int,
-            capacity: int) -> tuple[KVCache, Tensor]:
-    """Run the prompts once; a cache of Q * num_samples rows behind them and their next-token logits."""
+@dataclass(frozen=True)
+class Settings:
+    """How tokens are drawn, and when a response ends."""
+    samples: range  # their numbers, 0 to N - 1
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    eos_id: int
+    seed: int
+
+
+class Rows:
+    """R responses in the making. What a decoding step changes, it changes in place."""
+
+    def __init__(self, cache: KVCache, max_prompts: int, max_new_tokens: int) -> None:
+        R, device = len(cache.lengths), cache.lengths.device
+        self.cache = cache
+        self.keys = torch.zeros(R, dtype=torch.long, device=device)  # of the random numbers
+        self.tokens = torch.zeros_like(self.keys)  # the newest, which is not in the cache yet
+        self.drawn = self.keys.new_zeros(R, max_new_tokens + 1)  # all of them; ended rows write to the last column
+        self.live = torch.zeros(R, dtype=torch.bool, device=device)
+        self.owners: list[tuple[int, int] | None] = [None] * R  # (question, sample); None: free
+        self.slots: dict[int, int] = {}  # which of the cache's prompts is a question's
+        self.max_prompts = max_prompts
+
+    def room(self) -> list[int]:
+        """Places for the prompts of questions that may begin now: each needs one, and N free rows."""
+        taken = {self.slots[owner[0]] for owner in self.owners if owner}
+        free = [slot for slot in range(self.max_prompts) if slot not in taken]
+        return free[:self.owners.count(None) // self.cache.num_samples]
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only (R',)."""
+        self.cache.keep(rows)
+        self.keys, self.tokens, self.drawn, self.live = (
+            x[rows] for x in (self.keys, self.tokens, self.drawn, self.live))
+        self.owners = [self.owners[row] for row in rows.tolist()]
+
+
+def round_up(tokens: int, device: torch.device) -> int:
+    """Columns of a cache for so many tokens."""
+    columns = HABITS[device.type].columns
+    return -(-tokens // columns) * columns
+
+
+def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Tensor, Tensor]:
+    """Run the prompts once: their cache, lengths (Q,) and next-token logits (Q, V)."""
     weight = model.lm_head.weight
     tokens, lengths = pad(prompts, weight.device)
-    cache = KVCache(model.config, *tokens.shape, weight.device, weight.dtype)
-    last = model.hidden(tokens, cache)[torch.arange(len(prompts)), lengths - 1]  # (Q, D)
-    logits = model.lm_head(last).float().repeat_interleave(num_samples, 0)  # (Q*N, V)
-    return cache.fork(model.config, lengths, num_samples, capacity), logits
+    cache = KVCache(model.config, len(prompts), round_up(tokens.shape[1], weight.device), weight.device,
+                    weight.dtype)
+    last = model.hidden(tokens, cache)[torch.arange(len(prompts), device=weight.device), lengths - 1]  # (Q, D)
+    return cache, lengths, model.lm_head(last).float()
 
 
-def decode(model: Llama, prompts: list[list[int]], keys: Tensor, max_new_tokens: int,
-           temperature: float, top_p: float, top_k: int, eos_id: int) -> list[Response]:
-    """One batch: len(keys) / len(prompts) responses to each prompt, flat, in order."""
-    cache, logits = prefill(model, prompts, len(keys) // len(prompts), max_new_tokens)
-    tokens = torch.full((len(keys), max_new_tokens), eos_id, device=keys.device)
-    active = torch.ones_like(cache.slots, dtype=torch.bool)  # (R,) rows of the cache not yet finished
-    for step in range(max_new_tokens):
-        uniform = uniforms(keys[cache.slots], step)
-        new = sample_next_token(logits, uniform, temperature, top_p, top_k)
-        tokens[cache.slots[active], step] = new[active]
-        active &= new != eos_id
-        count = int(active.sum())
-        if count == 0 or step + 1 == max_new_tokens:
-            break
-        if count < 0.9 * len(active):  # moving the cache costs, so rows leave several at a time
-            cache.keep(active)
-            new, active = new[active], active[active]
-        logits = model(new[:, None], cache)[:, -1]  # (R, V)
-    return [trim(row, eos_id) for row in tokens.tolist()]
+def decode(model: Llama, rows: Rows, settings: Settings) -> None:
+    """One token more for every row. No result is waited for, so that a GPU may run ahead."""
+    hidden = model.hidden(rows.tokens[:, None], rows.cache)[:, -1]  # (R, D)
+    at = torch.arange(len(hidden), device=hidden.device)
+    several = max(256, LOGITS // model.config.vocab_size)
+    for some, part in zip(at.split(several), hidden.split(several)):
+        draw(rows, some, model.lm_head(part).float(), settings)
+
+
+def draw(rows: Rows, at: Tensor, logits: Tensor, settings: Settings) -> None:
+    """The next token of the rows `at` (n,) from logits (n, V); they end with EOS or when they are full."""
+    step = rows.cache.lengths[at]  # the first token comes before anything of the row is in the cache
+    new = sample_next_token(logits, uniforms(rows.keys[at], step), settings.temperature, settings.top_p,
+                            settings.top_k)
+    rows.tokens[at] = new
+    rows.drawn[at, step.masked_fill(~rows.live[at], settings.max_new_tokens)] = new
+    rows.live[at] &= (new != settings.eos_id) & (step + 1 < settings.max_new_tokens)
+    rows.cache.lengths *= rows.live  # what has ended stays in column 0 until another response begins
+
+
+def admit(model: Llama, rows: Rows, prompts: dict[int, list[int]], slots: list[int], settings: Settings) -> None:
+    """Let questions (their numbers and prompts) begin, in free rows behind their prompts at `slots`."""
+    N, device = len(settings.samples), rows.keys.device
+    cache, lengths, logits = prefill(model, list(prompts.values()))
+    free = [row for row, owner in enumerate(rows.owners) if owner is None][:len(prompts) * N]
+    for row, owner in zip(free, itertools.product(prompts, settings.samples)):
+        rows.owners[row] = owner
+    rows.slots.update(zip(prompts, slots))
+    at = torch.tensor(free, device=device)
+    rows.cache.enter(cache, lengths, torch.tensor(slots, device=device), at)
+    names = torch.tensor([prompt_key(prompt) for prompt in prompts.values()], device=device)
+    samples = torch.tensor(settings.samples, device=device).repeat(len(prompts))
+    rows.keys[at] = sample_keys(settings.seed, names.repeat_interleave(N), samples)
+    rows.live[at] = True
+    draw(rows, at, logits.repeat_interleave(N, 0), settings)
+
+
+def recorded(step: Callable[[], None], cache: KVCache) -> Callable[[], None]:
+    """The step as a CUDA graph: recorded where the cache has moved since, replayed otherwise."""
+    graph, layout = None, None
+
+    def run() -> None:
+        nonlocal graph, layout
+        if layout == cache.layout():
+            return graph.replay()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            step()  # a step like any other, and the warm-up that recording needs
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # records without running
+            step()
+        layout = cache.layout()
+    return run
+
+
+@dataclass(frozen=True)
+class Habits:
+    """What pays on a kind of device; nothing here changes a response."""
+    check_every: int  # decoding steps between two looks at what has ended: each makes a GPU wait
+    leave: float  # share of the rows that must have ended for the others to be moved together
+    columns: int  # by which caches grow, or the part of them that is looked at
+    whole: bool  # allocate caches for the longest sequences at once, where a copy would not fit beside them
+    prepare: Callable[[Callable[[], None], KVCache], Callable[[], None]]  # the decoding step and its cache
+
+
+HABITS = {"cpu": Habits(1, 1 / 8, 16, False, lambda step, cache: step),
+          "cuda": Habits(8, 1 / 2, 128, True, recorded)}
+
+
+def decode_until(rows: Rows, step: Callable[[], None], share: float) -> None:
+    """Decoding steps until this share of the rows has ended, or all that were at work have."""
+    device = rows.keys.device
+    check_every = HABITS[device.type].check_every
+    busy = len(rows.owners) - rows.owners.count(None)
+    while True:
+        live, longest = torch.stack([rows.live.sum(), rows.cache.lengths.max()]).tolist()
+        if live == 0 or busy - live >= share * len(rows.owners):
+            return
+        rows.cache.grow(0, round_up(min(longest + check_every, rows.drawn.shape[1] - 1), device))
+        for _ in range(check_every):
+            step()
+
+
+def take_ended(rows: Rows, eos_id: int) -> Iterator[tuple[int, int, Response]]:
+    """Question, sample and response of the rows that have ended; they are free from now on."""
+    ended = [row for row, live in enumerate(rows.live.tolist()) if not live and rows.owners[row]]
+    for row, ids in zip(ended, rows.drawn[ended, :-1].tolist()):
+        yield *rows.owners[row], trim(ids, eos_id)
+        rows.owners[row] = None
 
 
 def trim(ids: list[int], eos_id: int) -> Response:
@@ -116,53 +258,83 @@ def trim(ids: list[int], eos_id: int) -> Response:
     return Response(ids[:ids.index(eos_id) + 1] if finished else ids, finished)
 
 
-@torch.no_grad()
+def empty_rows(model: Llama, longest: int, settings: Settings, questions: int, batch_rows: int,
+               cache_tokens: int | None) -> Rows:
+    """Rows for as many questions at once as batch_rows and the tokens of cache allow, but at least one."""
+    config, weight, N = model.config, model.lm_head.weight, len(settings.samples)
+    if cache_tokens is None:
+        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+        memory = 0.6 * torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 2 ** 30
+        cache_tokens = int(memory / token)
+    spare = 1 if N == 1 else 2  # prompts are still needed when most of their samples have ended
+    longest, capacity = (round_up(n, weight.device) for n in (longest, settings.max_new_tokens))
+    at_once = max(1, min(questions, batch_rows // N, cache_tokens // (N * capacity + spare * longest)))
+    max_prompts = min(questions, spare * at_once)
+    habits = HABITS[weight.device.type]
+    slots, longest, capacity = (max_prompts, longest, capacity) if habits.whole else (at_once, 0, 0)
+    prompts = KVCache(config, slots, longest, weight.device, weight.dtype)
+    cache = KVCache(config, at_once * N, capacity, weight.device, weight.dtype, prompts, N)
+    prompts.window = cache.window = 0  # of the capacity, nothing is looked at yet
+    return Rows(cache, max_prompts, settings.max_new_tokens)
+
+
+@torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, eos_id: int, seed: int,
-             batch_rows: int = 1024,
+             batch_rows: int = 1024, cache_tokens: int | None = None, dtype: torch.dtype | None = None,
              progress: Callable[[int, int], None] = lambda responses, tokens: None,
              ) -> list[list[Response]]:
     """num_samples responses to each prompt, in the order of the prompts.
 
-    Prompts of like length go together, about batch_rows samples at a time; `progress` is told the
-    number of responses and of sampled tokens after each batch. Raises ValueError where a prompt is
-    empty or leaves no room for max_new_tokens.
+    At most batch_rows responses are in the making, and their cache, prompts included, has room for at
+    most cache_tokens tokens (default: 60 % of a GPU's free memory, 1 GiB on a CPU), unless one question
+    needs more. Where responses have ended the next questions begin, prompts of like length together.
+    `progress` is told numbers of responses and of sampled tokens as they come. With a dtype, a copy of the
+    model in it does the work. Raises ValueError where a prompt is empty or leaves no room for
+    max_new_tokens.
     """
     limit = model.config.max_length
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit - max_new_tokens:
             raise ValueError(f"prompt {i} has {len(prompt)} tokens: 1 to {limit - max_new_tokens} fit "
                              f"this model ({limit} positions) with max_new_tokens={max_new_tokens}")
-    device = model.lm_head.weight.device
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    per_batch = max(1, batch_rows // num_samples)
-    responses: list[list[Response]] = [[] for _ in prompts]
-    for start in range(0, len(order), per_batch):
-        batch = order[start:start + per_batch]
-        questions = torch.tensor([prompt_key(prompts[i]) for i in batch], device=device)
-        samples = torch.arange(num_samples, device=device).repeat(len(batch))
-        keys = sample_keys(seed, questions.repeat_interleave(num_samples), samples)
-        flat = decode(model, [prompts[i] for i in batch], keys, max_new_tokens, temperature, top_p,
-                      top_k, eos_id)
-        for j, i in enumerate(batch):
-            responses[i] = flat[j * num_samples:(j + 1) * num_samples]
-        progress(len(flat), sum(len(response.ids) for response in flat))
+    responses: list[list[Response]] = [[None] * num_samples for _ in prompts]
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the last one is next
+    if not waiting:
+        return responses
+    if dtype not in (None, model.lm_head.weight.dtype):
+        model = copy.deepcopy(model).to(dtype)
+    settings = Settings(range(num_samples), max_new_tokens, temperature, top_p, top_k, eos_id, seed)
+    rows = empty_rows(model, len(prompts[waiting[0]]), settings, len(prompts), batch_rows, cache_tokens)
+    habits = HABITS[rows.keys.device.type]
+    step = habits.prepare(functools.partial(decode, model, rows, settings), rows.cache)
+    while waiting or any(rows.owners):
+        while waiting and (room := rows.room()):
+            several = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
+            begin = [waiting.pop() for _ in range(min(len(waiting), len(room), several))]
+            admit(model, rows, {i: prompts[i] for i in begin}, room[:len(begin)], settings)
+        decode_until(rows, step, 1 / 8 if waiting else habits.leave)
+        ended = list(take_ended(rows, eos_id))
+        for question, sample, response in ended:
+            responses[question][sample] = response
+        progress(len(ended), sum(len(response.ids) for _, _, response in ended))
+        if not waiting and any(rows.owners):
+            rows.keep(rows.live.nonzero()[:, 0])
     return responses
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def stream(model: Llama, prompt: list[int], *, max_new_tokens: int, temperature: float, top_p: float,
            top_k: int, eos_id: int, seed: int, sample: int = 0) -> Iterator[int]:
     """The token ids of generate's response number `sample` to one prompt, each as soon as it is drawn."""
-    device = model.lm_head.weight.device
-    keys = sample_keys(seed, *(torch.tensor([n], device=device) for n in (prompt_key(prompt), sample)))
-    cache, logits = prefill(model, [prompt], 1, max_new_tokens)
-    for step in range(max_new_tokens):
-        new = sample_next_token(logits, uniforms(keys, step), temperature, top_p, top_k)
-        yield int(new)
-        if int(new) == eos_id or step + 1 == max_new_tokens:
-            return
-        logits = model(new[:, None], cache)[:, -1]
+    settings = Settings(range(sample, sample + 1), max_new_tokens, temperature, top_p, top_k, eos_id, seed)
+    rows = empty_rows(model, len(prompt), settings, 1, 1, None)
+    rows.cache.grow(1, max_new_tokens)
+    admit(model, rows, {0: prompt}, [0], settings)
+    yield int(rows.tokens)
+    while rows.live.any():
+        decode(model, rows, settings)
+        yield int(rows.tokens)
 
 
 def print_stream(tokenizer, ids: Iterator[int]) -> list[int]:

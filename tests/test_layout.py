@@ -18,7 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEVELS = {  # arrows point down only; a new file must be given its place here
     4: {"bench_train"},
-    3: {"irpo", "reft", "rft", "rerank"},
+    3: {"irpo", "reft", "rft", "rerank", "bench"},
     2: {"evaluate", "__main__"},  # python -m data
     1: {"sample", "train"},
     0: {"model", "losses", "rewards", "data", "checkpoint", "parallel", "experiment",

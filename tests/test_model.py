@@ -21,9 +21,12 @@ def forked(model, prompts: list[list[int]], num_samples: int, capacity: int) -> 
     tokens = torch.full((len(prompts), int(lengths.max())), 7)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt)
-    cache = new_cache(model, *tokens.shape)
-    model(tokens, cache)
-    return cache.fork(model.config, lengths, num_samples, capacity)
+    prefilled = new_cache(model, *tokens.shape)
+    model(tokens, prefilled)
+    Q, R = len(prompts), len(prompts) * num_samples
+    cache = KVCache(model.config, R, capacity, "cpu", torch.float32, new_cache(model, Q, 0), num_samples)
+    cache.enter(prefilled, lengths, torch.arange(Q), torch.arange(R))
+    return cache
 
 
 SHAPES = {
@@ -123,6 +126,53 @@ def test_sibling_rows_do_not_share_their_own_tokens():
     model(torch.tensor([[5], [9]]), cache)
     a, b = model(torch.tensor([[6], [6]]), cache)[:, -1]
     assert (a - b).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_a_row_never_writes_beyond_its_columns():
+    """What follows them in memory are the columns of another row."""
+    model = tiny_model()
+    cache = forked(model, random_prompts(1, [3, 5]), 2, 4)
+    model(random_tokens(1, 4, 4), cache)
+    with pytest.raises(ValueError, match="room for 4 tokens.* token 5"):
+        model(random_tokens(2, 4, 1), cache)
+
+
+@torch.no_grad()
+def test_rows_that_begin_anew_equal_full_forward():
+    """A row that has ended is given to another prompt, longer or shorter than what was there before, while
+    others are in the midst of theirs: old keys, an old length, or another row's place in the grid, and the
+    logits differ. Rows and prompts that nobody uses must stay finite: their tokens are drawn, too."""
+    model, N = tiny_model(), 2
+    first, second = random_prompts(80, [9, 3, 5]), random_prompts(90, [4, 14])
+    cache = forked(model, first, N, 12)
+    sequences = {row: list(first[row // N]) for row in range(6)}
+
+    def step(seed: int) -> None:
+        tokens = random_tokens(seed, 6)
+        logits = model(tokens[:, None], cache)[:, -1]
+        assert logits.isfinite().all()
+        for row, ids in sequences.items():
+            ids.append(int(tokens[row]))
+            full = model(torch.tensor([ids]))[0, -1]
+            torch.testing.assert_close(logits[row], full, **CLOSE)
+    for seed in range(5):
+        step(seed)
+    # prompts 0 and 2 end; of the new ones one takes the place of prompt 2, the other a new place
+    prefilled = new_cache(model, 2, 14)
+    model(torch.tensor([second[0] + [7] * 10, second[1]]), prefilled)
+    cache.enter(prefilled, torch.tensor([4, 14]), torch.tensor([4, 2]), torch.tensor([0, 5, 1, 4]))
+    sequences |= {0: list(second[0]), 5: list(second[0]), 1: list(second[1]), 4: list(second[1])}
+    assert len(cache.prompts.keys[0]) == 5  # place 3 is empty
+    for seed in range(5, 9):
+        step(seed)
+    del sequences[0], sequences[5]
+    cache.lengths[[0, 5]] = 0
+    cache.places[[0, 5]] = 3 * N
+    step(9)
+    cache.grow(0, 16)
+    for seed in range(10, 12):
+        step(seed)
 
 
 @torch.no_grad()
