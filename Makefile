@@ -19,7 +19,7 @@ BASE = runs/base-s$(SEED)/model
 RFT = $(RUN) rft.py --preset toy
 REFT = $(RUN) reft.py --preset toy
 
-.PHONY: help setup test lint data base irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table eval torture bench smoke report clean
+.PHONY: help setup test lint data base sft irpo irpo-table ablate-nll rft rft-pool rft-table reft reft-table reft-tune reft-sweep eval torture bench smoke report clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -49,56 +49,38 @@ data: setup  ## a task's data set, into downloads/TASK: make data TASK=gsm8k
 base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 2 minutes)
 	$(PY) train.py --preset base --seed $(SEED) --run_dir runs/base-s$(SEED)
 
+# A real data set needs a model directory; the toy world makes its own, and evaluates any.
+GOALS = $(filter irpo rft reft sft eval,$(MAKECMDGOALS))
 ifneq ($(TASK),toy)
-irpo: setup
-	$(RUN) irpo.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make irpo TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/irpo-$(TASK)-s$(SEED) $(ARGS)
-	$(PY) report.py runs/irpo-$(TASK)-s$(SEED)
-else ifneq ($(strip $(ARGS)),)
-irpo: base
-	$(TOY) --model $(BASE) --seed $(SEED) $(ARGS)
+$(if $(MODEL),,$(if $(GOALS),$(error name a model directory: make $(firstword $(GOALS)) TASK=$(TASK) MODEL=dir)))
+irpo rft reft: setup
+	$(RUN) $@.py --task $(TASK) --model $(MODEL) --seed $(SEED) --run_dir runs/$@-$(TASK)-s$(SEED) $(ARGS)
+	$(PY) $(if $(filter irpo,$@),report.py,report_$@.py) runs/$@-$(TASK)-s$(SEED)
+else
+$(if $(and $(MODEL),$(filter-out eval sft,$(GOALS))),$(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own))
+ifneq ($(strip $(ARGS)),)
+irpo reft: base
+	$(RUN) $@.py --preset toy --model $(BASE) --seed $(SEED) $(ARGS)
+
+rft: runs/rft-base-s$(SEED)/model
+	$(RFT) --model $< --seed $(SEED) $(ARGS)
 else
 irpo: base  ## IRPO on the toy world, with plain DPO and SFT on the winners beside it
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/irpo-s$(SEED)
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
 	$(PY) report.py runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
-endif
 
-ifneq ($(TASK),toy)
-rft: setup
-	$(RUN) rft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make rft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/rft-$(TASK)-s$(SEED) $(ARGS)
-	$(PY) report_rft.py runs/rft-$(TASK)-s$(SEED)
-else ifneq ($(strip $(ARGS)),)
-rft: runs/rft-base-s$(SEED)/model
-	$(RFT) --model $< --seed $(SEED) $(ARGS)
-else
 rft: $(foreach cell,k50 k6 k1 matched,runs/rft/$(cell)/s$(SEED)/results.json)  ## RFT on the toy world: SFT, k = 1, 6 and 50, and SFT for as many steps
 	$(PY) report_rft.py runs/rft --out runs/rft-report
-endif
 
-ifneq ($(TASK)$(MODEL),toy)
-ifeq ($(TASK),toy)
-ifneq ($(filter irpo rft reft,$(MAKECMDGOALS)),)
-$(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own)
-endif
-else ifeq ($(MODEL),)
-ifneq ($(filter eval,$(MAKECMDGOALS)),)
-$(error name a model directory: make eval TASK=$(TASK) MODEL=dir)
-endif
-endif
-endif
-
-ifneq ($(TASK),toy)
-reft: setup
-	$(RUN) reft.py --task $(TASK) --model $(or $(MODEL),$(error name a model directory: make reft TASK=$(TASK) MODEL=dir)) --seed $(SEED) --run_dir runs/reft-$(TASK)-s$(SEED) $(ARGS)
-	$(PY) report_reft.py runs/reft-$(TASK)-s$(SEED)
-else ifneq ($(strip $(ARGS)),)
-reft: base
-	$(REFT) --model $(BASE) --seed $(SEED) $(ARGS)
-else
 reft: $(foreach cell,reft nokl sft offline_st,runs/reft/$(cell)/s$(SEED)/results.json)  ## ReFT on the toy world, with and without KL, beside SFT and offline self-training
 	$(PY) report_reft.py runs/reft --out runs/reft-report
 endif
+endif
+
+sft: $(if $(MODEL),setup,base)  ## fine-tuning on a task's gold solutions: make sft TASK=gsm8k MODEL=dir
+	$(RUN) train.py --task $(TASK) --model $(or $(MODEL),$(BASE)) --seed $(SEED) --run_dir runs/sft-$(TASK)-s$(SEED) $(ARGS)
 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
 	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
@@ -215,10 +197,10 @@ rft-table: setup $(foreach cell,k50 $(RFT_CELLS),$(SEEDS:%=runs/rft/$(cell)/s%/r
 # runs/reft/reft/sSEED makes the warm-up model; the other cells of a seed start from copies of it.
 # $(call reft_run,folder,seed,flags,folder whose iter0 is shared)
 define reft_run
-runs/reft/$(1)/s$(2)/results.json: runs/base-s$(2)/model $(4:%=runs/reft/%/s$(2)/results.json)
-	mkdir -p runs/reft/$(1)/s$(2)
-	$(if $(4),cp -r runs/reft/$(4)/s$(2)/iter0 runs/reft/$(1)/s$(2)/)
-	$(ONE) $(REFT) --model runs/base-s$(2)/model --seed $(2) --run_dir runs/reft/$(1)/s$(2) $(3)
+runs/$(1)/s$(2)/results.json: runs/base-s$(2)/model $(4:%=runs/%/s$(2)/results.json)
+	mkdir -p runs/$(1)/s$(2)
+	$(if $(4),cp -r runs/$(4)/s$(2)/iter0 runs/$(1)/s$(2)/)
+	$(ONE) $(REFT) --model runs/base-s$(2)/model --seed $(2) --run_dir runs/$(1)/s$(2) $(3)
 endef
 # $(call rerank_run,method,seed): best of 8 test samples by a reward model that starts from the method's
 define rerank_run
@@ -230,15 +212,15 @@ runs/labelled-s%/eval_samples.jsonl: runs/reft/reft/s%/results.json
 
 REFT_CELLS = reft nokl sft offline_st online_st group nopartial separate letters rerank-reft rerank-sft
 define reft_of_seed
-$(call reft_run,reft,$(1),--eval_samples 8,)
-$(call reft_run,sft,$(1),--eval_samples 8 --method sft --sft_epochs 10,reft)
-$(call reft_run,nokl,$(1),--kl_coef 0,reft)
-$(call reft_run,offline_st,$(1),--method offline_st,reft)
-$(call reft_run,online_st,$(1),--method online_st,reft)
-$(call reft_run,group,$(1),--advantage group --num_samples 4 --batch_size 32,reft)
-$(call reft_run,nopartial,$(1),--partial_reward 0,reft)
-$(call reft_run,separate,$(1),--critic separate,reft)
-$(call reft_run,letters,$(1),--num_choices 2,reft)
+$(call reft_run,reft/reft,$(1),--eval_samples 8,)
+$(call reft_run,reft/sft,$(1),--eval_samples 8 --method sft --sft_lr 2e-4 --sft_epochs 10,reft/reft)
+$(call reft_run,reft/nokl,$(1),--kl_coef 0,reft/reft)
+$(call reft_run,reft/offline_st,$(1),--method offline_st --sft_lr 2e-5,reft/reft)
+$(call reft_run,reft/online_st,$(1),--method online_st --lr 1e-5,reft/reft)
+$(call reft_run,reft/group,$(1),--advantage group --num_samples 4 --batch_size 32,reft/reft)
+$(call reft_run,reft/nopartial,$(1),--partial_reward 0,reft/reft)
+$(call reft_run,reft/separate,$(1),--critic separate,reft/reft)
+$(call reft_run,reft/letters,$(1),--num_choices 2,reft/reft)
 $(call rerank_run,reft,$(1))
 $(call rerank_run,sft,$(1))
 endef
@@ -246,3 +228,25 @@ $(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call reft_of_seed,$(seed))))
 
 reft-table: setup $(foreach cell,$(REFT_CELLS),$(SEEDS:%=runs/reft/$(cell)/s%/results.json))  ## every row of ReFT on the toy world, 3 seeds: make -j2 reft-table
 	$(PY) report_reft.py runs/reft --out results/reft
+
+# A cell of the two below is named by its flags: reft+gae_lambda@0.5 is --method reft --gae_lambda 0.5.
+flags_of = --method $(subst @, ,$(subst +, --,$(1)))
+
+# Settings of the baselines, on one seed; the table's flags are those with the best dev accuracy.
+TUNE = $(foreach lr,2e-5 5e-5 1e-4 2e-4 5e-4,sft+sft_lr@$(lr)+sft_epochs@10) $(foreach lr,5e-5 2e-4,sft+sft_lr@$(lr)+sft_epochs@2)
+TUNE += $(foreach lr,1e-5 2e-5 5e-5 2e-4,offline_st+sft_lr@$(lr)+sft_epochs@2)
+TUNE += $(foreach lr,1e-5 3e-5 1e-4 3e-4,online_st+lr@$(lr))
+$(foreach cell,$(TUNE),$(eval $(call reft_run,reft-tune/$(cell),0,$(call flags_of,$(cell)),reft/reft)))
+
+reft-tune: setup $(TUNE:%=runs/reft-tune/%/s0/results.json)  ## learning rates and epochs of ReFT's baselines, chosen on dev of seed 0
+	$(PY) report_reft.py runs/reft-tune --out results/reft/tune
+
+# The warm-up's length and lambda, around the cell of the table.
+WARM = $(foreach epochs,1 4 8,reft+warmup_epochs@$(epochs))
+LAMBDAS = $(foreach lambda,0 0.5 1,reft+gae_lambda@$(lambda))
+$(foreach seed,$(SEEDS),$(foreach cell,$(WARM),$(eval $(call reft_run,reft-sweep/$(cell),$(seed),$(call flags_of,$(cell)),))))
+$(foreach seed,$(SEEDS),$(foreach cell,$(LAMBDAS),$(eval $(call reft_run,reft-sweep/$(cell),$(seed),$(call flags_of,$(cell)),reft/reft))))
+
+reft-sweep: setup $(foreach cell,$(WARM) $(LAMBDAS),$(SEEDS:%=runs/reft-sweep/$(cell)/s%/results.json)) $(SEEDS:%=runs/reft/reft/s%/results.json)  ## ReFT over epochs of warm-up and over lambda, 3 seeds: make -j2 reft-sweep
+	ln -sfn ../reft/reft runs/reft-sweep/reft
+	$(PY) report_reft.py runs/reft-sweep --out results/reft/sweep

@@ -105,6 +105,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         parallel.start()
         main()
+        sys.stdout.flush()  # here, where a pipe that is closed is no surprise
         parallel.finish()
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -403,15 +404,18 @@ def screen(runs: list[Run]) -> str:
 
 
 def report(runs: list[Run], out: Path) -> None:
-    """The last screen, and report.md, report.html and the pictures in `out`."""
-    print(screen(runs), end="\n\n")
+    """report.md, report.html and the pictures in `out`, and the last screen."""
     cards = ["{}: {command}; commit {commit}; {machine}; {minutes} minutes".format(
         run.label, **run_card(run)) for run in runs]
-    publish(out, "report", findings(runs) + cards, report_tables(runs), run_pictures(runs))
+    publish(out, "report", findings(runs) + cards, report_tables(runs), run_pictures(runs), screen(runs))
 
 
-def publish(out: Path, name: str, facts: list[str], tables: list[Table], pngs: dict) -> None:
-    """NAME.md, NAME.html (pictures inside) and the pictures into `out`, and a line that says so."""
+def publish(out: Path, name: str, facts: list[str], tables: list[Table], pngs: dict,
+            shown: str = "") -> None:
+    """NAME.md, NAME.html (pictures inside) and the pictures into `out`; then `shown`, or tables and facts.
+
+    Files come first, so that they are there whatever becomes of the screen (`| head`).
+    """
     pngs = {file: data for file, data in pngs.items() if data}
     for file, data in pngs.items():
         write(out / file, data)
@@ -423,6 +427,7 @@ def publish(out: Path, name: str, facts: list[str], tables: list[Table], pngs: d
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title>',
         f"<style>{STYLE}</style>", *(f"<p>{html.escape(fact)}</p>" for fact in facts), *images,
         *map(html_section, tables), "</html>\n"]))
+    print(shown or "\n\n".join([*map(plain, tables), "\n".join(facts)]).strip(), end="\n\n")
     if not pngs:
         print("no pictures: `pip install matplotlib` and the same command again draw them")
     print(f"written to {out}: " + ", ".join([f"{name}.html", f"{name}.md", *pngs]))
@@ -430,15 +435,22 @@ def publish(out: Path, name: str, facts: list[str], tables: list[Table], pngs: d
 
 # ---- many seeds
 
-def load_cells(root: Path) -> dict[str, dict[int, Run]]:
-    """Cell -> seed -> run, of finished runs only."""
-    cells: dict = {}
+def find_runs(root: Path) -> dict[str, dict[int, Path]]:
+    """Cell -> seed -> directory of a finished run; one run alone is a cell of its own name."""
+    if (root / "results.json").exists():
+        return {root.name: {read_json(root / "config.json")["seed"]: root}}
+    found: dict = {}
     for file in sorted(root.glob("*/s[0-9]*/results.json")):
-        run = file.parent
-        cells.setdefault(run.parent.name, {})[int(run.name[1:])] = load_runs([run])[0]
-    if not cells:
+        found.setdefault(file.parent.parent.name, {})[int(file.parent.name[1:])] = file.parent
+    if not found:
         raise SystemExit(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
-    return cells
+    return found
+
+
+def load_cells(root: Path) -> dict[str, dict[int, Run]]:
+    """Cell -> seed -> run of irpo.py."""
+    return {cell: {seed: load_runs([path])[0] for seed, path in paths.items()}
+            for cell, paths in find_runs(root).items()}
 
 
 def estimate(values: dict[int, float]) -> dict:
@@ -447,6 +459,14 @@ def estimate(values: dict[int, float]) -> dict:
     assert n <= max(T_975), f"{n} seeds: T_975 ends at {max(T_975)}"
     half = T_975[n] * stdev(values.values()) / math.sqrt(n) if n > 1 else None
     return {"mean": fmean(values.values()), "half_width": half, "n": n, "values": values}
+
+
+def estimates(found: dict[int, dict]) -> dict:
+    """Seed -> measures of its run, to measure -> estimate; a single run keeps its "ci95" beside them."""
+    first = next(iter(found.values()), {})
+    summary = {key: estimate({seed: row[key] for seed, row in found.items() if key in row})
+               for key in first if key != "ci95"}
+    return summary | ({"ci95": first["ci95"]} if len(found) == 1 and "ci95" in first else {})
 
 
 def summarize(cell: str, runs: dict[int, Run]) -> dict:
@@ -468,6 +488,17 @@ def mean_text(model: dict, measure: str, spec: str) -> str:
         return ""
     mean, half = model[measure]["mean"], model[measure]["half_width"]
     return f"{mean:{spec}}" if half is None else f"{mean:{spec}} ± {half:{spec.lstrip('+')}}"
+
+
+def models_table(models: dict[str, dict], specs: dict[str, str], note: str) -> Table:
+    """A line per model of its estimates, a column per measure in `specs` (name -> format), and n."""
+    rows = []
+    for name, row in models.items():
+        texts = {key: mean_text(row, key, spec) for key, spec in specs.items()}
+        if "ci95" in row:
+            texts["accuracy"] += " ({:.1%} to {:.1%})".format(*row["ci95"])
+        rows.append([name, *texts.values(), str(row["accuracy"]["n"])])
+    return Table("Test accuracy", note, ["model", *(key.replace("_", " ") for key in specs), "n"], rows)
 
 
 def seeds_table(title: str, cells: dict, measure: str, spec: str) -> Table:
@@ -509,7 +540,6 @@ def aggregate(cells: dict, layout: dict, beside: dict, out: Path, name: str) -> 
     tables = [seeds_table("Test accuracy", summary, "accuracy", ".1%"),
               seeds_table("Change of the chosen log-prob in the iteration that makes M_t", summary,
                           "chosen_change", "+.2f")]
-    print("\n\n".join([*map(plain, tables), *facts]), end="\n\n")
     publish(out, name, facts, tables, {
         "accuracy.png": picture(panels("accuracy") | beside, draw_curves, "test accuracy"),
         "logps.png": picture(panels("chosen_change"), draw_curves, "change of chosen log-prob",
@@ -536,6 +566,27 @@ def sweep(root: Path, out: Path) -> None:
     aggregate(cells, layout, {}, out, "sweep")
 
 
+# ---- the command line
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a report's main; that whoever reads its screen has seen enough (`| head`) is no error."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def parse_runs(doc: str) -> tuple[Path, Path]:
+    """RUNS and --out of a command line; `doc` is its help."""
+    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", type=Path, metavar="RUNS", help="RUNS/CELL/sSEED, or one run")
+    parser.add_argument("--out", type=Path, help="where to write (default: RUNS)")
+    args = parser.parse_args()
+    return args.runs, args.out or args.runs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -556,4 +607,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

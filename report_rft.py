@@ -5,14 +5,13 @@ come means with 95 % Student intervals, from one seed the Wilson interval over t
 
     python report_rft.py runs/rft --out results/rft
 """
-import argparse
 import json
 import re
 from pathlib import Path
 from statistics import fmean
 
-from report import (COLORS, MARKERS, Table, estimate, mean_text, picture, plain, publish, read_json,
-                    timed_card, write)
+from report import (COLORS, MARKERS, Table, estimate, estimates, find_runs, mean_text, models_table,
+                    parse_runs, picture, publish, read_json, run_script, timed_card, write)
 
 CELLS = {  # folder -> row of the tables
     "pool": "RFT, paths of 3 models, k = 50 each",
@@ -24,71 +23,56 @@ CELLS = {  # folder -> row of the tables
 PAPER_DISTINCT = {1: 1.17, 3: 1.44, 6: 1.74, 12: 2.20, 25: 2.93, 50: 3.94}  # Table 2, 7B, gold counted
 
 
-def load_cells(root: Path) -> dict[str, dict[int, list[dict]]]:
-    """Cell -> seed -> rows of results.json, of finished runs; one run alone is the cell of its k."""
+def load_runs(root: Path) -> dict[str, dict[int, Path]]:
+    """Cell -> seed -> directory of a finished run, in the table's order; one run alone is the cell of its k."""
+    runs = find_runs(root)
     if (root / "results.json").exists():
-        config = read_json(root / "config.json")
-        return {f"k{config['num_samples']}": {config["seed"]: read_json(root / "results.json")}}
-    cells: dict = {}
-    for file in sorted(root.glob("*/s[0-9]*/results.json")):
-        cells.setdefault(file.parent.parent.name, {})[int(file.parent.name[1:])] = read_json(file)
-    if not cells:
-        raise SystemExit(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
-    order = sorted(filter(sweep_k, cells), key=sweep_k) + [cell for cell in CELLS if cell in cells]
-    return {cell: cells[cell] for cell in [*order, *sorted(cells.keys() - set(order))]}
+        return {f"k{read_json(root / 'config.json')['num_samples']}": runs[root.name]}
+    order = sorted(filter(sweep_k, runs), key=sweep_k) + [cell for cell in CELLS if cell in runs]
+    return {cell: runs[cell] for cell in [*order, *sorted(runs.keys() - set(order))]}
 
 
 def title(cell: str) -> str:
     return f"RFT, k = {sweep_k(cell)}" if sweep_k(cell) else CELLS.get(cell, cell)
 
 
+def row_of(rows: list[dict], split: str, name: str = "RFT") -> dict:
+    """The row of a model and split in a results.json; split "train" says how it was made. {}: none."""
+    return next((row for row in rows if (row["split"], row["name"]) == (split, name)), {})
+
+
 def measures(rows: list[dict], name: str) -> dict[str, float]:
     """What one run says of its model `name`, "SFT" or "RFT"; {} if it has none."""
-    test = [row for row in rows if row["name"] == name and row["split"] == "test"]
+    test, dev = row_of(rows, "test", name), row_of(rows, "dev", name)
     if not test:
         return {}
-    row = test[0] | {"dev": next(r["accuracy"] for r in rows if r["name"] == name and r["split"] == "dev")}
-    if name == "RFT":
-        row |= next(r for r in rows if r["split"] == "train")
+    row = row_of(rows, "train", name) | test | {"dev": dev["accuracy"]}
     wanted = ("accuracy", "dev", "pass@1", "kept", "correct_paths", "distinct_paths", "steps",
-              "tokens_trained")
-    return {key: row[key] for key in row if key in wanted or key.startswith("maj@")} | {"ci95": row["ci95"]}
+              "tokens_trained", "ci95")
+    return {key: row[key] for key in row if key in wanted or key.startswith("maj@")}
 
 
 def summarize(runs: dict[int, list[dict]], name: str) -> dict:
-    """Estimates over seeds of every measure, and the Wilson interval of the only seed."""
+    """Estimates over seeds of every measure of a model."""
     found = {seed: measures(rows, name) for seed, rows in runs.items()}
-    found = {seed: row for seed, row in found.items() if row}
-    if not found:
-        return {}
-    first = next(iter(found.values()))
-    summary = {key: estimate({seed: row[key] for seed, row in found.items()})
-               for key in first if key != "ci95"}
-    return summary | ({"ci95": first["ci95"]} if len(found) == 1 else {})
+    return estimates({seed: row for seed, row in found.items() if row})
 
 
-def accuracy_table(rows: dict[str, dict]) -> Table:
+def accuracy_table(models: dict[str, dict]) -> Table:
     """A line per model: what it was trained on, and how it does."""
-    votes = [key for key in next(iter(rows.values())) if key.startswith("maj@")]
+    votes = [key for key in next(iter(models.values())) if key.startswith("maj@")]
     specs = {"accuracy": ".1%", **dict.fromkeys(votes, ".1%"), "pass@1": ".1%", "dev": ".1%",
              "kept": ",.0f", "distinct_paths": ".2f", "steps": ",.0f"}
-    lines = []
-    for name, row in rows.items():
-        texts = {key: mean_text(row, key, spec) for key, spec in specs.items()}
-        if "ci95" in row:
-            texts["accuracy"] += " ({:.1%} to {:.1%})".format(*row["ci95"])
-        lines.append([name, *texts.values(), str(row["accuracy"]["n"])])
-    return Table("Test accuracy", "Greedy; mean ± half of its 95% interval over n seeds (Student t), or "
-                 "the Wilson interval of one. maj@k and pass@1: sampled. kept: paths trained on beside "
-                 "gold. Distinct paths per question, gold not counted.",
-                 ["model", *(key.replace("_", " ") for key in specs), "n"], lines)
+    return models_table(models, specs, "Greedy; mean ± half of its 95% interval over n seeds (Student t), or "
+                        "the Wilson interval of one. maj@k and pass@1: sampled. kept: paths trained on beside "
+                        "gold. Distinct paths per question, gold not counted.")
 
 
 def curves(runs: dict[int, list[dict]]) -> dict[str, dict[int, dict]]:
     """Measure -> k -> estimate over seeds, from the sample files of a cell."""
     found: dict = {}
     for seed, rows in runs.items():
-        for row in next(r for r in rows if r["split"] == "train")["over_k"]:
+        for row in row_of(rows, "train")["over_k"]:
             for key in ("correct_paths", "distinct_paths", "distinct_paths_and_gold", "solved"):
                 found.setdefault(key, {}).setdefault(row["k"], {})[seed] = row[key]
     return {key: {k: estimate(values) for k, values in by_k.items()} for key, by_k in found.items()}
@@ -106,8 +90,7 @@ def paths_table(over_k: dict) -> Table:
 
 def pool_table(runs: dict[int, list[dict]]) -> Table:
     """The share of all distinct paths that only one of the pooled models contributes."""
-    shares = {seed: next(r for r in rows if r["split"] == "train")["exclusive"]
-              for seed, rows in runs.items()}
+    shares = {seed: row_of(rows, "train")["exclusive"] for seed, rows in runs.items()}
     models = range(len(next(iter(shares.values()))))
     rows = [[f"model {m}", mean_text({"x": estimate({s: row[m] for s, row in shares.items()})}, "x", ".1%")]
             for m in models]
@@ -148,15 +131,15 @@ def sweep_k(cell: str) -> int:
     return int(cell[1:]) if re.fullmatch(r"k\d+", cell) else 0
 
 
-def pictures(cells: dict, main_cell: str, rows: dict[str, dict], over_k: dict) -> dict[str, bytes]:
-    by_k = {k: rows[title(cell)] for cell in cells if (k := sweep_k(cell))}
+def pictures(cells: dict, main_cell: str, models: dict[str, dict], over_k: dict) -> dict[str, bytes]:
+    by_k = {k: models[title(cell)] for cell in cells if (k := sweep_k(cell))}
     lines = {"RFT": [point(k, row["accuracy"], row.get("ci95")) for k, row in by_k.items()]}
     for name in ("SFT", CELLS["matched"], CELLS["none"], CELLS["pool"]):
-        if name in rows:
-            lines[name] = [point(1, rows[name]["accuracy"], rows[name].get("ci95"))]
+        if name in models:
+            lines[name] = [point(1, models[name]["accuracy"], models[name].get("ci95"))]
     paths = {name: [point(k, value) for k, value in over_k[key].items()] for name, key in (
         ("distinct", "distinct_paths"), ("distinct, gold counted", "distinct_paths_and_gold"))}
-    counts = [next(r for r in run if r["split"] == "train")["histogram"] for run in cells[main_cell].values()]
+    counts = [row_of(rows, "train")["histogram"] for rows in cells[main_cell].values()]
     histogram = {n: fmean(count.get(str(n), 0) for count in counts)
                  for n in range(max(int(n) for count in counts for n in count) + 1)}
     return {"accuracy.png": picture({"accuracy over k": lines}, draw_lines, "test accuracy",
@@ -168,32 +151,25 @@ def pictures(cells: dict, main_cell: str, rows: dict[str, dict], over_k: dict) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, metavar="RUNS", help="RUNS/CELL/sSEED, or one run")
-    parser.add_argument("--out", type=Path, help="where to write (default: RUNS)")
-    args = parser.parse_args()
-    cells = load_cells(args.runs)
+    root, out = parse_runs(__doc__)
+    runs = load_runs(root)
+    cells = {cell: {seed: read_json(run / "results.json") for seed, run in by_seed.items()}
+             for cell, by_seed in runs.items()}
     main_cell = max(cells, key=sweep_k)  # whose samples the others select from
-    rows = {"SFT": summarize(cells[main_cell], "SFT")}
-    for cell, runs in cells.items():
-        rows[title(cell)] = summarize(runs, "RFT")
+    models = {"SFT": summarize(cells[main_cell], "SFT")}
+    for cell, rows_of in cells.items():
+        models[title(cell)] = summarize(rows_of, "RFT")
         if cell in ("half", "quarter", "w96", "w160"):
-            rows[f"SFT, {CELLS[cell].split(', k')[0]}"] = summarize(runs, "SFT")
-    rows = {name: row for name, row in rows.items() if row}
+            models[f"SFT, {CELLS[cell].split(', k')[0]}"] = summarize(rows_of, "SFT")
+    models = {name: row for name, row in models.items() if row}
     over_k = curves(cells[main_cell])
-    tables = [accuracy_table(rows), paths_table(over_k)]
+    tables = [accuracy_table(models), paths_table(over_k)]
     if "pool" in cells:
         tables.append(pool_table(cells["pool"]))
-    out = args.out or args.runs
-    found = [args.runs] if (args.runs / "results.json").exists() else [
-        args.runs / cell / f"s{seed}" for cell in cells for seed in cells[cell]]
-    write(out / "rft.json", json.dumps({
-        "models": rows, "over_k": over_k,
-        "runs": {"/".join(run.parts[-2:]): timed_card(run) for run in found}}, indent=1) + "\n")
-    print("\n\n".join(map(plain, tables)), end="\n\n")
-    publish(out, "rft", [], tables, pictures(cells, main_cell, rows, over_k))
+    cards = {"/".join(run.parts[-2:]): timed_card(run) for by_seed in runs.values() for run in by_seed.values()}
+    write(out / "rft.json", json.dumps({"models": models, "over_k": over_k, "runs": cards}, indent=1) + "\n")
+    publish(out, "rft", [], tables, pictures(cells, main_cell, models, over_k))
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -177,16 +177,20 @@ def script_fault(script: Path, arguments: list[str]) -> str | None:
     return f"{script.name} did not read its command line"
 
 
+def dry_run(arguments: list[str], makefile: Path) -> subprocess.CompletedProcess:
+    """`make -n`, without the MAKEFLAGS of the `make test` that runs this."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", "-n", "-f", str(makefile), *arguments], cwd=ROOT, text=True,
+                          capture_output=True, env=environment)
+
+
 def make_faults(arguments: list[str], makefile: Path) -> list[str]:
     """What `make -n` refuses, variables that the Makefile does not use, and faults of its
     recipes."""
     names = {argument.split("=")[0] for argument in arguments if "=" in argument}
     faults = [f"the Makefile does not use {name}" for name in sorted(names)
               if not re.search(rf"\$\([^)]*\b{name}\b", makefile.read_text())]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
-    # without the MAKEFLAGS of the `make test` that runs this
-    dry = subprocess.run(["make", "-n", "-f", str(makefile), *arguments], cwd=ROOT, text=True,
-                         capture_output=True, env=environment)
+    dry = dry_run(arguments, makefile)
     if dry.returncode:
         return [*faults, dry.stderr.strip()]
     for command in sorted({c for c in command_lines(dry.stdout) if not c.startswith("make")}):
@@ -239,6 +243,26 @@ def test_every_command_in_the_makefile_parses():
     assert len(targets) > 3
     for target in targets:
         assert make_faults([target], ROOT / "Makefile") == [], target
+
+
+@pytest.mark.parametrize("arguments, remedy", [
+    (f"{goal} TASK=gsm8k", f"make {goal} TASK=gsm8k MODEL=dir") for goal in ("irpo", "rft", "reft", "eval")] + [
+    (f"{goal} MODEL=dir", "needs TASK") for goal in ("irpo", "rft", "reft")])
+def test_make_refuses_a_task_without_a_model_and_a_model_without_a_task(arguments, remedy):
+    dry = dry_run(arguments.split(), ROOT / "Makefile")
+    assert dry.returncode and remedy in dry.stderr and not dry.stdout
+
+
+@pytest.mark.parametrize("arguments, programs", [
+    ("irpo TASK=gsm8k MODEL=dir", ["irpo", "report"]), ("rft TASK=gsm8k MODEL=dir", ["rft", "report_rft"]),
+    ("reft TASK=gsm8k MODEL=dir", ["reft", "report_reft"]), ("eval TASK=gsm8k MODEL=dir", ["evaluate"]),
+    ("eval MODEL=dir", ["evaluate"]), ("data TASK=gsm8k", ["data.download"])])
+def test_make_runs_a_task_with_its_own_report(arguments, programs):
+    """Beside the environment, which this machine may still have to make."""
+    dry = dry_run(arguments.split(), ROOT / "Makefile")
+    assert not dry.returncode, dry.stderr
+    assert [name for name in re.findall(r"python (?:-m )?(\S+?)(?:\.py)? ", dry.stdout)
+            if name not in ("pip", "venv")] == programs
 
 
 EXAMPLE = """

@@ -1,11 +1,11 @@
 """The report of RFT runs: every number in it is a number of the runs, or a mean or interval of them."""
 import json
-import re
 
 import pytest
 
 import report_rft
 from report import T_975
+from tables import line, report
 
 
 def results(accuracy: float, sft: float = 0.5, kept: int = 10, exclusive=(1.0,)) -> list[dict]:
@@ -30,31 +30,16 @@ def write(root, cell: str, seed: int, rows: list[dict]) -> None:
     (folder / "config.json").write_text(json.dumps({"num_samples": 6, "seed": seed}))
 
 
-@pytest.fixture
-def report(tmp_path, monkeypatch, capsys):
-    def make(root) -> tuple[str, dict]:
-        monkeypatch.setattr("sys.argv", ["report_rft.py", str(root), "--out", str(tmp_path / "out")])
-        report_rft.main()
-        text = (tmp_path / "out" / "rft.md").read_text()
-        assert "Test accuracy" in capsys.readouterr().out
-        return text, json.loads((tmp_path / "out" / "rft.json").read_text())
-    return make
-
-
-def line(text: str, name: str) -> list[str]:
-    return [cell.strip() for cell in re.search(rf"^\| {re.escape(name)} \|(.*)$", text, re.M)[1].split("|")]
-
-
-def test_three_seeds_give_means_and_student_intervals(tmp_path, report):
+def test_three_seeds_give_means_and_student_intervals(tmp_path):
     root = tmp_path / "rft"
     for seed, value in enumerate([0.6, 0.7, 0.8]):
         write(root, "k50", seed, results(value, sft=0.5 + 0.01 * seed, kept=10 * seed))
         write(root, "k1", seed, results(0.55))
         write(root, "pool", seed, results(0.9, exclusive=(0.2, 0.3 + 0.1 * seed)))
-    text, record = report(root)
+    text, record = report(report_rft, root, tmp_path / "out")
     half = T_975[3] * 0.1 / 3 ** 0.5
     assert line(text, "RFT, k = 50")[0] == f"70.0% ± {half:.1%}"
-    assert line(text, "RFT, k = 50")[-1].strip() == "" and line(text, "RFT, k = 50")[-2] == "3"
+    assert line(text, "RFT, k = 50")[-1] == "3"
     assert line(text, "SFT")[0].startswith("51.0%") and "10" in line(text, "RFT, k = 50")[4]
     assert line(text, "RFT, k = 1")[0] == "55.0% ± 0.0%"
     assert line(text, "6")[:2] == ["3.00 ± 0.00", "0.60 ± 0.00"] and line(text, "6")[4] == "1.74"
@@ -66,17 +51,17 @@ def test_three_seeds_give_means_and_student_intervals(tmp_path, report):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_one_run_alone_shows_its_own_interval(tmp_path, report):
+def test_one_run_alone_shows_its_own_interval(tmp_path):
     """`make rft TASK=gsm8k` has one run: the Wilson interval of its test questions, never ± 0."""
     write(tmp_path, "x", 0, results(0.6))
-    text, _ = report(tmp_path / "x" / "s0")
+    text, _ = report(report_rft, tmp_path / "x" / "s0", tmp_path / "out")
     assert line(text, "RFT, k = 6")[0] == "60.0% (50.0% to 70.0%)" and "±" not in line(text, "SFT")[0]
 
 
-def test_a_pool_without_its_own_sft(tmp_path, report):
+def test_a_pool_without_its_own_sft(tmp_path):
     """A pooled run has no SFT row; the table must not invent one."""
     write(tmp_path, "pool", 0, [row for row in results(0.6) if row["name"] != "SFT"])
-    text, record = report(tmp_path)
+    text, record = report(report_rft, tmp_path, tmp_path / "out")
     assert "SFT" not in record["models"]
 
 
