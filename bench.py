@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -92,21 +91,21 @@ def measure(job: dict) -> dict:
     model = Llama(SHAPES[job["shape"]]).initialize(0).to(device, getattr(torch, job["dtype"]))
     run = {"ours": run_ours, "transformers": run_transformers}[job["side"]](job, model)
     run(job["new_tokens"])  # the first time, memory is fetched and kernels are chosen
-    before = peak_memory(device)
     wall, cpu = time.perf_counter(), time.process_time()
     tokens = run(job["new_tokens"])
     if device.type == "cuda":
         torch.cuda.synchronize()
     seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     assert tokens == job["rows"] // job["num_samples"] * job["num_samples"] * job["new_tokens"]
-    return {**job, "tokens": tokens, "seconds": seconds, "peak_mb": peak_memory(device), "before_mb": before}
+    return {**job, "tokens": tokens, "seconds": seconds, "peak_mb": peak_memory(device)}
 
 
 def peak_memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
-    unit = 1 if sys.platform == "darwin" else 1024  # what ru_maxrss counts in
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    # not ru_maxrss, which begins at that of the parent process
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def measure_limits(job: dict) -> dict:
@@ -204,7 +203,6 @@ def rates(runs: list[dict], clock: str, key) -> dict:
                    "low": min(run["tokens"] / run["seconds"][clock] for run in group),
                    "high": max(run["tokens"] / run["seconds"][clock] for run in group),
                    "peak_mb": median(run["peak_mb"] for run in group),
-                   "work_mb": median(run["peak_mb"] - run["before_mb"] for run in group),
                    "seconds": median(run["seconds"][clock] for run in group),
                    "job": group[0]} for name, group in groups.items()}
 

@@ -194,13 +194,15 @@ def rows_of(size: str, variants: list[tuple], rounds: int, threads: int) -> list
                 found[name, dtype, kind, python].append(run(python, name, f"{folder}/model", dtype, kind, threads))
             for dtype, rates in peaks.items():
                 rates.append(run(sys.executable, "matrix_rate", "", dtype, "", threads)["flops"])
-    weights = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
+    head = config.vocab_size * config.hidden_size  # sees response tokens only; the embedding is no product
+    blocks = sum(p.numel() for p in model.parameters()) - 2 * head
     for (name, dtype, kind, _), results in found.items():
         middle = {key: median(result[key] for result in results) for key in results[0]}
         row = {"size": size, "name": name, "dtype": dtype, "kind": kind, "threads": threads, "rounds": rounds,
                "tokens_per_second": sum(map(tokens_of, pairs)) / STEPS / middle["seconds"], **middle}
         if name == "ours":
-            flops = 6 * weights * sum(pair.tokens for pair in pairs) / STEPS
+            flops = 6 * sum(blocks * pair.tokens + head * (len(pair.chosen) + len(pair.rejected))
+                            for pair in pairs) / STEPS
             row["padding"] = padding(pairs, int(kind))
             row["share_of_matrix_rate"] = flops / middle["seconds"] / median(peaks[dtype])
         rows.append(row)

@@ -30,9 +30,9 @@ from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
 from experiment import FREE, at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
 from model import Llama, ModelConfig
-from parallel import collected, dealt, missing, node_size, rank, world
+from parallel import collected, dealt, gather, missing, node_size, rank, world
 from rewards import Grade, grade, grade_programs, require_math_verify
-from sample import Response, generate
+from sample import Response, cache_budget, generate
 from train import TaskOptions, items_hash
 
 
@@ -92,6 +92,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
                       f"{options.batch_rows}, and {hands - len(pieces)} of {hands} samplers have nothing to do: lower "
                       "--batch_rows", stacklevel=2)
     mine = [piece for piece, _ in dealt(pieces, hands)]
+    cache_tokens = min(gather(cache_budget(model)))  # ranks of a split model must agree
     start, total, found = time.perf_counter(), 0, []
     with tqdm(total=sum(map(len, mine)) * num_samples, desc=label, unit="sample", dynamic_ncols=True,
               disable=not label or rank() > 0) as bar:
@@ -105,7 +106,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
             responses = generate(
                 model, [prompts[i] for i in piece], num_samples=num_samples, max_new_tokens=options.max_new_tokens,
                 temperature=temperature, eos_id=tokenizer.eos_id, seed=seed, batch_rows=options.batch_rows,
-                progress=progress)
+                cache_tokens=cache_tokens, progress=progress)
             leads = rank() % options.tensor_parallel == 0  # the others of a group have the same responses
             found.append(graded(responses, [problems[i] for i in piece], tokenizer, options) if leads else None)
     samples = dict(zip(order, (group for piece in collected(found, hands) for group in piece)))

@@ -240,12 +240,14 @@ def gold_pairs(answered: list[Answered], golds: dict[str, list[int]], max_tokens
 @torch.no_grad()
 def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> dict:
     """Mean summed log-probabilities of the same few pairs and their gold, to be drawn over training."""
+    fitting = {p.id: golds[p.id] for p in pairs
+               if p.id in golds and len(p.prompt) + len(golds[p.id]) <= model.config.max_length}
+
     def sums(batch: list[Pair]) -> dict[str, float]:
         with autocast(model, config.precision):
             (chosen, rejected), _ = pair_logps(model, batch)
-            known = [(p.prompt, golds.get(p.id, p.chosen)) for p in batch]
-            logps, mask, _ = response_logps(model, known)
-            gold = (logps * mask).sum(-1) * logps.new_tensor([p.id in golds for p in batch])
+            logps, mask, _ = response_logps(model, [(p.prompt, fitting.get(p.id, p.chosen)) for p in batch])
+            gold = (logps * mask).sum(-1) * logps.new_tensor([p.id in fitting for p in batch])
         return {"chosen": float(chosen.sum()), "rejected": float(rejected.sum()), "gold": float(gold.sum())}
 
     found = computed(micro_batches(pairs, lambda pair: pair.tokens, config.micro_batch_tokens), sums)

@@ -226,7 +226,7 @@ def branch_positions(branch: Tensor) -> Tensor:
     places = torch.arange(branch.shape[1], device=branch.device)
     first = F.pad(branch[:, 1:] != branch[:, :-1], (1, 0))  # of a branch; place 0 needs no mark
     since = places - (places * first).cummax(-1).values  # tokens since the branch began
-    return since + (branch > 1) * (branch == 1).sum(-1, keepdim=True)
+    return (since + (branch > 1) * (branch == 1).sum(-1, keepdim=True)) * (branch > 0)  # padding stays at 0
 
 
 def branch_bias(branch: Tensor) -> Tensor:
@@ -270,7 +270,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # sums in float32; one kernel on a GPU
+        # sums in float32; one kernel on a GPU, where both dtypes agree (FSDP gathers weights in bfloat16)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 def for_products(x: Tensor) -> Tensor:
@@ -362,7 +363,7 @@ class Decoder(nn.Module):
         """
         T = tokens.shape[1]
         tokens, positions = (F.pad(x, (0, -T % WIDTHS)) for x in (tokens, positions))
-        bias = None if branch is None else branch_bias(F.pad(branch, (0, -T % WIDTHS)))
+        bias = None if branch is None else for_products(branch_bias(F.pad(branch, (0, -T % WIDTHS))))
         rope, x = rope_tables(self.config, positions), self.embed_tokens(tokens)
         for layer in self.layers:
             x = self.run_block(layer, x, rope, bias)

@@ -10,7 +10,6 @@ stop strings.
     python sample.py --model runs/base-s0/model     # type a question, read the response
 """
 import argparse
-import copy
 import functools
 import hashlib
 import itertools
@@ -258,14 +257,22 @@ def trim(ids: list[int], eos_id: int) -> Response:
     return Response(ids[:ids.index(eos_id) + 1] if finished else ids, finished)
 
 
+def cache_budget(model: Llama) -> int:
+    """Tokens whose keys and values fit into 60 % of a GPU's free memory, or 1 GiB on a CPU."""
+    config, weight = model.config, model.lm_head.weight
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    if not weight.is_cuda:
+        return 2 ** 30 // token
+    held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    return int(0.6 * (torch.cuda.mem_get_info(weight.device)[0] + held) / token)
+
+
 def empty_rows(model: Llama, longest: int, settings: Settings, questions: int, batch_rows: int,
                cache_tokens: int | None) -> Rows:
     """Rows for as many questions at once as batch_rows and the tokens of cache allow, but at least one."""
     config, weight, N = model.config, model.lm_head.weight, len(settings.samples)
     if cache_tokens is None:
-        token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-        memory = 0.6 * torch.cuda.mem_get_info(weight.device)[0] if weight.is_cuda else 2 ** 30
-        cache_tokens = int(memory / token)
+        cache_tokens = cache_budget(model)
     spare = 1 if N == 1 else 2  # prompts are still needed when most of their samples have ended
     longest, capacity = (round_up(n, weight.device) for n in (longest, settings.max_new_tokens))
     at_once = max(1, min(questions, batch_rows // N, cache_tokens // (N * capacity + spare * longest)))
@@ -281,7 +288,7 @@ def empty_rows(model: Llama, longest: int, settings: Settings, questions: int, b
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_new_tokens: int,
              temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, eos_id: int, seed: int,
-             batch_rows: int = 1024, cache_tokens: int | None = None, dtype: torch.dtype | None = None,
+             batch_rows: int = 1024, cache_tokens: int | None = None,
              progress: Callable[[int, int], None] = lambda responses, tokens: None,
              ) -> list[list[Response]]:
     """num_samples responses to each prompt, in the order of the prompts.
@@ -289,9 +296,8 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     At most batch_rows responses are in the making, and their cache, prompts included, has room for at
     most cache_tokens tokens (default: 60 % of a GPU's free memory, 1 GiB on a CPU), unless one question
     needs more. Where responses have ended the next questions begin, prompts of like length together.
-    `progress` is told numbers of responses and of sampled tokens as they come. With a dtype, a copy of the
-    model in it does the work. Raises ValueError where a prompt is empty or leaves no room for
-    max_new_tokens.
+    `progress` is told numbers of responses and of sampled tokens as they come. Raises ValueError where
+    a prompt is empty or leaves no room for max_new_tokens.
     """
     limit = model.config.max_length
     for i, prompt in enumerate(prompts):
@@ -302,16 +308,16 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the last one is next
     if not waiting:
         return responses
-    if dtype not in (None, model.lm_head.weight.dtype):
-        model = copy.deepcopy(model).to(dtype)
     settings = Settings(range(num_samples), max_new_tokens, temperature, top_p, top_k, eos_id, seed)
     rows = empty_rows(model, len(prompts[waiting[0]]), settings, len(prompts), batch_rows, cache_tokens)
     habits = HABITS[rows.keys.device.type]
     step = habits.prepare(functools.partial(decode, model, rows, settings), rows.cache)
     while waiting or any(rows.owners):
         while waiting and (room := rows.room()):
-            several = max(1, PREFILL_TOKENS // len(prompts[waiting[-1]]))
-            begin = [waiting.pop() for _ in range(min(len(waiting), len(room), several))]
+            begin = [waiting.pop()]  # the next one is never shorter, and all are padded to the last one's length
+            while (waiting and len(begin) < len(room)
+                   and (len(begin) + 1) * len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
+                begin.append(waiting.pop())
             admit(model, rows, {i: prompts[i] for i in begin}, room[:len(begin)], settings)
         decode_until(rows, step, 1 / 8 if waiting else habits.leave)
         ended = list(take_ended(rows, eos_id))

@@ -298,6 +298,8 @@ def test_what_must_fit_is_the_sequence_and_not_the_row():
     torch.testing.assert_close(tiny_model(max_position_embeddings=7).logps(tokens, mask, branch), expected)
     with pytest.raises(ValueError, match="7 tokens are more than the 6"):
         tiny_model(max_position_embeddings=6).logps(tokens, mask, branch)
+    tokens, branch = branched([*groups, ([3], [[2], [2]])])  # the second row is mostly padding
+    assert tiny_model(max_position_embeddings=7).logps(tokens, branch[:, 1:] > 1, branch).shape[0] == 2
 
 
 def test_llama3_scaling_slows_long_waves_only():
@@ -319,9 +321,10 @@ def test_attention_depends_on_distance_only():
     """Rotary positions: the same tokens later in the context attend to each other the same way."""
     model = tiny_model(num_hidden_layers=1)
     prompt = random_tokens(7, 1, 5)
-    cache = new_cache(model, 1, 5)
-    cache.positions = lambda T: torch.arange(40, 40 + T)[None]
-    torch.testing.assert_close(model(prompt, cache), model(prompt), **CLOSE)
+    places = torch.arange(5)[None]
+    here, later = (model.model.without_cache(prompt, places + start, None) for start in (0, 40))
+    torch.testing.assert_close(later, here, **CLOSE)
+    assert not torch.allclose(model.model.without_cache(prompt, 2 * places, None), here, atol=1e-3)
 
 
 def test_initialize_is_a_function_of_the_seed():
