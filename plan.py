@@ -154,24 +154,24 @@ def parameters(model: ModelConfig) -> Parameters:
     return Parameters(block, matrices, embedding, head, model.num_hidden_layers * block + embedding + head + D)
 
 
-def block_bytes(model: ModelConfig, bias: int = 0) -> int:
-    """Bytes per token that backward needs of one block; bias: columns of the attention bias of rows that hold pairs.
+def block_bytes(model: ModelConfig, pairs: bool = False) -> int:
+    """Bytes per token that backward needs of one block; pairs: whether rows hold two responses.
 
     Both norms keep their input in float32, which is the residual stream, and one number; their outputs are
-    read as bfloat16 copies. Attention keeps q, k, v (with a bias k and v repeated, and its bfloat16 copy), the
-    output twice (once as o_proj's input) and H float32 sums; the MLP gate, silu(gate), up, and their product.
+    read as bfloat16 copies. Attention keeps q, k, v (of pairs k and v repeated), the output twice (once as
+    o_proj's input) and H float32 sums; the MLP gate, silu(gate), up, and their product.
     """
     D, h = model.hidden_size, model.head_dim
-    H, K = model.num_attention_heads, model.num_attention_heads if bias else model.num_key_value_heads
+    H, K = model.num_attention_heads, model.num_attention_heads if pairs else model.num_key_value_heads
     norms = 2 * (4 * D + 4 + 2 * D)
-    attention = 3 * 2 * H * h + 2 * 2 * K * h + 4 * H + 2 * bias
+    attention = 3 * 2 * H * h + 2 * 2 * K * h + 4 * H
     return norms + attention + 4 * 2 * model.intermediate_size
 
 
 def activation_bytes(model: ModelConfig, config: Config, decoders: int) -> tuple[int, int, int]:
     """Activations of a micro-batch at three moments of backward, one of which is the peak.
 
-    At its start: all that blocks, the last norm and its readers keep, the bias in float32, and of the tokens
+    At its start: all that blocks, the last norm and its readers keep, the bias of pairs, and of the tokens
     whose logits exist at a time the float32 log-softmax, its gradient and that of the logits. At the gradient
     of the head's weight: of those three the last, in bfloat16. In the last block: the gradients of the stream
     and of two bfloat16 activations of the MLP, and with --checkpoint_activations the block, computed again.
@@ -179,8 +179,8 @@ def activation_bytes(model: ModelConfig, config: Config, decoders: int) -> tuple
     D, width = model.hidden_size, WIDTHS * math.ceil(config.tokens / WIDTHS)
     tokens, scored = config.micro_batch * width, config.micro_batch * config.responses
     bias, again = width if config.method == "irpo" else 0, config.checkpoint_activations
-    block = block_bytes(model, bias)
-    kept = tokens * (decoders * model.num_hidden_layers * (4 * D if again else block) + 4 * bias)
+    block = block_bytes(model, bias > 0)
+    kept = tokens * (decoders * model.num_hidden_layers * (4 * D if again else block) + 2 * bias)
     last = tokens * decoders * (4 * D + 4) + scored * 4 * D + (tokens * 4 * D if config.method == "reft" else 0)
     logits = min(scored, logits_at_once(model)) * model.vocab_size
     in_block = tokens * (again * block + 4 * D + 2 * 2 * model.intermediate_size)
