@@ -93,7 +93,7 @@ def ours(directory: str, dtype: str, kind: str) -> dict:
     pairs = add_reference(model, make_pairs(model.config.vocab_size), config)
     clock = Clock()
     fit(model, pairs, lambda model, batch: preference_loss(model, batch, config), lambda pair: pair.tokens,
-        config, seed=0, after_step=lambda step: clock.tick())
+        config, seed=0, after_step=lambda step: clock.tick() or {})
     return clock.result()
 
 

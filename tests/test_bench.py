@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import bench_train
 from model import Llama, ModelConfig
 
 TINY = ModelConfig(96, 64, 160, 2, 4, 2, 16, max_position_embeddings=256)
@@ -93,3 +94,12 @@ def test_limits_are_measured():
     assert set(limits["flops"]) == {"float32", "bfloat16"}
     assert all(1e9 < rate < 1e13 for rate in limits["flops"].values())
     assert 1e8 < limits["copy"] < 1e12
+
+
+def test_our_training_is_measured(tmp_path, monkeypatch):
+    """Two batches, as the bench's processes take many."""
+    monkeypatch.setattr(bench_train, "STEPS", 2)
+    monkeypatch.setattr(bench_train, "BATCH", 2)
+    bench_train.save_model(bench_train.Llama(bench_train.SIZES["toy"]).initialize(0), tmp_path / "model")
+    result = bench_train.ours(str(tmp_path / "model"), "fp32", "4096")
+    assert 0 < result["seconds"] < 60 and result["peak_mb"] > 0
