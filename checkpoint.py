@@ -152,6 +152,8 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
     only pages that training writes to take memory of their own. Files must therefore be replaced, never
     written into; save_model does so.
     """
+    if world() > 1:
+        gc.collect()  # a sharded model that is no longer needed refers to itself
     directory = Path(directory)
     config = load_config(directory)
     files = weight_files(directory)
@@ -188,8 +190,6 @@ def sampling_dtype() -> torch.dtype:
 
 def load_sampler(directory: str | Path, ranks: int = 1) -> Llama:
     """A model to sample from: bfloat16 on a GPU, float32 on a CPU, split over so many ranks."""
-    if world() > 1:
-        gc.collect()  # a sharded model that is no longer needed refers to itself
     return load_model(directory, device(), sampling_dtype(), ranks)
 
 
@@ -447,6 +447,12 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     if found:
         raise SystemExit(f"{folder} holds no state that is whole. Remove it to start this training from its beginning.")
     return []
+
+
+def drop(folder: Path) -> None:
+    """Remove the states of a training that is over."""
+    if rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def states(folder: Path) -> list[Path]:

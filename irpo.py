@@ -21,7 +21,6 @@ Left out: pairs of earlier iterations (the paper trains on the newest only).
 import dataclasses
 import math
 import random
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import data
-from checkpoint import load_config, load_model, load_sampler, sampler_of, weights_hash
+from checkpoint import drop, load_config, load_model, load_sampler, sampler_of, weights_hash
 from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
 from evaluate import (Answered, SampleOptions, answer, answer_to, evaluate_model, held_out, load_answered,
@@ -198,7 +197,7 @@ def add_reference(model: Llama, pairs: list[Pair], config: Config) -> list[Pair]
     batches = micro_batches(range(len(pairs)), lambda i: pairs[i].tokens, config.micro_batch_tokens)
     with tqdm(total=len(pairs), desc="reference", unit="pair", dynamic_ncols=True, disable=rank() > 0) as bar:
         def logps(batch: list[int]) -> list[tuple[int, float, float]]:
-            with autocast(model, config.precision):
+            with autocast(config.precision):
                 (chosen, rejected), _ = pair_logps(model, [pairs[i] for i in batch])
             bar.update(len(batch) * world())
             return list(zip(batch, chosen.tolist(), rejected.tolist()))
@@ -244,7 +243,7 @@ def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: 
                if p.id in golds and len(p.prompt) + len(golds[p.id]) <= model.config.max_length}
 
     def sums(batch: list[Pair]) -> dict[str, float]:
-        with autocast(model, config.precision):
+        with autocast(config.precision):
             (chosen, rejected), _ = pair_logps(model, batch)
             logps, mask, _ = response_logps(model, [(p.prompt, fitting.get(p.id, p.chosen)) for p in batch])
             gold = (logps * mask).sum(-1) * logps.new_tensor([p.id in fitting for p in batch])
@@ -279,7 +278,7 @@ def optimize(config: Config, model: Llama, items: list[Pair], pairs: list[Pair],
 @torch.no_grad()
 def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
     """Before its first update the policy is the reference, so the DPO loss must be ln 2."""
-    with autocast(model, config.precision):
+    with autocast(config.precision):
         loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
     nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
     print(f"check: DPO loss before the first step is {loss:.4f}, ln 2 is {math.log(2):.4f}")
@@ -311,8 +310,7 @@ def choose_steps(config: Config, start: str, items: list[Pair], pairs: list[Pair
         write_json(path, [{"step": record["step"] + 1, "accuracy": record["dev"]} for record in records
                           if "dev" in record])
         barrier()
-    if rank() == 0:
-        shutil.rmtree(folder / "select", ignore_errors=True)  # the state of that training
+    drop(folder / "select")  # the state of that training
     return max(read_json(path), key=lambda row: row["accuracy"])["step"]
 
 

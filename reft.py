@@ -51,9 +51,9 @@ from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, mas
 from model import Llama
 from parallel import barrier, computed, device, missing, rank, world
 from rewards import READ, read_number
-from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, items_hash, learning_rate,
+from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, items_hash,
                    load_trained, micro_batches, new_optimizer, num_steps, padded, prepare, response_logps,
-                   save_or_stop, save_trained, to_train)
+                   save_or_stop, save_trained, set_rate, to_train)
 
 NAMES = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
 
@@ -253,7 +253,7 @@ def measure(policy: Policy, reference: Llama, rollouts: list[Rollout], batches: 
     """
     def columns(rows: list[int]) -> dict[str, Tensor]:
         batch = [rollouts[i] for i in rows]
-        with autocast(policy, config.precision):
+        with autocast(config.precision):
             mask, logps, values, entropy = act(policy, batch, with_entropy=True)
             ref_logps = response_logps(reference, [(r.prompt, r.response) for r in batch])[0]
         found = {"logps": logps, "values": values, "ref_logps": ref_logps, "mask": mask, "entropy": entropy}
@@ -439,9 +439,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
                dynamic_ncols=True, disable=rank() > 0)
     with finishing_steps() as asked_to_stop:
         for step in bar:
-            rate = learning_rate(step, steps, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = set_rate(optimizer, step, steps, config)
             batch = [problems[i] for i in batch_at(step, len(problems), config.batch_size, config.seed)]
             rollouts = roll_out(sampler_of(policy.model, config.tensor_parallel), tokenizer, batch, config,
                                 step)  # steps 1 and 2

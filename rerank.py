@@ -14,7 +14,6 @@ authors choose it on test).
     python evaluate.py --preset toy --model POLICY --num_samples 20 --temperature 1 --run_dir B
     python rerank.py --model POLICY --labelled A/eval_samples.jsonl --candidates B/eval_samples.jsonl
 """
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -23,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import file_hash, weights_hash
+from checkpoint import drop, file_hash, weights_hash
 from evaluate import Answered, read_answered, summarize_samples, wilson
 from experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
 from model import Llama, pad
-from parallel import computed, device, missing, rank
+from parallel import computed, device, missing
 from train import Example, TrainOptions, autocast, fit, load_trained, micro_batches
 
 
@@ -96,7 +95,7 @@ def classification_loss(model: RewardModel, responses: list[Labelled]) -> dict[s
 def scores(model: RewardModel, responses: list[Example], config: Config) -> list[float]:
     """P(right) of each response."""
     def score(batch: list[int]) -> list[tuple[int, float]]:
-        with autocast(model, config.precision):
+        with autocast(config.precision):
             right = judgements(model, [responses[i] for i in batch]).softmax(-1)[:, 1]
         return list(zip(batch, right.tolist()))
 
@@ -146,8 +145,7 @@ def main() -> None:
     row = {"name": f"best of {k} by reward", "split": test.get("split"), "n": n, "accuracy": right / n,
            "ci95": wilson(right, n), **summarize_samples(candidates, "")}
     write_json(run / "results.json", [row])
-    if rank() == 0:
-        shutil.rmtree(run / "state", ignore_errors=True)
+    drop(run / "state")
     print(f"one sample {row['pass@1']:.1%}, vote of {k} {row[f'maj@{k}']:.1%}, best of {k} by reward "
           f"{row['accuracy']:.1%}, of {n} questions; all of it in {run}")
 

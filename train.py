@@ -11,7 +11,6 @@ stopped or killed goes on from its newest state as if nothing had happened.
     python train.py --plan --model_shape llama-2-70b --gpus 64     # no training: memory and time of it
 """
 import dataclasses
-import gc
 import hashlib
 import math
 import shutil
@@ -32,7 +31,7 @@ from tqdm import tqdm
 
 import data
 import plan
-from checkpoint import load_model, load_state, save_model, save_state, weights_hash
+from checkpoint import drop, load_model, load_state, save_model, save_state, weights_hash
 from data import toy
 from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_solution, gold_text,
                           needs_examples, prompt_format, prompt_text)
@@ -171,6 +170,14 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
     return options.lr * SCHEDULES[options.lr_schedule](done)
 
 
+def set_rate(optimizer: torch.optim.Optimizer, step: int, steps: int, options: TrainOptions) -> float:
+    """Give a step its learning rate, which is returned."""
+    rate = learning_rate(step, steps, options)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
+
+
 def num_steps(num_items: int, options: TrainOptions) -> int:
     """Optimizer steps of a whole training; the last batch of an epoch may be smaller."""
     steps = options.epochs * math.ceil(num_items / options.batch_size)
@@ -246,7 +253,7 @@ def prepare(model: nn.Module, options: TrainOptions) -> None:
             module.run_block = run
 
 
-def autocast(module: nn.Module, precision: str):
+def autocast(precision: str):
     """Matrix products in bfloat16 where precision says so; parameters stay float32."""
     return torch.autocast(device(), torch.bfloat16, enabled=precision == "bf16")
 
@@ -257,7 +264,6 @@ def load_trained(directory: str | Path, options: TrainOptions,
     """wrap(the model of a directory), as training needs it: on this device, or sharded over all ranks."""
     if world() == 1:
         return wrap(load_model(directory, device(), dtype))
-    gc.collect()  # a sharded model that is no longer needed refers to itself
     module = wrap(load_model(directory, dtype=None))  # mapped: a rank reads a block when it is sharded
     blocks = [block for block in module.modules() if isinstance(block, Block)]
     return shard(module, blocks, bf16=options.precision == "bf16", within_node=options.shard_within_node,
@@ -272,7 +278,7 @@ def accumulate(module: nn.Module, micro_batches: list[list], precision: str,
     """
     size, found = sum(map(len, micro_batches)), []
     for micro_batch, counts in dealt(micro_batches):
-        with autocast(module, precision):
+        with autocast(precision):
             measured = loss(module, micro_batch)
         (measured["loss"].sum() / size * counts).backward()
         if counts:
@@ -327,9 +333,7 @@ def fit(model: nn.Module, items: list, loss: Callable[[nn.Module, list], dict[st
     with finishing_steps() as asked_to_stop:
         for step in bar:
             batch = [items[i] for i in batch_at(step, len(items), options.batch_size, seed)]
-            rate = learning_rate(step, steps, options)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            rate = set_rate(optimizer, step, steps, options)
             values, figures = descend(model, optimizer, micro_batches(batch, length, options.micro_batch_tokens),
                                       loss, options, folder, f"{label}, step {step}", attrgetter("id"))
             means, tokens = {name: fmean(x) for name, x in values.items()}, sum(map(length, batch))
@@ -363,8 +367,7 @@ def to_train(folder: Path) -> bool:
     """Whether the folder's model is still missing; if not, the state of its training may go."""
     if missing(folder / "model"):
         return True
-    if rank() == 0:
-        shutil.rmtree(folder / "state", ignore_errors=True)
+    drop(folder / "state")
     return False
 
 

@@ -107,7 +107,7 @@ def forward(module: nn.Module, method: str, items: int, length: int, again: bool
     """The loss of a micro-batch as the drivers compute it; half of `length` is a prompt, half a response."""
     prompt, response = [5] * (length // 2), [6] * (length // 2)
     prepare(module, TrainOptions(checkpoint_activations=again))
-    with autocast(module, "bf16"):
+    with autocast("bf16"):
         if method == "irpo":
             pair = irpo.Pair("", prompt, response, response, 0.0, 0.0)
             return irpo.preference_loss(module, [pair] * items, irpo.Config(model="."))["loss"].sum()
@@ -211,7 +211,7 @@ def test_peak_of_a_step_of_llama_2_7b(monkeypatch):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         with Peak([tensor for p in model.parameters() for tensor in (p, p.grad)]) as memory:
-            with autocast(model, "bf16"):
+            with autocast("bf16"):
                 hidden = model.model.norm(model.model.without_cache(tokens, torch.arange(512)[None], None))
                 loss = in_chunks(lambda x, target: target_logps(model.lm_head(x), target), model.rows_at_once,
                                  hidden[:, :256].flatten(0, 1), tokens[:, :256].flatten()).sum()
