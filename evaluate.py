@@ -126,11 +126,12 @@ def graded(responses: list[list[Response]], problems: list[data.Problem], tokeni
 
 
 def answer_to(path: Path, model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *,
-              split: str, num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
-    """What `answer` gives, and a file of it."""
+              weights: str, split: str, num_samples: int, temperature: float, seed: int,
+              label: str) -> list[Answered]:
+    """What `answer` gives, and a file of it; weights: the model's hash."""
     settings = dict(num_samples=num_samples, temperature=temperature, seed=seed)
     answered = answer(model, tokenizer, problems, options, **settings, label=label)
-    save_answered(path, answered, options, split=split, weights=weights_hash(model), **settings)
+    save_answered(path, answered, options, split=split, weights=weights, **settings)
     return answered
 
 
@@ -246,9 +247,11 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
 def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path, limit: int,
                    num_samples: int, seed: int, label: str, temperature: float = 1.0) -> list[dict]:
     """Rows for dev and test: greedy, and on test also num_samples at a temperature if that is not 0."""
+    weights = weights_hash(model)
+
     def answers(file: str, split: str, num_samples: int, temperature: float) -> list[Answered]:
         return answer_to(folder / file, model, tokenizer, options.problems(split, limit), options, split=split,
-                         num_samples=num_samples, temperature=temperature, seed=seed, label=f"{label} {split}")
+                         weights=weights, num_samples=num_samples, temperature=temperature, seed=seed, label=f"{label} {split}")
 
     rows = [{"split": split, **summarize(answers(file, split, 1, 0.0), options.task)}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
@@ -373,14 +376,15 @@ def main() -> None:
     config.compare(config.model)
     problems = config.problems(config.split, config.limit)
     self_check(config, tokenizer, problems, model.config)
-    run = open_run(config, config.run_dir, weights=weights_hash(model), problems=items_hash(problems))
+    weights = weights_hash(model)
+    run = open_run(config, config.run_dir, weights=weights, problems=items_hash(problems))
     if not missing(run / "eval.json"):
         print_accuracy(load_answered(run / "eval_samples.jsonl"), config.task)
         print(f"all of it is in {run}, from an earlier call")
         return
     answered = answer_to(run / "eval_samples.jsonl", model, tokenizer, problems, config, split=config.split,
-                         num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
-                         label="evaluate")
+                         weights=weights, num_samples=config.num_samples, temperature=config.temperature,
+                         seed=config.seed, label="evaluate")
     write_json(run / "eval.json", print_accuracy(answered, config.task))
     print(f"all of it is in {run}")
 

@@ -316,9 +316,9 @@ def choose_steps(config: Config, start: str, items: list[Pair], pairs: list[Pair
 
 def sample_step(config: Config, folder: Path, model_dir: str, tokenizer, problems, t: int) -> None:
     """Step 1."""
-    start = time.perf_counter()
-    answered = answer_to(folder / "samples.jsonl", load_sampler(model_dir, config.tensor_parallel), tokenizer, problems,
-                         config, split="train", num_samples=config.num_samples,
+    start, model = time.perf_counter(), load_sampler(model_dir, config.tensor_parallel)
+    answered = answer_to(folder / "samples.jsonl", model, tokenizer, problems, config, split="train",
+                         weights=weights_hash(model), num_samples=config.num_samples,
                          temperature=config.temperature[min(t, len(config.temperature)) - 1],
                          seed=derive_seed(config.seed, t, "sample"), label=f"sample {t}")
     log(folder.parent, event="sample", iteration=t, seconds=time.perf_counter() - start,

@@ -481,7 +481,8 @@ def offline_self_training(config: Config, folder: Path, start: str, tokenizer, p
     """Offline-ST: pi_0, in the directory `start`, samples; the base is trained on the right ones and gold."""
     path = folder / "samples.jsonl"
     if missing(path):
-        answer_to(path, load_sampler(start, config.tensor_parallel), tokenizer, problems, config, split="train",
+        sampler = load_sampler(start, config.tensor_parallel)
+        answer_to(path, sampler, tokenizer, problems, config, split="train", weights=weights_hash(sampler),
                   num_samples=config.offline_samples, temperature=config.temperature,
                   seed=derive_seed(config.seed, "offline"), label="sample")
         barrier()

@@ -232,9 +232,9 @@ def finetune(config: Config, start: str, examples: list[Example], folder: Path, 
 
 def sample_step(config: Config, folder: Path, model_dir: Path, tokenizer, problems) -> None:
     """Step 2."""
-    started = time.perf_counter()
-    answered = answer_to(folder / "samples.jsonl", load_sampler(model_dir, config.tensor_parallel), tokenizer,
-                         problems, config, split="train", num_samples=config.num_samples,
+    started, model = time.perf_counter(), load_sampler(model_dir, config.tensor_parallel)
+    answered = answer_to(folder / "samples.jsonl", model, tokenizer, problems, config, split="train",
+                         weights=weights_hash(model), num_samples=config.num_samples,
                          temperature=config.temperature, seed=derive_seed(config.seed, "sample"), label="sample")
     log(folder.parent, event="sample", seconds=time.perf_counter() - started,
         tokens=sum(len(s.ids) for q in answered for s in q.samples))
