@@ -251,7 +251,8 @@ def evaluate_model(model: Llama, tokenizer, options: SampleOptions, folder: Path
 
     def answers(file: str, split: str, num_samples: int, temperature: float) -> list[Answered]:
         return answer_to(folder / file, model, tokenizer, options.problems(split, limit), options, split=split,
-                         weights=weights, num_samples=num_samples, temperature=temperature, seed=seed, label=f"{label} {split}")
+                         weights=weights, num_samples=num_samples, temperature=temperature, seed=seed,
+                         label=f"{label} {split}")
 
     rows = [{"split": split, **summarize(answers(file, split, 1, 0.0), options.task)}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
