@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+ROWS = 128  # logits are computed for multiples of so many tokens
+
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """(N, V), (N,) -> (N,): log-probability of each target, in float32.
@@ -41,13 +43,16 @@ def in_chunks(f: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
     """f(*rows) where f treats the N rows of its arguments one by one, on at most `size` of them at a time.
 
     What f makes on its way (here: logits) is there for one chunk at a time, in the backward pass too, where
-    it is computed again. A single chunk is kept instead.
+    it is computed again. A single chunk is kept instead. N is rounded up with rows of zeros: it is another
+    number in every batch, and a CPU would make and keep kernels for each.
     """
+    N = len(rows[0])
+    rows = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, -N % ROWS)) for x in rows]
     if len(rows[0]) <= size:
-        return f(*rows)
+        return f(*rows)[:N]
     chunks = zip(*(x.split(size) for x in rows))
     return torch.cat([checkpoint(f, *chunk, use_reentrant=False, preserve_rng_state=False)
-                      for chunk in chunks])
+                      for chunk in chunks])[:N]
 
 
 def masked_mean(x: Tensor, mask: Tensor) -> Tensor:

@@ -250,15 +250,19 @@ def rope_frequencies(config: ModelConfig, device) -> Tensor:
 
 
 def rope_tables(config: ModelConfig, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B or 1, 1, T, h/2) for positions (B or 1, T)."""
+    """Cosines and signed sines (B or 1, 1, T, h), as `rotate` needs them, for positions (B or 1, T)."""
     angles = positions[:, None, :, None].float() * rope_frequencies(config, positions.device)
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x[i], x[i + h/2]) of each head (Hugging Face's layout; Meta's is i, i + 1), in float32."""
+    """Rotate the pairs (a, b) = (x[i], x[i + h/2]) of each head to (a cos - b sin, b cos + a sin), in float32.
+
+    The layout is Hugging Face's; Meta's pairs are i, i + 1.
+    """
     a, b = x.chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    return torch.addcmul(x * cos, torch.cat([b, a], -1), sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

@@ -27,6 +27,7 @@ import torch
 
 from checkpoint import load_config
 from experiment import at_least, one_of, option
+from losses import ROWS
 from model import LOGITS_AT_ONCE, WIDTHS, ModelConfig
 
 
@@ -158,13 +159,13 @@ def block_bytes(model: ModelConfig, pairs: bool = False) -> int:
     """Bytes per token that backward needs of one block; pairs: whether rows hold two responses.
 
     Both norms keep their input in float32, which is the residual stream, and one number; their outputs are
-    read as bfloat16 copies. Attention keeps q, k, v (of pairs k and v repeated), the output twice (once as
-    o_proj's input) and H float32 sums; the MLP gate, silu(gate), up, and their product.
+    read as bfloat16 copies. Attention keeps q, k, v (of pairs k and v repeated), the output and H float32 sums;
+    the MLP gate, silu(gate), up, and their product.
     """
     D, h = model.hidden_size, model.head_dim
     H, K = model.num_attention_heads, model.num_attention_heads if pairs else model.num_key_value_heads
     norms = 2 * (4 * D + 4 + 2 * D)
-    attention = 3 * 2 * H * h + 2 * 2 * K * h + 4 * H
+    attention = 2 * 2 * H * h + 2 * 2 * K * h + 4 * H
     return norms + attention + 4 * 2 * model.intermediate_size
 
 
@@ -177,7 +178,8 @@ def activation_bytes(model: ModelConfig, config: Config, decoders: int) -> tuple
     and of two bfloat16 activations of the MLP, and with --checkpoint_activations the block, computed again.
     """
     D, width = model.hidden_size, WIDTHS * math.ceil(config.tokens / WIDTHS)
-    tokens, scored = config.micro_batch * width, config.micro_batch * config.responses
+    tokens = config.micro_batch * width
+    scored = ROWS * math.ceil(config.micro_batch * config.responses / ROWS)
     bias, again = width if config.method == "irpo" else 0, config.checkpoint_activations
     block = block_bytes(model, bias > 0)
     kept = tokens * (decoders * model.num_hidden_layers * (4 * D if again else block) + 2 * bias)

@@ -38,8 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from checkpoint import (load_model, load_sampler, load_state, sampler_of, sampling_dtype,
-                        weights_hash)
+from checkpoint import load_model, load_sampler, load_state, sampler_of, weights_hash
 from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
 from evaluate import (Sample, SampleOptions, answer, answer_to, evaluate_model, held_out, read_answered,
@@ -412,10 +411,11 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
 # ---- the loop, and the stages around it ----------------------------------------------------------
 
 def load_reference(directory: str, config: Config) -> Llama:
-    """pi_0 in the sampler's precision: on a GPU in bfloat16, so that the KL before the first update is not
-    exactly 0 there. With several ranks it is sharded like the policy."""
+    """pi_0, on a GPU in bfloat16, so that the KL before the first update is not exactly 0 there. With several
+    ranks it is sharded like the policy."""
+    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
     options = dataclasses.replace(config, cpu_offload=config.cpu_offload or config.offload_reference)
-    reference = load_trained(directory, options, dtype=sampling_dtype()).requires_grad_(False)
+    reference = load_trained(directory, options, dtype=dtype).requires_grad_(False)
     move(reference, "cpu", config)
     return reference
 

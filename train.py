@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -192,13 +193,23 @@ def batch_at(step: int, num_items: int, batch_size: int, seed: int) -> list[int]
 
 
 def micro_batches(items: list, length: Callable, budget: int) -> list[list]:
-    """Split items, sorted by length, so that padded tokens stay within the budget (one item always fits)."""
-    batches: list[list] = []
-    for item in sorted(items, key=length):  # the longest of a micro-batch comes last
-        if not batches or (len(batches[-1]) + 1) * length(item) > budget:
-            batches.append([])
-        batches[-1].append(item)
-    return batches
+    """Split items, sorted by length, so that padded tokens stay within the budget (one item always fits).
+
+    There are as few micro-batches as can be. Of such splits this is the one whose largest is smallest: the
+    same number of passes with less padding and less memory than if all but the last were full.
+    """
+    items = sorted(items, key=length)  # the longest of a micro-batch comes last
+
+    def split(budget: int) -> list[list]:
+        batches: list[list] = []
+        for item in items:
+            if not batches or (len(batches[-1]) + 1) * length(item) > budget:
+                batches.append([])
+            batches[-1].append(item)
+        return batches
+
+    fewest = len(split(budget))
+    return split(bisect_left(range(budget), True, key=lambda budget: len(split(budget)) == fewest))
 
 
 def padded(sequences: list[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import checkpoint  # noqa: E402
 import parallel  # noqa: E402
 import reft  # noqa: E402
 from checkpoint import load_model, load_state, sampler_of, save_model, save_state, weights_hash  # noqa: E402
@@ -125,6 +126,7 @@ def agreements() -> dict:
 def main() -> None:
     folder, model_dir = Path(sys.argv[1]), sys.argv[2]
     parallel.start()
+    checkpoint.sampling_dtype = lambda: torch.float32  # responses are compared exactly
     if parallel.node_size() < world():  # several nodes: one replica on each, sharded within
         gradients(folder, model_dir, shard_within_node=True)
         return parallel.finish()

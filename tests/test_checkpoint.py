@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import load_config, load_model, save_model, weights_hash
+from checkpoint import load_config, load_model, load_sampler, sampler_of, save_model, weights_hash
 from model import Llama, ModelConfig
 from tiny import LLAMA3, random_tokens, tiny_model
 
@@ -51,11 +51,25 @@ def test_tied_embeddings_stay_tied(tmp_path):
 
 
 def test_dtype_is_as_asked(tmp_path):
-    """bfloat16 to sample on a GPU, float32 to train."""
+    """bfloat16 to sample, float32 to train."""
     save_model(tiny_model(), tmp_path / "model")
     for dtype in (torch.float32, torch.bfloat16):
         loaded = load_model(tmp_path / "model", dtype=dtype)
         assert {p.dtype for p in loaded.parameters()} == {dtype}
+
+
+@pytest.mark.parametrize("features, dtype", [({}, torch.float32), ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+                                             ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
+def test_a_cpu_samples_in_bfloat16_if_it_has_products_of_it(tmp_path, monkeypatch, features, dtype):
+    """Elsewhere bfloat16 is emulated, which is slower than float32; training keeps float32 weights anyway."""
+    monkeypatch.setattr(checkpoint, "device", lambda: "cpu")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    save_model(tiny_model(), tmp_path / "model")
+    trained = load_model(tmp_path / "model")
+    for sampler in (load_sampler(tmp_path / "model"), sampler_of(trained)):
+        assert {p.dtype for p in sampler.parameters()} == {dtype}
+    assert {p.dtype for p in trained.parameters()} == {torch.float32}
+    assert (sampler is trained) == (dtype == torch.float32)  # no copy without need
 
 
 def write_shards(directory, model, shards: int = 3) -> None:

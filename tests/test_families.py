@@ -329,7 +329,8 @@ def test_metas_rotary_embedding_is_the_one_that_is_converted():
 
     def ours(weight: torch.Tensor) -> torch.Tensor:
         x_heads = (x @ checkpoint.to_halves(weight, h).T).view(T, heads, h)
-        return rotate(x_heads, angles[:, None].cos(), angles[:, None].sin())
+        cos, sin = angles[:, None].cos(), angles[:, None].sin()
+        return rotate(x_heads, torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1))
 
     expected = torch.einsum("thd,shd->hts", turned(wq), turned(wk))
     torch.testing.assert_close(torch.einsum("thd,shd->hts", ours(wq), ours(wk)), expected)

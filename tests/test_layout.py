@@ -27,7 +27,8 @@ LEVELS = {  # arrows point down only; a new file must be given its place here
 }
 LEVEL_OF = {name: level for level, names in LEVELS.items() for name in names}
 WITHIN_A_LEVEL = {("checkpoint", "model"), ("checkpoint", "parallel"), ("experiment", "parallel"),
-                  ("model", "losses"), ("plan", "model"), ("plan", "checkpoint"), ("plan", "experiment"),
+                  ("model", "losses"),
+                  ("plan", "losses"), ("plan", "model"), ("plan", "checkpoint"), ("plan", "experiment"),
                   ("rewards", "latex"), ("rewards", "sandbox"), ("latex", "sandbox"),
                   ("report_rft", "report"), ("report_reft", "report")}
 RUNS_PROGRAMS = {"sandbox.py"}  # in a locked process of its own, which is its purpose

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import losses
 from losses import (dpo_loss, dpo_nll_loss, entropies, gae, group_normalized, in_chunks, kl_shaped_rewards,
                     leave_one_out, masked_mean, nll_loss, ppo_policy_loss, ppo_value_loss, token_logps,
                     whiten)
@@ -69,9 +70,12 @@ def test_entropies_of_known_distributions():
     assert entropies(logits[2:].clamp(min=-1e30)).tolist() == [0.0]
 
 
-@pytest.mark.parametrize("size", [1, 3, 7, 8, 100])
-def test_chunks_change_neither_value_nor_gradient(size):
-    """And f never sees more than `size` rows, forward or backward: in every other sense chunks are for nothing."""
+@pytest.mark.parametrize("size, multiple, total", [(1, 1, 7), (3, 1, 7), (7, 1, 7), (8, 1, 7), (3, 4, 8), (100, 4, 8),
+                                                   (100, 128, 128)])
+def test_chunks_change_neither_value_nor_gradient(monkeypatch, size, multiple, total):
+    """And f never sees more than `size` rows, forward or backward: in every other sense chunks are for nothing.
+    Together they are a multiple of ROWS: 7 itself would be one more shape that kernels are made for."""
+    monkeypatch.setattr(losses, "ROWS", multiple)
     generator = torch.Generator().manual_seed(2)
     x, weight = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((7, 3), (3,)))
     y = torch.randint(0, 9, (7,), generator=generator)
@@ -91,7 +95,7 @@ def test_chunks_change_neither_value_nor_gradient(size):
         results.append((out.detach(), x.grad, weight.grad))
     for whole, chunked in zip(*results):
         torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=0)
-    assert max(sizes) <= size and sum(sizes) == (7 if size >= 7 else 14)  # computed again only if cut
+    assert max(sizes) <= size and sum(sizes) == (total if size >= total else 2 * total)  # again only if cut
 
 
 def test_token_logps_gradient_is_one_hot_minus_softmax():

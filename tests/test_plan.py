@@ -194,16 +194,16 @@ def test_a_block_keeps_what_the_formula_says(config, pairs, monkeypatch):
 @pytest.mark.parametrize("config", [DEEP, WORDY, TALKATIVE])
 def test_peak_of_a_step_on_one_gpu(config, method, monkeypatch):
     """Whichever is larger, blocks or logits: the peak that was measured, and with blocks computed again at
-    most 30 % more, since autocast's copies of the weights are not all alive then."""
+    most 31 % more, since autocast's copies of the weights are not all alive then."""
     as_on_cuda(monkeypatch.setattr)
-    for again, most in (False, 1.04), (True, 1.3):
+    for again, most in (False, 1.01), (True, 1.31):
         planned = beside_the_state(step_plan(config, 8, 128, checkpoint_activations=again, method=method))
         measured = peak_of_a_step(config, method, 8, 128, again)
         assert 0.99 <= planned / measured <= most, (again, planned, measured)
 
 
 def test_peak_of_a_step_of_llama_2_7b(monkeypatch):
-    """The real shape and a real micro-batch, 61 GB, with tensors that have shapes and no numbers. A mask needs
+    """The real shape and a real micro-batch, 59 GB, with tensors that have shapes and no numbers. A mask needs
     numbers: so this does as Llama.logps does for one that is on in the first half of all rows."""
     as_on_cuda(monkeypatch.setattr)
     with FakeTensorMode():

@@ -1,6 +1,7 @@
 """Micro-batches change speed and nothing else; batches are a pure function of seed and step."""
 import collections
 import dataclasses
+import itertools
 import math
 import shutil
 from dataclasses import dataclass
@@ -258,10 +259,22 @@ def test_micro_batches_partition_and_keep_to_the_budget(lengths, budget):
         assert len(batch) == 1 or len(batch) * max(length for _, length in batch) <= budget
 
 
-def test_micro_batches_are_filled():
-    """Forming one per item would respect any budget, and waste the machine."""
-    assert [len(b) for b in micro_batches([5] * 10, lambda n: n, 20)] == [4, 4, 2]
-    assert [len(b) for b in micro_batches([9, 1, 8, 1, 2, 1], lambda n: n, 18)] == [4, 2]
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=7), st.integers(1, 100))
+def test_micro_batches_are_few_and_the_largest_is_small(lengths, budget):
+    """Forming one per item would respect any budget and waste the machine; full ones and a rest waste memory.
+    Here is every way to cut the sorted items: none takes fewer, or as many with a smaller largest."""
+    lengths.sort()
+    ways = []
+    for cuts in itertools.product((False, True), repeat=len(lengths) - 1):
+        sizes = [1]
+        for cut in cuts:
+            sizes = [*sizes, 1] if cut else [*sizes[:-1], sizes[-1] + 1]
+        ends = list(itertools.accumulate(sizes))
+        padded = [size * lengths[end - 1] for size, end in zip(sizes, ends)]
+        if all(size == 1 or tokens <= budget for size, tokens in zip(sizes, padded)):
+            ways.append((len(sizes), max(padded)))
+    found = micro_batches(lengths[::-1], lambda n: n, budget)
+    assert (len(found), max(len(batch) * batch[-1] for batch in found)) == min(ways)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
@@ -354,8 +367,9 @@ def test_company_does_not_change_log_probabilities():
 
 
 @pytest.mark.parametrize("with_prompts", [False, True])
-def test_prompt_tokens_are_scored_only_if_asked(with_prompts):
+def test_prompt_tokens_are_scored_only_if_asked(monkeypatch, with_prompts):
     """Their logits cost as much as a response's, and most losses have no use for them."""
+    monkeypatch.setattr("losses.ROWS", 1)
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(len(logits)))
     sequences = [(e.prompt, e.response) for e in examples(5)]
