@@ -58,8 +58,9 @@ def test_dtype_is_as_asked(tmp_path):
         assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
-@pytest.mark.parametrize("features, dtype", [({}, torch.float32), ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
-                                             ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
+@pytest.mark.parametrize("features, dtype", [
+    ({}, torch.float32), ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+    ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
 def test_a_cpu_samples_in_bfloat16_if_it_has_products_of_it(tmp_path, monkeypatch, features, dtype):
     """Elsewhere bfloat16 is emulated, which is slower than float32; training keeps float32 weights anyway."""
     monkeypatch.setattr(checkpoint, "device", lambda: "cpu")
