@@ -95,7 +95,7 @@ smoke: base  ## every step of irpo.py on forty questions, in half a minute
 PEER ?= $(PY)
 bench: .venv/development  ## our sampling beside transformers' generate, our training beside TRL's where PEER=PYTHON has it (35 minutes)
 	$(PY) bench.py --out results/bench $(ARGS)
-	$(PY) bench_train.py --peer_python $(PEER) --out results/bench/train.json
+	$(PY) bench_train.py --peer_python $(PEER) --out results/bench
 
 report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
 	$(PY) report.py $(RUNS)

@@ -101,10 +101,12 @@ def measure(job: dict) -> dict:
 
 
 def peak_memory(device: torch.device) -> float:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e6
-    # not ru_maxrss, which begins at that of the parent process
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else process_memory("VmHWM")
+
+
+def process_memory(field: str) -> float:
+    """VmRSS (now) or VmHWM (peak) of this process in MB. (ru_maxrss begins at the peak of the parent process.)"""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -191,9 +193,6 @@ def bench_sampling(args: argparse.Namespace, common: dict) -> dict:
     return {"limits": limits, "runs": runs, "growth": growth}
 
 
-PARTS = {"sampling": bench_sampling}
-
-
 def rates(runs: list[dict], clock: str, key) -> dict:
     """key(run) -> medians over rounds: tokens per second, peak memory and share of the machine's limits."""
     groups: dict = {}
@@ -270,7 +269,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of table, JSON and plot")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b"] if cuda else ["toy", "5m"],
                         help="sizes of the random models")
     parser.add_argument("--rows", type=int, default=1024, help="responses in one measurement of ours")
@@ -294,9 +292,8 @@ def main() -> None:
     result = {"hardware": hardware(common["device"]), "torch": torch.__version__, "command": sys.argv[1:],
               "clock": args.clock, "threads": args.threads, "load": os.getloadavg()}
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in args.parts:
-        result[name] = PARTS[name](args, common)
-        write_json(args.out / "bench.json", result)
+    result["sampling"] = bench_sampling(args, common)
+    write_json(args.out / "bench.json", result)
     text = (f"# Benchmark\n\n{result['hardware']}; torch {result['torch']}, {args.threads} threads; prompts of about "
             f"{args.prompt_tokens} tokens, {args.new_tokens} new tokens; medians (lowest to highest) of {args.rounds} "
             f"rounds by the {args.clock} clock; load of the machine at the start {result['load'][0]:.1f}.\n\n")

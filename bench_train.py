@@ -28,27 +28,26 @@ from statistics import median
 import torch
 
 import irpo
+from bench import SHAPES, hardware, peak_memory, process_memory
 from checkpoint import load_model, save_model
-from experiment import write_json
+from experiment import run_script, write_json, write_text
 from irpo import Pair, add_reference, preference_loss
-from model import WIDTHS, Llama, ModelConfig
+from model import WIDTHS, Llama
+from parallel import device
+from plan import parameters
 from train import fit, micro_batches
 
-SIZES = {
-    "toy": ModelConfig(vocab_size=288, hidden_size=128, intermediate_size=336, num_hidden_layers=4,
-                       num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=256),
-    "5M": ModelConfig(vocab_size=2048, hidden_size=256, intermediate_size=672, num_hidden_layers=6,
-                      num_attention_heads=8, num_key_value_heads=4, head_dim=32, max_position_embeddings=256)}
 BATCH, STEPS = 32, 8
 BOS, EOS = 1, 2
 
 
 def make_pairs(vocab_size: int) -> list[Pair]:
-    """STEPS batches of pairs of random tokens: prompts of 60 to 100 tokens, responses of 20 to 40."""
-    draw = random.Random(0)
+    """STEPS batches of pairs of random tokens: prompts of 60 to 100 tokens, responses of 20 to 40; on a GPU
+    five times as long."""
+    draw, scale = random.Random(0), 5 if device() == "cuda" else 1
 
     def ids(low: int, high: int) -> list[int]:
-        return [draw.randrange(3, vocab_size) for _ in range(draw.randint(low, high))]
+        return [draw.randrange(3, vocab_size) for _ in range(scale * draw.randint(low, high))]
 
     return [Pair(str(i), [BOS, *ids(59, 99)], [*ids(19, 39), EOS], [*ids(19, 39), EOS])
             for i in range(BATCH * STEPS)]
@@ -58,14 +57,11 @@ def tokens_of(pair: Pair) -> int:
     return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
 
 
-def memory(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MB."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def now() -> float:
     """Seconds; with one thread those of CPU time, which other work on the machine changes less."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
     return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
@@ -73,21 +69,23 @@ class Clock:
     """Seconds between the ends of consecutive steps; the first step is left out as a start-up."""
 
     def __init__(self) -> None:
-        self.ends, self.before = [], memory("VmRSS")
+        self.ends = []
+        self.before = torch.cuda.memory_allocated() / 1e6 if device() == "cuda" else process_memory("VmRSS")
 
     def tick(self) -> None:
         self.ends.append(now())
 
     def result(self) -> dict:
         seconds = median(b - a for a, b in zip(self.ends, self.ends[1:]))
-        return {"seconds": seconds, "peak_mb": memory("VmHWM"), "growth_mb": memory("VmHWM") - self.before}
+        peak = peak_memory(torch.device(device()))
+        return {"seconds": seconds, "peak_mb": peak, "growth_mb": peak - self.before}
 
 
 # --- contenders: each runs in a process of its own ------------------------------------------------
 
 def ours(directory: str, dtype: str, kind: str) -> dict:
     """`fit` on preference_loss, as irpo.py does; kind: micro_batch_tokens."""
-    model = load_model(directory)
+    model = load_model(directory, device())
     config = irpo.Config(model=directory, batch_size=BATCH, epochs=2, precision=dtype,
                          micro_batch_tokens=int(kind))
     pairs = add_reference(model, make_pairs(model.config.vocab_size), config)
@@ -127,8 +125,8 @@ def trl(directory: str, dtype: str, kind: str) -> dict:
         options = DPOConfig(
             output_dir=folder, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
             precompute_ref_log_probs=True, per_device_train_batch_size=BATCH, num_train_epochs=2,
-            learning_rate=1e-6, bf16=dtype == "bf16", gradient_checkpointing=False, max_length=256,
-            use_cpu=True, save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
+            learning_rate=1e-6, bf16=dtype == "bf16", gradient_checkpointing=False, max_length=2048,
+            use_cpu=device() == "cpu", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
         trainer = DPOTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer,
                              callbacks=[Ticks()])
         example = trainer.train_dataset[0]
@@ -141,8 +139,8 @@ def trl(directory: str, dtype: str, kind: str) -> dict:
 
 def matrix_rate(directory: str, dtype: str, kind: str) -> dict:
     """FLOP/s of a product of two square matrices."""
-    n = 2048
-    a = torch.randn(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+    n = 8192 if device() == "cuda" else 2048
+    a = torch.randn(n, n, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32, device=device())
     seconds = []
     for _ in range(10):
         start = now()
@@ -184,18 +182,18 @@ def train_rows(sizes: list[str], rounds: int, threads: int, budgets: list[int], 
 
 def rows_of(size: str, variants: list[tuple], rounds: int, threads: int) -> list[dict]:
     """Measurements in turns, so that a busy minute of the machine hits all variants."""
-    config, pairs, rows = SIZES[size], make_pairs(SIZES[size].vocab_size), []
+    config, pairs, rows = SHAPES[size], make_pairs(SHAPES[size].vocab_size), []
     found, peaks = {variant: [] for variant in variants}, {"fp32": [], "bf16": []}
     with tempfile.TemporaryDirectory() as folder:
-        model = Llama(config).initialize(0)
-        save_model(model, Path(folder) / "model")
+        save_model(Llama(config).initialize(0), Path(folder) / "model")
         for _ in range(rounds):
             for name, dtype, kind, python in variants:
                 found[name, dtype, kind, python].append(run(python, name, f"{folder}/model", dtype, kind, threads))
             for dtype, rates in peaks.items():
                 rates.append(run(sys.executable, "matrix_rate", "", dtype, "", threads)["flops"])
-    head = config.vocab_size * config.hidden_size  # sees response tokens only; the embedding is no product
-    blocks = sum(p.numel() for p in model.parameters()) - 2 * head
+    counts = parameters(config)
+    head = counts.embedding  # as large as the head, which sees response tokens only; itself it is no product
+    blocks = counts.total - counts.embedding - counts.head
     for (name, dtype, kind, _), results in found.items():
         middle = {key: median(result[key] for result in results) for key in results[0]}
         row = {"size": size, "name": name, "dtype": dtype, "kind": kind, "threads": threads, "rounds": rounds,
@@ -223,44 +221,55 @@ def padding(pairs: list[Pair], budget: int) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """All rows, and the ratios of the fastest ones."""
-    lines = [f"{'model':6}{'':6}{'dtype':6}{'variant':>8}{'tok/s':>10}{'peak MB':>9}{'training':>10}{'padding':>9}"
-             f"{'of matrix rate':>16}"]
+    """Markdown: all rows, the fastest ones marked, and their ratios."""
+    lines = ["| model | trainer | dtype | variant | tok/s | peak MB | of them by training | padding | of matrix rate |",
+             "|---|---|---|---|---:|---:|---:|---:|---:|"]
     for row in rows:
-        extra = f"{row['padding']:9.1%}{row['share_of_matrix_rate']:16.1%}" if "padding" in row else ""
-        lines.append(f"{row['size']:6}{row['name']:6}{row['dtype']:6}{row['kind']:>8}{row['tokens_per_second']:10,.0f}"
-                     f"{row['peak_mb']:9,.0f}{row['growth_mb']:10,.0f}{extra}{'  *' * ('fastest' in row)}")
+        extra = f"{row['padding']:.1%} | {row['share_of_matrix_rate']:.1%}" if "padding" in row else "|"
+        mark = "**" if "fastest" in row else ""
+        lines.append(f"| {row['size']} | {row['name']} | {row['dtype']} | {row['kind']} "
+                     f"| {mark}{row['tokens_per_second']:,.0f}{mark} | {row['peak_mb']:,.0f} | {row['growth_mb']:,.0f} "
+                     f"| {extra} |")
     fastest = [row for row in rows if "fastest" in row]
     ours_of = {row["size"]: row for row in fastest if row["name"] == "ours"}
+    lines.append("")
     for row in fastest:
         if row["name"] == "trl":
             a = ours_of[row["size"]]
-            lines.append(f"{row['size']}: {a['tokens_per_second'] / row['tokens_per_second']:.2f} times the tokens per "
-                         f"second of TRL ({row['dtype']}, {row['kind']}), {a['peak_mb'] / row['peak_mb']:.2f} of its "
-                         f"peak memory, {a['growth_mb'] / row['growth_mb']:.2f} of what training adds to it")
-    return "\n".join(lines)
+            lines.append(f"- {row['size']}: {a['tokens_per_second'] / row['tokens_per_second']:.2f} times the tokens "
+                         f"per second of TRL ({row['dtype']}, {row['kind']}), {a['peak_mb'] / row['peak_mb']:.2f} of "
+                         f"its peak memory, {a['growth_mb'] / row['growth_mb']:.2f} of what training adds to it")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    cuda = device() == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["1b"] if cuda else ["toy", "5m"],
+                        help="sizes of the random models")
     parser.add_argument("--rounds", type=int, default=3, help="processes per variant, medians over them")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--budgets", type=int, nargs="+", default=[4096], help="--micro_batch_tokens of ours")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on a CPU")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[16384 if cuda else 4096],
+                        help="--micro_batch_tokens of ours")
     parser.add_argument("--peer_python", default=sys.executable, help="a Python that has trl")
-    parser.add_argument("--out", default="", help="JSON file for the rows")
+    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of table and JSON")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         name, *rest = arguments.worker
         print(json.dumps(CONTENDERS[name](*rest)))
         return
+    load = os.getloadavg()[0]
     rows = train_rows(arguments.sizes, arguments.rounds, arguments.threads, arguments.budgets, arguments.peer_python)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.out / "train.json", rows)
+    head = (f"# A DPO + NLL step\n\n{hardware(device())}; torch {torch.__version__}, {arguments.threads} threads; "
+            f"{BATCH} pairs a step; medians of {arguments.rounds} rounds; load of the machine at the start {load:.1f}."
+            "\n\n")
+    write_text(arguments.out / "train.md", head + table(rows))
     print(table(rows))
-    if arguments.out:
-        write_json(Path(arguments.out), rows)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -161,10 +161,14 @@ def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Tensor, Te
 def decode(model: Llama, rows: Rows, settings: Settings) -> None:
     """One token more for every row. No result is waited for, so that a GPU may run ahead."""
     hidden = model.hidden(rows.tokens[:, None], rows.cache)[:, -1]  # (R, D)
-    at = torch.arange(len(hidden), device=hidden.device)
-    several = max(256, LOGITS // model.config.vocab_size)
+    at, several = torch.arange(len(hidden), device=hidden.device), rows_together(model)
     for some, part in zip(at.split(several), hidden.split(several)):
         draw(rows, some, model.lm_head(part).float(), settings)
+
+
+def rows_together(model: Llama) -> int:
+    """Rows whose next tokens are drawn together."""
+    return max(256, LOGITS // model.config.vocab_size)
 
 
 def draw(rows: Rows, at: Tensor, logits: Tensor, settings: Settings) -> None:
@@ -190,9 +194,12 @@ def admit(model: Llama, rows: Rows, prompts: dict[int, list[int]], slots: list[i
     rows.cache.enter(cache, lengths, torch.tensor(slots, device=device), at)
     names = torch.tensor([prompt_key(prompt) for prompt in prompts.values()], device=device)
     samples = torch.tensor(settings.samples, device=device).repeat(len(prompts))
-    rows.keys[at] = sample_keys(settings.seed, names.repeat_interleave(N), samples)
+    of = torch.arange(len(prompts), device=device).repeat_interleave(N)  # (n*N,) the prompt of each row
+    rows.keys[at] = sample_keys(settings.seed, names[of], samples)
     rows.live[at] = True
-    draw(rows, at, logits.repeat_interleave(N, 0), settings)
+    several = rows_together(model)
+    for some, part in zip(at.split(several), of.split(several)):
+        draw(rows, some, logits[part], settings)
 
 
 def recorded(step: Callable[[], None], cache: KVCache) -> Callable[[], None]:

@@ -100,6 +100,6 @@ def test_our_training_is_measured(tmp_path, monkeypatch):
     """Two batches, as the bench's processes take many."""
     monkeypatch.setattr(bench_train, "STEPS", 2)
     monkeypatch.setattr(bench_train, "BATCH", 2)
-    bench_train.save_model(bench_train.Llama(bench_train.SIZES["toy"]).initialize(0), tmp_path / "model")
+    bench_train.save_model(Llama(TINY).initialize(0), tmp_path / "model")
     result = bench_train.ours(str(tmp_path / "model"), "fp32", "4096")
     assert 0 < result["seconds"] < 60 and result["peak_mb"] > 0
