@@ -10,7 +10,7 @@ sides, so that the ratio is that of pairs per second. Ours computes the prompt o
 rate" counts only what it does compute: 6 FLOPs per weight (but for the embedding) and token of its rows, over the
 FLOPs of a large product of the same dtype. Every measurement is a process of its own; contenders take turns.
 
-    python bench_train.py                                    # two model sizes, 3 rounds, about 15 minutes
+    python bench_train.py                                    # two model sizes, 3 rounds, about 17 minutes
     python bench_train.py --sizes toy --rounds 1 --peer_python /path/to/python    # one that has trl
 """
 import argparse
@@ -188,7 +188,10 @@ def rows_of(size: str, variants: list[tuple], rounds: int, threads: int) -> list
         save_model(Llama(config).initialize(0), Path(folder) / "model")
         for _ in range(rounds):
             for name, dtype, kind, python in variants:
-                found[name, dtype, kind, python].append(run(python, name, f"{folder}/model", dtype, kind, threads))
+                result = run(python, name, f"{folder}/model", dtype, kind, threads)
+                found[name, dtype, kind, python].append(result)
+                print(f"{name:5} {size} {dtype} {kind:5} {result['seconds']:.3f} s a step, {result['peak_mb']:,.0f} MB",
+                      flush=True)
             for dtype, rates in peaks.items():
                 rates.append(run(sys.executable, "matrix_rate", "", dtype, "", threads)["flops"])
     counts = parameters(config)
