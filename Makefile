@@ -93,7 +93,7 @@ smoke: base  ## every step of irpo.py on forty questions, in half a minute
 	$(PY) report.py runs/smoke
 
 PEER ?= $(PY)
-bench: .venv/development  ## our sampling beside transformers' generate, our training beside TRL's where PEER=PYTHON has it (35 minutes)
+bench: .venv/development  ## our sampling beside transformers' generate, our training beside TRL's where PEER=PYTHON has it (30 minutes)
 	$(PY) bench.py --out results/bench $(ARGS)
 	$(PY) bench_train.py --peer_python $(PEER) --out results/bench
 
