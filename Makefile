@@ -104,14 +104,15 @@ clean:  ## remove the environment and all runs
 	rm -rf .venv runs
 
 # --- tables of many runs ------------------------------------------------------------------------
-# One thread per run (but not for the base, which make irpo trains with all) and two runs at a time (make -j2) use two cores better than one run with two.
+# One thread per run and two runs at a time (make -j2) use two cores better than one run with two. The base, which make irpo
+# trains, too, has all threads, unless runs go side by side: two with two threads each would take ten times as long.
 # All cells of a seed start from the same M_0, so they share its evaluation and its first samples:
 # the files are those that each run would write itself.
 SEEDS ?= 0 1 2
 ONE = OMP_NUM_THREADS=1
 
 runs/base-s%/model: | .venv/runtime
-	$(PY) train.py --preset base --seed $* --run_dir runs/base-s$*
+	$(if $(filter -j%,$(MAKEFLAGS)),$(ONE)) $(PY) train.py --preset base --seed $* --run_dir runs/base-s$*
 
 # $(call run,folder,seed,flags,folder whose iter0 and first samples are shared)
 define run
