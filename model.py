@@ -374,6 +374,11 @@ class Decoder(nn.Module):
         return x[:, :T]
 
 
+def logits_at_once(config: ModelConfig) -> int:
+    """Tokens whose logits are in memory at the same time; at least a good size for a matrix product."""
+    return max(512, LOGITS_AT_ONCE // config.vocab_size)
+
+
 class Llama(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -418,8 +423,7 @@ class Llama(nn.Module):
 
     @property
     def rows_at_once(self) -> int:
-        """Places whose logits are in memory at the same time; at least a good size for a matrix product."""
-        return max(512, LOGITS_AT_ONCE // self.config.vocab_size)
+        return logits_at_once(self.config)
 
     def initialize(self, seed: int) -> "Llama":
         """Fresh weights: normal, std 0.02, divided by sqrt(2 * layers) where a block writes its output."""

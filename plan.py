@@ -28,7 +28,7 @@ import torch
 from checkpoint import load_config
 from experiment import at_least, one_of, option
 from losses import ROWS
-from model import LOGITS_AT_ONCE, WIDTHS, ModelConfig
+from model import WIDTHS, ModelConfig, logits_at_once
 
 
 def shape(vocab, width, inner, layers, heads, kv_heads, positions, **more) -> ModelConfig:
@@ -132,6 +132,11 @@ class Config:
         """Items of one forward pass; one is always possible."""
         return min(self.items, max(1, self.micro_batch_tokens // self.tokens))
 
+    @property
+    def scored(self) -> int:
+        """Rows that the head sees in one forward pass: its response tokens, rounded up by losses.in_chunks."""
+        return ROWS * math.ceil(self.micro_batch * self.responses / ROWS)
+
 
 # ---- formulas of the model -----------------------------------------------------------------------
 
@@ -178,8 +183,7 @@ def activation_bytes(model: ModelConfig, config: Config, decoders: int) -> tuple
     and of two bfloat16 activations of the MLP, and with --checkpoint_activations the block, computed again.
     """
     D, width = model.hidden_size, WIDTHS * math.ceil(config.tokens / WIDTHS)
-    tokens = config.micro_batch * width
-    scored = ROWS * math.ceil(config.micro_batch * config.responses / ROWS)
+    tokens, scored = config.micro_batch * width, config.scored
     bias, again = width if config.method == "irpo" else 0, config.checkpoint_activations
     block = block_bytes(model, bias > 0)
     kept = tokens * (decoders * model.num_hidden_layers * (4 * D if again else block) + 2 * bias)
@@ -187,11 +191,6 @@ def activation_bytes(model: ModelConfig, config: Config, decoders: int) -> tuple
     logits = min(scored, logits_at_once(model)) * model.vocab_size
     in_block = tokens * (again * block + 4 * D + 2 * 2 * model.intermediate_size)
     return kept + last + 3 * 4 * logits, kept + last + 2 * logits, kept + in_block
-
-
-def logits_at_once(model: ModelConfig) -> int:
-    """Tokens whose logits are in memory at a time: Llama.rows_at_once. More are computed again in backward."""
-    return max(512, LOGITS_AT_ONCE // model.vocab_size)
 
 
 def cache_bytes(model: ModelConfig) -> int:
@@ -255,7 +254,7 @@ def training_bytes(model: ModelConfig, config: Config, trained: int, decoders: i
     state = 0 if config.cpu_offload and sharded else trained / n
     at_start, at_head, in_block = activation_bytes(model, config, decoders)
     head = model.vocab_size * model.hidden_size
-    so_far = 2 * head * (config.micro_batch * config.responses > logits_at_once(model))  # gradient of earlier chunks
+    so_far = 2 * head * (config.scored > logits_at_once(model))  # gradient of earlier chunks
     # moments of backward, each with its activations and the gradients on their way: bfloat16, float32, reduced
     tied = 4 * head if model.tie_word_embeddings else 0  # waits for the embedding's to be added to
     if sharded:  # the outermost group is whole in float32, and its gradients are reduced last
@@ -285,7 +284,7 @@ def training_seconds(model: ModelConfig, config: Config, trained: int, decoders:
     width, scored = WIDTHS * math.ceil(config.tokens / WIDTHS), config.items * config.responses
     blocks = decoders * block_flops(model, config.items * width, width)
     head = head_flops(model, scored)
-    chunks = config.micro_batch * config.responses > logits_at_once(model)
+    chunks = config.scored > logits_at_once(model)
     flops = 3 * (blocks + head) + config.checkpoint_activations * blocks + chunks * head
     in_blocks = decoders * model.num_hidden_layers * counts.block  # bfloat16, the others float32
     gathered = (2 * in_blocks + 4 * (trained - in_blocks)) * (n - 1) / n

@@ -161,14 +161,13 @@ def prefill(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Tensor, Te
 def decode(model: Llama, rows: Rows, settings: Settings) -> None:
     """One token more for every row. No result is waited for, so that a GPU may run ahead."""
     hidden = model.hidden(rows.tokens[:, None], rows.cache)[:, -1]  # (R, D)
-    at, several = torch.arange(len(hidden), device=hidden.device), rows_together(model)
-    for some, part in zip(at.split(several), hidden.split(several)):
-        draw(rows, some, model.lm_head(part).float(), settings)
+    for at, part in in_parts(model, torch.arange(len(hidden), device=hidden.device), hidden):
+        draw(rows, at, model.lm_head(part).float(), settings)
 
 
-def rows_together(model: Llama) -> int:
-    """Rows whose next tokens are drawn together."""
-    return max(256, LOGITS // model.config.vocab_size)
+def in_parts(model: Llama, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Parts (n, ...) of rows (R, ...), so small that next tokens may be drawn for a part at once."""
+    return zip(*(x.split(max(256, LOGITS // model.config.vocab_size)) for x in rows))
 
 
 def draw(rows: Rows, at: Tensor, logits: Tensor, settings: Settings) -> None:
@@ -197,8 +196,7 @@ def admit(model: Llama, rows: Rows, prompts: dict[int, list[int]], slots: list[i
     of = torch.arange(len(prompts), device=device).repeat_interleave(N)  # (n*N,) the prompt of each row
     rows.keys[at] = sample_keys(settings.seed, names[of], samples)
     rows.live[at] = True
-    several = rows_together(model)
-    for some, part in zip(at.split(several), of.split(several)):
+    for some, part in in_parts(model, at, of):
         draw(rows, some, logits[part], settings)
 
 

@@ -185,6 +185,15 @@ def dry_run(arguments: list[str], makefile: Path) -> subprocess.CompletedProcess
                           capture_output=True, env=environment)
 
 
+@pytest.mark.parametrize("flags, threads", [([], False), (["-j2"], True), (["-k", "-j"], True)])
+def test_bases_side_by_side_have_one_thread_each(flags, threads):
+    """Two with two threads each took ten times as long; one alone is to use all cores."""
+    goal = "runs/base-s98765/model"
+    dry = dry_run([*flags, goal], ROOT / "Makefile")
+    [line] = [line for line in dry.stdout.splitlines() if "train.py --preset base" in line]
+    assert ("OMP_NUM_THREADS=1" in line) == threads
+
+
 def make_faults(arguments: list[str], makefile: Path) -> list[str]:
     """What `make -n` refuses, variables that the Makefile does not use, and faults of its
     recipes."""
