@@ -18,6 +18,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -263,9 +264,13 @@ def main() -> None:
         name, *rest = arguments.worker
         print(json.dumps(CONTENDERS[name](*rest)))
         return
+    if min(arguments.rounds, arguments.threads, *arguments.budgets) < 1:
+        parser.error("--rounds, --threads and --budgets must be at least 1")
+    if not shutil.which(arguments.peer_python):
+        parser.error(f"--peer_python {arguments.peer_python}: there is no such program")
+    arguments.out.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
     rows = train_rows(arguments.sizes, arguments.rounds, arguments.threads, arguments.budgets, arguments.peer_python)
-    arguments.out.mkdir(parents=True, exist_ok=True)
     write_json(arguments.out / "train.json", rows)
     head = (f"# A DPO + NLL step\n\n{hardware(device())}; torch {torch.__version__}, {arguments.threads} threads; "
             f"{BATCH} pairs a step; medians of {arguments.rounds} rounds; load of the machine at the start {load:.1f}."

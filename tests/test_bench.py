@@ -103,3 +103,15 @@ def test_our_training_is_measured(tmp_path, monkeypatch):
     bench_train.save_model(Llama(TINY).initialize(0), tmp_path / "model")
     result = bench_train.ours(str(tmp_path / "model"), "fp32", "4096")
     assert 0 < result["seconds"] < 60 and result["peak_mb"] > 0
+
+
+@pytest.mark.parametrize("flags", [["--rounds", "0"], ["--budgets", "4096", "0"], ["--peer_python", "no/such/python"],
+                                   ["--sizes", "huge"]])
+def test_training_that_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, flags):
+    """Before minutes of work, not after."""
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", "--out", str(tmp_path / "out"), *flags])
+    with pytest.raises(SystemExit) as error:
+        bench_train.main()
+    assert error.value.code == 2
+    assert flags[0] in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
