@@ -55,7 +55,7 @@ ifneq ($(TASK),toy)
 $(if $(MODEL),,$(if $(GOALS),$(error name a model directory: make $(firstword $(GOALS)) TASK=$(TASK) MODEL=dir)))
 irpo rft reft: setup
 	$(RUN) $@.py --task $(TASK) --model $(MODEL) --seed $(SEED) --run_dir runs/$@-$(TASK)-s$(SEED) $(ARGS)
-	$(PY) $(if $(filter irpo,$@),report.py,report_$@.py) runs/$@-$(TASK)-s$(SEED)
+	$(PY) -m tools.$(if $(filter irpo,$@),report,report_$@) runs/$@-$(TASK)-s$(SEED)
 else
 $(if $(and $(MODEL),$(filter-out eval sft,$(GOALS))),$(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own))
 ifneq ($(strip $(ARGS)),)
@@ -69,13 +69,13 @@ irpo: base  ## IRPO on the toy world, with plain DPO and SFT on the winners besi
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/irpo-s$(SEED)
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
 	$(TOY) --model $(BASE) --seed $(SEED) --run_dir runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
-	$(PY) report.py runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
+	$(PY) -m tools.report runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
 
 rft: $(foreach cell,k50 k6 k1 matched,runs/rft/$(cell)/s$(SEED)/results.json)  ## RFT on the toy world: SFT, k = 1, 6 and 50, and SFT for as many steps
-	$(PY) report_rft.py runs/rft --out runs/rft-report
+	$(PY) -m tools.report_rft runs/rft --out runs/rft-report
 
 reft: $(foreach cell,reft nokl sft offline_st,runs/reft/$(cell)/s$(SEED)/results.json)  ## ReFT on the toy world, with and without KL, beside SFT and offline self-training
-	$(PY) report_reft.py runs/reft --out runs/reft-report
+	$(PY) -m tools.report_reft runs/reft --out runs/reft-report
 endif
 endif
 
@@ -90,15 +90,15 @@ torture: setup  ## SFT, IRPO and PPO killed 20 times each and run again: every f
 
 smoke: base  ## every step of irpo.py on forty questions, in half a minute
 	$(PY) irpo.py --preset smoke --model $(BASE) --run_dir runs/smoke
-	$(PY) report.py runs/smoke
+	$(PY) -m tools.report runs/smoke
 
 PEER ?= $(PY)
 bench: .venv/development  ## our sampling beside transformers' generate, our training beside TRL's where PEER=PYTHON has it (30 minutes)
-	$(PY) bench.py --out results/bench $(ARGS)
-	$(PY) bench_train.py --peer_python $(PEER) --out results/bench
+	$(PY) -m tools.bench --out results/bench $(ARGS)
+	$(PY) -m tools.bench_train --peer_python $(PEER) --out results/bench
 
 report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
-	$(PY) report.py $(RUNS)
+	$(PY) -m tools.report $(RUNS)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv runs
@@ -138,7 +138,7 @@ endef
 $(foreach seed,$(SEEDS),$(eval $(call table_of_seed,$(seed))))
 
 irpo-table: setup $(foreach cell,$(TABLE),$(SEEDS:%=runs/table/$(cell)/s%/results.json))  ## every row of the paper's GSM8K table on the toy world, 3 seeds: make -j2 irpo-table
-	$(PY) report.py --table runs/table --out results/irpo-table
+	$(PY) -m tools.report --table runs/table --out results/irpo-table
 
 # When does the NLL term matter? alpha x beta, with half of the questions and pairs and twice the rate.
 ALPHAS = 0 0.25 0.5 1 2
@@ -152,7 +152,7 @@ endef
 $(foreach seed,$(SEEDS),$(foreach cell,$(GRID),$(eval $(call sweep_cell,$(cell),$(seed)))))
 
 ablate-nll: setup $(foreach cell,$(GRID),$(SEEDS:%=runs/sweep/$(cell)/s%/results.json))  ## alpha x beta, 3 seeds: make -j2 ablate-nll
-	$(PY) report.py --sweep runs/sweep --out results/ablate-nll
+	$(PY) -m tools.report --sweep runs/sweep --out results/ablate-nll
 
 # --- RFT ------------------------------------------------------------------------------------------
 # runs/rft/k50/sSEED samples k = 50 paths; the other cells select from its file, or from several.
@@ -189,10 +189,10 @@ endef
 $(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call rft_of_seed,$(seed))))
 
 rft-pool: setup runs/rft/pool/s$(SEED)/results.json  ## three small models of different width and seed, their paths pooled
-	$(PY) report_rft.py runs/rft --out runs/rft-report
+	$(PY) -m tools.report_rft runs/rft --out runs/rft-report
 
 rft-table: setup $(foreach cell,k50 $(RFT_CELLS),$(SEEDS:%=runs/rft/$(cell)/s%/results.json))  ## every row of RFT on the toy world, 3 seeds: make -j2 rft-table
-	$(PY) report_rft.py runs/rft --out results/rft
+	$(PY) -m tools.report_rft runs/rft --out results/rft
 
 # --- ReFT -----------------------------------------------------------------------------------------
 # runs/reft/reft/sSEED makes the warm-up model; the other cells of a seed start from copies of it.
@@ -206,7 +206,7 @@ endef
 # $(call rerank_run,method,seed): best of 8 test samples by a reward model that starts from the method's
 define rerank_run
 runs/reft/rerank-$(1)/s$(2)/results.json: runs/reft/$(1)/s$(2)/results.json runs/labelled-s$(2)/eval_samples.jsonl
-	$(ONE) $(PY) rerank.py --preset toy --model runs/reft/$(1)/s$(2)/iter1/model --labelled runs/labelled-s$(2)/eval_samples.jsonl --candidates runs/reft/$(1)/s$(2)/iter1/eval_sampled.jsonl --seed $(2) --run_dir runs/reft/rerank-$(1)/s$(2)
+	$(ONE) $(PY) -m tools.rerank --preset toy --model runs/reft/$(1)/s$(2)/iter1/model --labelled runs/labelled-s$(2)/eval_samples.jsonl --candidates runs/reft/$(1)/s$(2)/iter1/eval_sampled.jsonl --seed $(2) --run_dir runs/reft/rerank-$(1)/s$(2)
 endef
 runs/labelled-s%/eval_samples.jsonl: runs/reft/reft/s%/results.json
 	$(ONE) $(PY) evaluate.py --preset toy --model runs/reft/reft/s$*/iter0/model --split train --limit 1000 --num_samples 8 --temperature 1 --seed $* --run_dir runs/labelled-s$*
@@ -228,7 +228,7 @@ endef
 $(foreach seed,$(sort $(SEEDS) $(SEED)),$(eval $(call reft_of_seed,$(seed))))
 
 reft-table: setup $(foreach cell,$(REFT_CELLS),$(SEEDS:%=runs/reft/$(cell)/s%/results.json))  ## every row of ReFT on the toy world, 3 seeds: make -j2 reft-table
-	$(PY) report_reft.py runs/reft --out results/reft
+	$(PY) -m tools.report_reft runs/reft --out results/reft
 
 # A cell of the two below is named by its flags: reft+gae_lambda@0.5 is --method reft --gae_lambda 0.5.
 flags_of = --method $(subst @, ,$(subst +, --,$(1)))
@@ -240,7 +240,7 @@ TUNE += $(foreach lr,1e-5 3e-5 1e-4 3e-4,online_st+lr@$(lr))
 $(foreach cell,$(TUNE),$(eval $(call reft_run,reft-tune/$(cell),0,$(call flags_of,$(cell)),reft/reft)))
 
 reft-tune: setup $(TUNE:%=runs/reft-tune/%/s0/results.json)  ## learning rates and epochs of ReFT's baselines, chosen on dev of seed 0
-	$(PY) report_reft.py runs/reft-tune --out results/reft/tune
+	$(PY) -m tools.report_reft runs/reft-tune --out results/reft/tune
 
 # The warm-up's length and lambda, around the cell of the table.
 WARM = $(foreach epochs,1 4 8,reft+warmup_epochs@$(epochs))
@@ -250,4 +250,4 @@ $(foreach seed,$(SEEDS),$(foreach cell,$(LAMBDAS),$(eval $(call reft_run,reft-sw
 
 reft-sweep: setup $(foreach cell,$(WARM) $(LAMBDAS),$(SEEDS:%=runs/reft-sweep/$(cell)/s%/results.json)) $(SEEDS:%=runs/reft/reft/s%/results.json)  ## ReFT over epochs of warm-up and over lambda, 3 seeds: make -j2 reft-sweep
 	ln -sfn ../reft/reft runs/reft-sweep/reft
-	$(PY) report_reft.py runs/reft-sweep --out results/reft/sweep
+	$(PY) -m tools.report_reft runs/reft-sweep --out results/reft/sweep

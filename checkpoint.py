@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from model import Llama, ModelConfig
-from parallel import barrier, by_first, device, gather, like, rank, split, whole, world
+from infra.parallel import barrier, by_first, device, gather, like, rank, split, whole, world
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 ONLY = {  # fields of config.json with the one value that model.py computes, which is also their default

@@ -28,12 +28,14 @@ from tqdm import tqdm
 import data
 from checkpoint import load_sampler, weights_hash
 from data.tokenizer import load_tokenizer
-from experiment import FREE, at_least, open_run, option, parse_config, read_jsonl, run_script, write_json, write_jsonl
+from infra.experiment import (FREE, at_least, open_run, option, parse_config, read_jsonl, run_script, write_json,
+                              write_jsonl)
 from model import Llama, ModelConfig
-from parallel import collected, dealt, gather, missing, node_size, rank, world
+from infra.parallel import collected, dealt, gather, missing, node_size, rank, world
 from rewards import Grade, grade, grade_programs, require_math_verify
 from sample import Response, cache_budget, generate
-from train import TaskOptions, items_hash
+from data.task import TaskOptions
+from train import items_hash
 
 
 @dataclass(frozen=True)

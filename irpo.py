@@ -39,11 +39,11 @@ from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
 from evaluate import (Answered, SampleOptions, answer, answer_to, evaluate_model, held_out, load_answered,
                       self_check, summarize)
-from experiment import (at_least, derive_seed, log, one_of, open_run, option, parse_config, read_json,
+from infra.experiment import (at_least, derive_seed, log, one_of, open_run, option, parse_config, read_json,
                         read_jsonl, run_script, write_json, write_jsonl)
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
-from parallel import barrier, computed, missing, rank, world
+from infra.parallel import barrier, computed, missing, rank, world
 from train import (TrainOptions, autocast, branch_logps, fit, items_hash, load_trained, micro_batches, num_steps,
                    response_logps, save_trained, to_train)
 
@@ -428,7 +428,7 @@ def main() -> None:
         folder = run / f"iter{t}"
         rows += [training_row(folder, num_parameters, t), *read_json(folder / "eval.json")]
     write_json(run / "results.json", rows)
-    print(f"{run / 'results.json'} is written; python report.py {run} draws it")
+    print(f"{run / 'results.json'} is written; python -m tools.report {run} draws it")
 
 
 if __name__ == "__main__":

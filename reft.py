@@ -43,12 +43,12 @@ from data.prompts import PROMPTS
 from data.tokenizer import load_tokenizer
 from evaluate import (Sample, SampleOptions, answer, answer_to, evaluate_model, held_out, read_answered,
                       self_check, summarize)
-from experiment import (at_least, derive_seed, finishing_steps, log, one_of, open_run, option, parse_config,
+from infra.experiment import (at_least, derive_seed, finishing_steps, log, one_of, open_run, option, parse_config,
                         read_json, read_jsonl, run_script, write_json)
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss,
                     ppo_policy_loss, ppo_value_loss, whiten)
 from model import Llama
-from parallel import barrier, computed, device, missing, rank, world
+from infra.parallel import barrier, computed, device, missing, rank, world
 from rewards import READ, read_number
 from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, items_hash,
                    load_trained, micro_batches, new_optimizer, num_steps, padded, prepare, response_logps,
@@ -559,7 +559,7 @@ def main() -> None:
     barrier()
     rows = [*read_json(pi_0 / "eval.json"), training_row(config, pi), *read_json(pi / "eval.json")]
     write_json(run / "results.json", rows)
-    print(f"{run / 'results.json'} is written; python report_reft.py {run} draws it")
+    print(f"{run / 'results.json'} is written; python -m tools.report_reft {run} draws it")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-import latex
-import sandbox
+from grading import latex
+from grading import sandbox
 
 require_math_verify = latex.require_math_verify  # for the drivers to call at start
 

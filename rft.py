@@ -33,9 +33,9 @@ from checkpoint import load_model, load_sampler, weights_hash
 from data.prompts import encode_solution, gold_text
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer_to, evaluate_model, held_out, read_answered, self_check
-from experiment import (derive_seed, log, one_of, open_run, option, parse_config, read_json, read_jsonl,
+from infra.experiment import (derive_seed, log, one_of, open_run, option, parse_config, read_json, read_jsonl,
                         run_script, write_json, write_jsonl)
-from parallel import barrier, collected, dealt, missing, world
+from infra.parallel import barrier, collected, dealt, missing, world
 from rewards import OWN_FORMAT, equations, equations_hold, grade
 from train import Example, TrainOptions, fit_sft, items_hash, load_trained, num_steps, save_trained, to_train
 
@@ -346,7 +346,7 @@ def main() -> None:
     rows = read_json(sft / "eval.json") if (sft / "eval.json").exists() else []
     rows += [training_row(config, rft), *read_json(rft / "eval.json")]
     write_json(run / "results.json", rows)
-    print(f"{run / 'results.json'} is written; python report_rft.py {run} draws it")
+    print(f"{run / 'results.json'} is written; python -m tools.report_rft {run} draws it")
 
 
 def evaluate(config: Config, folder: Path, tokenizer, iteration: int) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from checkpoint import load_sampler
 from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
 from data.tokenizer import load_tokenizer, pieces
-from experiment import run_script
+from infra.experiment import run_script
 from model import KVCache, Llama, pad
 
 BLOCK = 64  # tokens of the vocabulary that are drawn together first

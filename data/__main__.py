@@ -11,9 +11,9 @@ import os
 from dataclasses import dataclass
 
 from data.prompts import gold_text
+from data.task import TaskOptions
 from data.tokenizer import load_tokenizer, pieces
-from experiment import option, parse_config, run_script
-from train import TaskOptions
+from infra.experiment import option, parse_config, run_script
 
 GREY, GREEN = ("\033[90m", "\033[37m"), ("\033[32m", "\033[92m")  # two shades, for token beside token
 

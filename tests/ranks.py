@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
-import parallel  # noqa: E402
+from infra import parallel  # noqa: E402
 import reft  # noqa: E402
 from checkpoint import load_model, load_state, sampler_of, save_model, save_state, weights_hash  # noqa: E402
-from parallel import rank, whole, world  # noqa: E402
+from infra.parallel import rank, whole, world  # noqa: E402
 from sample import generate  # noqa: E402
 from test_reft import config_of, some_rollouts  # noqa: E402
 from test_train import examples, nll  # noqa: E402

@@ -9,7 +9,7 @@ from unittest import mock
 
 def report(script: ModuleType, root: Path, out: Path) -> tuple[str, dict]:
     """The Markdown and the JSON that report_NAME.py writes of runs."""
-    name = script.__name__.removeprefix("report_")
+    name = script.__name__.removeprefix("tools.").removeprefix("report_")
     with mock.patch.object(sys, "argv", [script.__file__, str(root), "--out", str(out)]):
         script.main()
     return (out / f"{name}.md").read_text(), json.loads((out / f"{name}.json").read_text())

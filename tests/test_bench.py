@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import bench
-import bench_train
+from tools import bench
+from tools import bench_train
 from model import Llama, ModelConfig
 
 TINY = ModelConfig(96, 64, 160, 2, 4, 2, 16, max_position_embeddings=256)

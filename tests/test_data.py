@@ -18,10 +18,10 @@ from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenize
 import evaluate
 import irpo
 import rft
-from experiment import run_script
+from infra.experiment import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
 from sample import generate, print_stream, stream
-from train import TaskOptions
+from data.task import TaskOptions
 
 ROWS = {  # one record of each format, as the data sets write them
     "gsm8k": {"question": "Ann has 4 pens and buys 3. How many has she?",

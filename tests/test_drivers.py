@@ -25,7 +25,7 @@ import train
 from checkpoint import load_model, weights_hash
 from data import prompts, toy
 from data.tokenizer import load_tokenizer
-from experiment import run_script
+from infra.experiment import run_script
 
 ROOT = Path(irpo.__file__).resolve().parent
 SMALL = ["--preset", "smoke", "--num_questions", "10", "--num_samples", "3",

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import irpo
 from evaluate import Answered, Sample
-from experiment import derive_seed, open_run, parse_config
+from infra.experiment import derive_seed, open_run, parse_config
 from irpo import (Config, Pair, add_reference, check_start, choose_steps, chosen_loss,
                   collect_pairs, gold_pairs, make_pairs, preference_loss, right_and_wrong)
 from losses import dpo_nll_loss

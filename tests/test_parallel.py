@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import parallel
+from infra import parallel
 from checkpoint import load_model, save_model, weights_hash
 from test_drivers import SMALL, base, remembered_world  # noqa: F401 (two are fixtures)
 from tiny import tiny_model

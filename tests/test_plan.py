@@ -19,14 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import irpo
 import model as model_file
-import plan
+from tools import plan
 import reft
 import sample
 from checkpoint import config_json
 from losses import in_chunks, target_logps
 from model import Block, Llama, ModelConfig, RMSNorm, branch_bias, rope_tables
 from train import Example, TrainOptions, autocast, prepare, sft_loss
-from train import main as train_main
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = {  # parameters, as the files on Hugging Face have them
@@ -228,7 +227,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 import test_plan
 from model import Block, ModelConfig
-from parallel import shard
+from infra.parallel import shard
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
 test_plan.as_on_cuda()
@@ -323,9 +322,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
-import plan
+from tools import plan
 from model import Llama
-from parallel import split
+from infra.parallel import split
 
 ranks = int(sys.argv[1])
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
@@ -415,15 +414,15 @@ def test_flags_are_those_of_the_drivers():
     ours = dataclasses.asdict(plan.Config())
     common = ours.keys() & drivers.keys()
     assert {name: ours[name] for name in common} == {name: drivers[name] for name in common}
-    assert ours.keys() - common == {"plan", "model_shape", "gpus", "gpus_per_node", "gpu_gb", "reserve_gb", "tflops",
+    assert ours.keys() - common == {"model_shape", "gpus", "gpus_per_node", "gpu_gb", "reserve_gb", "tflops",
                                     "memory_gb_s", "link_gb_s", "measure", "prompt_tokens"}
 
 
 # ---- the command ---------------------------------------------------------------------------------
 
 def run(monkeypatch, capsys, *arguments: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["train.py", "--plan", *arguments])
-    train_main()
+    monkeypatch.setattr(sys, "argv", ["tools/plan.py", *arguments])
+    plan.show(plan.parse_config(plan.Config, {}, plan.__doc__))
     return capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import data
-import latex
+from grading import latex
 from data.files import read_problems
 from data.prompts import MARKS, gold_text
 from rewards import OWN_FORMAT, equations_hold, grade, grade_programs

@@ -20,7 +20,7 @@ import reft
 import train
 from checkpoint import load_model, weights_hash
 from evaluate import Answered, Sample
-from experiment import parse_config
+from infra.experiment import parse_config
 from reft import (Config, Policy, Rollout, act, add_advantages, cut, diagnose, halves, keep_paths,
                   measure, ppo_loss, score, self_training_loss, train_on, unhealthy, update)
 from sample import generate

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import report
+from tools import report
 
 CONFIG = {"method": "irpo", "alpha": 1.0, "beta": 0.1, "start_from": "", "seed": 0, "iterations": 2,
           "run_dir": ""}

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-import report_reft
-from report import T_975
+from tools import report_reft
+from tools.report import T_975
 from tables import line, report
 
 

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-import report_rft
-from report import T_975
+from tools import report_rft
+from tools.report import T_975
 from tables import line, report
 
 

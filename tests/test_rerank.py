@@ -7,10 +7,10 @@ import torch
 from test_drivers import call, refusal
 from tiny import random_tokens, tiny_model
 
-import rerank
+from tools import rerank
 from checkpoint import save_model
 from evaluate import Answered, Sample, SampleOptions, save_answered
-from rerank import Config, Labelled, RewardModel, best, classification_loss, label, scores
+from tools.rerank import Config, Labelled, RewardModel, best, classification_loss, label, scores
 
 FILES = dict(model="m", labelled="l", candidates="c", run_dir="r", precision="fp32")
 

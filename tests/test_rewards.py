@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import latex
+from grading import latex
 import rewards
 from rewards import equations, equations_hold, grade
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-import sandbox
+from grading import sandbox
 from rewards import grade, grade_programs
 
 GOOD = "def solution():\n    return math.floor(72.9)"

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import experiment
+from infra import experiment
 import torture
 from checkpoint import load_state, save_state, states
-from experiment import finishing_steps, open_run
+from infra.experiment import finishing_steps, open_run
 from test_train import FP32, examples, nll
 from tiny import tiny_model
 from train import TrainOptions, fit, new_optimizer

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-import parallel
+from infra import parallel
 
 # what may differ when a run is taken up again
 FREE = ("run_dir", "micro_batch_tokens", "batch_rows", "save_every", "skip_nonfinite", "shard_within_node",
@@ -172,7 +172,7 @@ def claim(run: Path, values: dict) -> None:
             refuse_changes(run, read_json(config_path), values)
             write_text(run / "command.txt", (run / "command.txt").read_text() + "\n" + run_card())
             return
-        shutil.copytree(Path(__file__).parent, run / "source", dirs_exist_ok=True,
+        shutil.copytree(Path(__file__).parent.parent, run / "source", dirs_exist_ok=True,
                         ignore=lambda folder, names: [n for n in names if not is_source(folder, n)])
         write_text(run / "command.txt", run_card())
         write_json(config_path, values)
@@ -213,14 +213,14 @@ def refuse_changes(run: Path, before: dict, values: dict) -> None:
 
 
 def is_source(folder: str, name: str) -> bool:
-    """Files of this project that a run depends on: top-level Python, and the data package."""
-    return name.endswith(".py") or (Path(folder) / name).is_dir() and name == "data"
+    """Files of this project that a run depends on: Python outside tests."""
+    return name.endswith(".py") or (Path(folder) / name).is_dir() and name in ("data", "grading", "infra", "tools")
 
 
 def run_card() -> str:
     """Where, when and from which source a run was started."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                         cwd=Path(__file__).parent)
+                         cwd=Path(__file__).parent.parent)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
     return (f"command  {' '.join([Path(sys.executable).name, *sys.argv])}\n"
@@ -272,7 +272,7 @@ def derive_seed(*names) -> int:
 
 def fingerprint(values: dict, sources: list[str]) -> dict:
     """What a result is made of: the config's values and a hash of each source file that matters."""
-    here = Path(__file__).parent
+    here = Path(__file__).parent.parent
     hashes = {name: hashlib.sha256((here / name).read_bytes()).hexdigest() for name in sources}
     return json.loads(json.dumps({"config": values, "source": hashes}))
 

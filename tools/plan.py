@@ -1,8 +1,8 @@
 """What fits and how long it takes, before a GPU is rented: bytes and seconds from formulas and stated rates.
 
-    python train.py --plan                                         # a table over the published shapes
-    python train.py --plan --model_shape llama-2-70b --gpus 64 --tensor_parallel 8    # one of them, line by line
-    python train.py --plan --model_shape llama-3-8b --measure      # with the rates of this machine
+    python -m tools.plan                                         # a table over the published shapes
+    python -m tools.plan --model_shape llama-2-70b --gpus 64 --tensor_parallel 8    # one of them, line by line
+    python -m tools.plan --model_shape llama-3-8b --measure      # with the rates of this machine
 
 Flags that drivers have, too, mean the same and have the defaults of irpo.py and reft.py; --precision is bf16.
 GB are 10^9 bytes. P is the number of trained parameters, n the number of GPUs that share one training state.
@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import load_config
-from experiment import at_least, one_of, option
+from infra.experiment import at_least, one_of, option, parse_config, run_script
 from losses import ROWS
 from model import WIDTHS, ModelConfig, logits_at_once
 
@@ -57,7 +57,6 @@ COLUMNS, CACHE_SHARE = 128, 0.6  # of sample.HABITS["cuda"] and sample.empty_row
 
 @dataclass(frozen=True)
 class Config:
-    plan: bool = option(True, "print a plan; without this flag, train.py trains")
     model_shape: str = option("", f"{', '.join(SHAPES)}, or a model directory; empty: a table over all but toy")
     # machines
     gpus: int = option(8, "GPUs in all")
@@ -438,3 +437,12 @@ def table(config: Config) -> str:
                      f"{result.seconds['optimizer step']:.2f}", f"{sum(result.sampling.values()) / GB:,.1f}",
                      f"{cache_bytes(model) / 1e3:,.0f}", f"{result.rows:,}" if result.rows else "none"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+
+def main() -> None:
+    show(parse_config(Config, {}, __doc__))
+
+
+if __name__ == "__main__":
+    run_script(main)

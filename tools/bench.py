@@ -7,8 +7,8 @@ rounds. Each side runs in the dtype that was fastest for it with N = 16 in a fir
 the batch size, of 64 and 256 rows; it is timed on one such batch, ours on --rows responses. Also measured: what
 the machine can do (a matrix product, a copy), and how cost grows with the lengths of prompt and response.
 
-    python bench.py --out results/bench            # all of it; make bench
-    python bench.py --shapes toy --rounds 1        # a first impression
+    python -m tools.bench --out results/bench            # all of it; make bench
+    python -m tools.bench --shapes toy --rounds 1        # a first impression
 
 On a machine that others use too, --clock cpu counts the processor's seconds instead of the wall's.
 """
@@ -24,7 +24,7 @@ from statistics import median
 
 import torch
 
-from experiment import run_script, write_json, write_text
+from infra.experiment import run_script, write_json, write_text
 from model import Llama, ModelConfig
 from sample import generate
 
@@ -160,7 +160,7 @@ def work_of(job: dict) -> tuple[float, float]:
 
 def in_process(task: str, job: dict) -> dict:
     """The result of measure or measure_limits in a new Python process."""
-    done = subprocess.run([sys.executable, __file__, "--measure", json.dumps([task, job])], text=True,
+    done = subprocess.run([sys.executable, "-m", "tools.bench", "--measure", json.dumps([task, job])], text=True,
                           stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(f"the measurement {job} ended with status {done.returncode}")

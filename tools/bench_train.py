@@ -10,8 +10,8 @@ sides, so that the ratio is that of pairs per second. Ours computes the prompt o
 rate" counts only what it does compute: 6 FLOPs per weight (but for the embedding) and token of its rows, over the
 FLOPs of a large product of the same dtype. Every measurement is a process of its own; contenders take turns.
 
-    python bench_train.py                                    # two model sizes, 3 rounds, about 17 minutes
-    python bench_train.py --sizes toy --rounds 1 --peer_python /path/to/python    # one that has trl
+    python -m tools.bench_train                                    # two model sizes, 3 rounds, about 17 minutes
+    python -m tools.bench_train --sizes toy --rounds 1 --peer_python /path/to/python    # one that has trl
 """
 import argparse
 import json
@@ -29,13 +29,13 @@ from statistics import median
 import torch
 
 import irpo
-from bench import SHAPES, hardware, peak_memory, process_memory
+from tools.bench import SHAPES, hardware, peak_memory, process_memory
 from checkpoint import load_model, save_model
-from experiment import run_script, write_json, write_text
+from infra.experiment import run_script, write_json, write_text
 from irpo import Pair, add_reference, preference_loss
 from model import WIDTHS, Llama
-from parallel import device
-from plan import parameters
+from infra.parallel import device
+from tools.plan import parameters
 from train import fit, micro_batches
 
 BATCH, STEPS = 32, 8
@@ -157,7 +157,7 @@ CONTENDERS = {"ours": ours, "trl": trl, "matrix_rate": matrix_rate}
 
 def run(python: str, name: str, directory: str, dtype: str, kind: str, threads: int) -> dict:
     """One measurement in a fresh process."""
-    command = [python, __file__, "--worker", name, directory, dtype, kind]
+    command = [python, "-m", "tools.bench_train", "--worker", name, directory, dtype, kind]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1",
                                 "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -3,14 +3,14 @@
 Reads RUNS/CELL/sSEED, as `make rft` and `make rft-table` lay them out, or one run. From several seeds
 come means with 95 % Student intervals, from one seed the Wilson interval over test questions.
 
-    python report_rft.py runs/rft --out results/rft
+    python -m tools.report_rft runs/rft --out results/rft
 """
 import json
 import re
 from pathlib import Path
 from statistics import fmean
 
-from report import (COLORS, MARKERS, Table, estimate, estimates, find_runs, mean_text, models_table,
+from tools.report import (COLORS, MARKERS, Table, estimate, estimates, find_runs, mean_text, models_table,
                     parse_runs, picture, publish, read_json, run_script, timed_card, write)
 
 CELLS = {  # folder -> row of the tables

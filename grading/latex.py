@@ -22,7 +22,7 @@ import re
 from decimal import Context
 from fractions import Fraction
 
-import sandbox
+from grading import sandbox
 
 MAX_LATEX = 400  # characters; the longest of the 5,000 MATH test answers has 81
 MAX_DIGITS = 100  # longer "numbers" are repetition; Python refuses to read 4,300 digits

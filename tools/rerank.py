@@ -12,7 +12,7 @@ authors choose it on test).
 
     python evaluate.py --preset toy --model WARMUP --split train --num_samples 20 --temperature 1 --run_dir A
     python evaluate.py --preset toy --model POLICY --num_samples 20 --temperature 1 --run_dir B
-    python rerank.py --model POLICY --labelled A/eval_samples.jsonl --candidates B/eval_samples.jsonl
+    python -m tools.rerank --model POLICY --labelled A/eval_samples.jsonl --candidates B/eval_samples.jsonl
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from checkpoint import drop, file_hash, weights_hash
 from evaluate import Answered, read_answered, summarize_samples, wilson
-from experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
+from infra.experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
 from model import Llama, pad
-from parallel import computed, device, missing
+from infra.parallel import computed, device, missing
 from train import Example, TrainOptions, autocast, fit, load_trained, micro_batches
 
 

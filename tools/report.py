@@ -5,9 +5,9 @@ A run without results.json is shown as far as it is evaluated, and called unfini
 tests of significance (intervals of one run are about the draw of test questions, those of a mean
 over seeds about the draw of runs) and the questions, of which runs hold token ids only.
 
-    python report.py RUN [RUN ...] [--out DIR]              # runs from one base, the main one first
-    python report.py --table RUNS --out results/irpo-table  # RUNS/<key of PAPER>/s<seed>
-    python report.py --sweep RUNS --out results/ablate-nll  # RUNS/alpha<a>-beta<b>/s<seed>
+    python -m tools.report RUN [RUN ...] [--out DIR]              # runs from one base, the main one first
+    python -m tools.report --table RUNS --out results/irpo-table  # RUNS/<key of PAPER>/s<seed>
+    python -m tools.report --sweep RUNS --out results/ablate-nll  # RUNS/alpha<a>-beta<b>/s<seed>
 """
 import argparse
 import base64

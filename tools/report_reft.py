@@ -3,14 +3,14 @@
 Reads RUNS/CELL/sSEED, as `make reft` and `make reft-table` lay them out, or one run. From several seeds
 come means with 95 % Student intervals, from one seed the Wilson interval over test questions.
 
-    python report_reft.py runs/reft --out results/reft
+    python -m tools.report_reft runs/reft --out results/reft
 """
 import json
 import re
 from pathlib import Path
 from statistics import fmean
 
-from report import (COLORS, Table, estimate, estimates, find_runs, mean_text, models_table, parse_runs, picture,
+from tools.report import (COLORS, Table, estimate, estimates, find_runs, mean_text, models_table, parse_runs, picture,
                     publish, read_json, read_jsonl, run_script, timed_card, write)
 
 CELLS = {  # folder -> row of the tables
