@@ -19,9 +19,10 @@ import gc
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,6 +77,18 @@ def finish() -> None:
         gc.collect()  # sharded modules must be gone before their process group
         dist.barrier()
         dist.destroy_process_group()
+
+
+def leave(message: str | int | None) -> NoReturn:
+    """Exit with a message, which rank 0 prints for all."""
+    if world() == 1:
+        raise SystemExit(message)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if rank():
+        time.sleep(10)  # torchrun ends the others when one has ended
+    if isinstance(message, str):
+        print(message, file=sys.stderr, flush=True)
+    os._exit(message if isinstance(message, int) else message is not None)  # others may wait for this rank
 
 
 # --- agreement -----------------------------------------------------------------------------------
