@@ -32,6 +32,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, Offl
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from tqdm import tqdm
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: the signal to get when the parent ends
@@ -115,16 +116,6 @@ def by_first(act: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def missing(path) -> bool:
-    """Whether rank 0 finds no such file or directory; all earlier files of rank 0 are complete after."""
-    return by_first(lambda: not path.exists())
-
-
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    return any(gather(flag))
-
-
 def gather(value: Result) -> list[Result]:
     """Every rank's value, in the order of ranks."""
     if world() == 1:
@@ -158,9 +149,10 @@ def collected(mine: list[Result], hands: int | None = None) -> list[Result]:
     return [everyone[i % len(everyone)][i // len(everyone)] for i in range(total)]
 
 
-def computed(items: list[Item], compute: Callable[[Item], Result]) -> list[Result]:
-    """compute(item) of each item, by one rank or another; for what a sharded model does."""
-    return collected([result for item, counts in dealt(items) for result in [compute(item)] if counts])
+def computed(items: list[Item], compute: Callable[[Item], Result], label: str = "") -> list[Result]:
+    """Compute each item on one rank or another, with a progress bar if it has a label; for what sharded models do."""
+    mine = tqdm(list(dealt(items)), desc=label, unit="part", dynamic_ncols=True, disable=not label or rank() > 0)
+    return collected([result for item, counts in mine for result in [compute(item)] if counts])
 
 
 @functools.cache  # every mesh brings process groups of its own
@@ -198,7 +190,7 @@ def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node
     return module
 
 
-def whole(weight: Tensor) -> Tensor:
+def full_weight(weight: Tensor) -> Tensor:
     """A weight that may be sharded, in full; all ranks must ask together."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
@@ -210,7 +202,7 @@ PLAN = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
                      ColwiseParallel()) | dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel())
 
 
-def split(model: nn.Module, ranks: int) -> nn.Module:
+def split_over_ranks(model: nn.Module, ranks: int) -> nn.Module:
     """Tensor parallelism: a Llama's heads and hidden units over `ranks` neighbouring ranks.
 
     They compute the same tokens together, with two sums over ranks per block and token, which are the same
@@ -228,7 +220,7 @@ def split(model: nn.Module, ranks: int) -> nn.Module:
     return model
 
 
-def like(target: Tensor, weight: Tensor) -> Tensor:
+def shard_like(target: Tensor, weight: Tensor) -> Tensor:
     """A full weight, or the part of it that this rank holds if the target is split."""
     if not isinstance(target, DTensor):
         return weight
