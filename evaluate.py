@@ -2,14 +2,10 @@
 
 Nothing here chooses anything: a method that picks a checkpoint or a setting does so on dev, and says so.
 
-    python evaluate.py --preset toy --model runs/base-s0/model
-    python evaluate.py --task gsm8k --model DIR --num_samples 8 --temperature 0.7
-    python evaluate.py --rescore runs/evaluate-s0/eval_samples.jsonl    # grade the texts of a file again
+    python evaluate.py --preset toy --model runs/base-s0/model    # see tools/evaluation.py
 """
 import math
-import re
 import runpy
-import sys
 import time
 import warnings
 from collections import Counter
@@ -21,12 +17,11 @@ from tqdm import tqdm
 
 import data
 from checkpoint import load_sampler, model_hash
-from data.check import check_inputs
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
-from infra.config import option, parse_config
+from infra.config import option
 from infra.parallel import collected, dealt, gather, rank, world
-from infra.run import hash_of, once, open_run, run_script, write_json
+from infra.run import once, write_json
 from model import Llama
 from rewards import grade_all
 from sample import Response, cache_budget, generate
@@ -218,44 +213,5 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
     return rows
 
 
-# --- the script ------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Config(SampleOptions):
-    model: str = option("", "model directory")
-    split: str = option("test", "train, dev or test", data.SPLITS)
-    limit: int = option(0, "only the first problems, this many; 0: all", low=0)
-    num_samples: int = option(1, "responses per question", low=1)
-    temperature: float = option(0.0, "0: always the most likely token", low=0)
-    seed: int = option(0, "same seed, same responses")
-    run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a name made of the "
-                          "flags")
-    rescore: str = option("", "grade the samples of this file again, and do nothing else (tools/rescore.py)")
-
-
-def print_summary(found: dict) -> None:
-    print("accuracy {:.1%}, 95 % interval {:.1%} to {:.1%}, {} questions".format(
-        found["accuracy"], *found["ci95"], found["n"]))
-    if "num_samples" in found:
-        print(", ".join(f"{name} {value:.1%}" for name, value in found.items()
-                        if re.fullmatch(r"(pass|maj)@\d+", name)))
-
-
-def main() -> None:
-    config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=96)}, __doc__)
-    if config.rescore:
-        sys.argv = ["tools.rescore", config.rescore]
-        return runpy.run_module("tools.rescore", run_name="__main__")
-    tokenizer, problems = load_tokenizer(config.model), config.problems(config.split, config.limit)
-    check_inputs(config, tokenizer, problems)
-    run = open_run(config, weights=model_hash(config.model), problems=hash_of(*problems))
-    answered = answer_once(run / "eval_samples.jsonl", config.model, problems, config, split=config.split,
-                           num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
-                           label="evaluate")
-    write_json(run / "eval.json", found := summarize(answered, config.task))
-    print_summary(found)
-    print(f"everything is in {run}")
-
-
 if __name__ == "__main__":
-    run_script(main)
+    runpy.run_module("tools.evaluation", run_name="__main__")
