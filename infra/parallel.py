@@ -178,7 +178,7 @@ def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node
     options = dict(mesh=ranks, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
     for block in blocks:
         fully_shard(block, mp_policy=low if bf16 else full, **options)
-    # By default the outermost module stays gathered after a forward without a backward, and an optimizer that is created
+    # By default the outermost module stays gathered after a forward without a backward, and an optimizer created
     # then would hold weights that never see a gradient.
     fully_shard(module, mp_policy=full, reshard_after_forward=True, **options)
     for part in (*blocks, module):
