@@ -34,22 +34,11 @@ class Response:
 # --- drawing a token -------------------------------------------------------------------------------
 
 def uniforms(seed: int, prompt: list[int], num_samples: int, count: int) -> Tensor:
-    """(N, count) float64 in [0, 1): the number that draws token `column` of sample `row`."""
-    name = int.from_bytes(hashlib.sha256(repr(prompt).encode()).digest()[:8], "big", signed=True)
-    key = mix(torch.full((num_samples,), seed) + 1)
-    for counter in (torch.full_like(key, name), torch.arange(num_samples)):
-        key = mix(key * 0x5851F42D4C957F2D + counter + 1)
-    counters = (torch.arange(count) + 1) * 0x1E3779B97F4A7C15
-    return ((mix(key[:, None] + counters) >> 11) & ((1 << 53) - 1)).double() / (1 << 53)
-
-
-def mix(x: Tensor) -> Tensor:
-    """Scramble int64 counters (the finaliser of splitmix64; products wrap modulo 2**64)."""
-    def shift(x: Tensor, bits: int) -> Tensor:  # logical, where >> of int64 drags the sign along
-        return (x >> bits) & ((1 << (64 - bits)) - 1)
-    x = (x ^ shift(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ shift(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ shift(x, 31)
+    """(N, count) float64 in [0, 1): row n, a function of (seed, prompt, n) alone, draws the tokens of sample n."""
+    digest, generator = hashlib.sha256(repr((seed, prompt)).encode()).digest(), torch.Generator()
+    name = int.from_bytes(digest[:7], "big")
+    return torch.stack([torch.rand(count, dtype=torch.float64, generator=generator.manual_seed(name ^ sample))
+                        for sample in range(num_samples)])
 
 
 def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
