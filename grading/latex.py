@@ -1,22 +1,20 @@
-r"""Reads and compares MATH answers, which are LaTeX: `\tfrac12`, `[2,5)`, `\text{(C)}`, `14,\!400`.
+r"""MATH's answers, which are LaTeX (`\tfrac12`, `[2,5)`, `\text{(C)}`, `14,\!400`): read and compare them.
 
-Two answers are equal if their canonical spellings are the same string. If not, but the brackets and
-the number of elements agree, math-verify (sympy) is asked about each pair of elements that differ,
-in a process of its own with a time limit (`sandbox.py`). It never sees a whole response, where it
-finds answers that nobody marked, and it is not asked about 2112_6, whose base it ignores.
+Two answers are equal if they have the same canonical spelling. If they do not, but their brackets and number of
+elements agree, math-verify (sympy) compares each pair of differing elements, in its own process under a time limit.
+It never sees a full response, in which it would find answers that nobody marked, nor 2112_6, whose base it ignores.
 
-As in the string matches of the papers, order counts: a list or union in another order is wrong,
-though it may be equal as a set. Numbers are compared exactly and must be worked out: 2/4 is not
-1/2, and \sin^2x+\cos^2x not yet 1. Units, %, $ and degree signs are dropped on both sides. Votes
-count spellings: \sqrt{12} and 2\sqrt{3} are two, since comparing all pairs would cost too much.
+Order counts, as in the papers' string matching: a list or union in another order is wrong, even if it is the same set.
+Numbers are compared exactly and must be worked out: 2/4 is not 1/2, and \sin^2x+\cos^2x is not yet 1. Units, %, $ and
+degree signs are dropped on both sides. Votes count spellings: \sqrt{12} and 2\sqrt{3} are two votes, since comparing
+all pairs would cost too much.
 
-Left out: algebra of our own. `pip install "math-verify[antlr4_13_2]"`; without it
-`require_math_verify()` raises, and so does the first comparison that needs it.
+Left out: algebra of our own. Without math-verify (`pip install "math-verify[antlr4_13_2]"`), `require_math_verify()`
+raises, and so does the first comparison that needs it.
 
     read_latex(r"\left(3,\tfrac\pi2\right)")    ->  (3, \frac{\pi}{2})
     compare(r"2\sqrt3", r"\sqrt{12}")           ->  "correct"
 """
-
 import importlib.util
 import re
 from decimal import Context
@@ -27,7 +25,7 @@ from grading import sandbox
 MAX_LATEX = 400  # characters; the longest of the 5,000 MATH test answers has 81
 MAX_DIGITS = 100  # longer "numbers" are repetition; Python refuses to read 4,300 digits
 
-_SPELLINGS = [  # pattern, the one spelling; in this order, on both sides
+_SPELLINGS = [  # (pattern, its one spelling), applied in this order to both answers
     (r"(?<!\\)\\[()\[\]]|[\n\t]", " "),
     (r",\\!|\{,\}", ""),  # 14,\!400 and 14{,}400
     (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
@@ -42,7 +40,7 @@ _SPELLINGS = [  # pattern, the one spelling; in this order, on both sides
     ("∞", r"\\infty "),
     ("∪", r"\\cup "),
     (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"(?<=[0-9a-zA-Z}!])\s*\\text\s*\{(?![^{}]*,).*", ""),  # \text{ cm}^2: a unit, to the end
+    (r"(?<=[0-9a-zA-Z}!])\s*\\text\s*\{(?![^{}]*,).*", ""),  # \text{ cm}^2 is a unit; drop it and what follows
     (r"\\text\s*\{([^{}]*)\}", r"\1"),
     (r"(?<=[0-9}])\s+[a-zA-Z]{2}[a-zA-Z. ]*(?:\^\{?[0-9]\}?)?$", ""),  # 39 degrees, 10 cm^2
     (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
@@ -53,17 +51,17 @@ _SPELLINGS = [  # pattern, the one spelling; in this order, on both sides
 _DECIMAL = re.compile(r"(-?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+)")
 _FRACTION = re.compile(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}")
 _SLASHED = re.compile(r"(-?[0-9]+)/([0-9]+)")
-_SPELLED = re.compile(r"-?[0-9]+([./][0-9]+)?")  # what spell() writes
+_SPELLED = re.compile(r"-?[0-9]+([./][0-9]+)?")  # what spell() returns
 _MATRIX = re.compile(r"\\begin\{(\w+)\}(.*)\\end\{\1\}")
 _ASSIGNED = re.compile(r"[a-zA-Z]\w?\s*(?:=|\\in(?![a-zA-Z]))([^=]*)")  # x = 5, x \in [2,5)
 _ONE_FORMULA = re.compile(r"[^$]*(?<!\\)\$([^$]+)(?<!\\)\$[^$]*")  # a sentence around $16$
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
-_LEAF = "\0"  # place of an element in a shape: "(\0, \0)" is the shape of every pair
+_LEAF = "\0"  # stands for an element in a shape: "(\0, \0)" is the shape of every pair
 
 
 def spell(value: Fraction) -> str:
-    """The one spelling of a rational: "18", "-0.5", and "1/3" where no decimal is exact."""
+    """Spell a rational in one way: "18", "-0.5", and "1/3" where no decimal is exact."""
     rest = value.denominator
     for prime in (2, 5):
         while rest % prime == 0:
@@ -75,14 +73,14 @@ def spell(value: Fraction) -> str:
 
 
 def read_latex(phrase: str) -> str | None:
-    """The canonical spelling of an answer, None if there is none or if it is absurdly long."""
+    """Return the canonical spelling of an answer, None if it is empty or absurdly long."""
     shape, leaves = _parse(phrase)
     remaining = iter(leaves)
     return re.sub(_LEAF, lambda _: next(remaining), shape) or None
 
 
 def compare(gold: str, answer: str) -> str:
-    """Verdict on two answers whose spellings differ: same shape, and each pair of leaves equal."""
+    """Judge two answers whose spellings differ: equal if they have the same shape and equal elements."""
     (gold_shape, golds), (answer_shape, answers) = _parse(gold), _parse(answer)
     pairs = [pair for pair in zip(golds, answers, strict=False) if pair[0] != pair[1]]
     if gold_shape != answer_shape or not all(_open_question(*pair) for pair in pairs):
@@ -96,15 +94,13 @@ def compare(gold: str, answer: str) -> str:
 
 
 def require_math_verify() -> None:
-    """Raise now, with the command that helps, rather than after a day of sampling."""
+    """Raise if math-verify is missing, with the remedy: better at the start than after a day of sampling."""
     if importlib.util.find_spec("math_verify") is None:
-        raise ModuleNotFoundError(
-            "grading MATH needs math-verify: pip install 'math-verify[antlr4_13_2]'"
-        )
+        raise ModuleNotFoundError("grading MATH needs math-verify: pip install 'math-verify[antlr4_13_2]'")
 
 
 def _open_question(gold: str, answer: str) -> bool:
-    """Whether two different leaves are worth asking math-verify about."""
+    """Decide whether two different leaves are worth asking math-verify about."""
     number = _SPELLED.fullmatch(answer)
     if _SPELLED.fullmatch(gold) or number and number[1]:
         return False  # numbers were compared exactly, and 28.27 is not 9 pi
@@ -113,7 +109,7 @@ def _open_question(gold: str, answer: str) -> bool:
     return bool(gold and answer) and not gold.isalpha() and not answer.isalpha()
 
 
-# ---- phrase -> shape and leaves ------------------------------------------------------------------
+# --- phrase -> shape and leaves -------------------------------------------------------------------
 
 
 def _parse(phrase: str) -> tuple[str, list[str]]:
@@ -127,7 +123,7 @@ def _parse(phrase: str) -> tuple[str, list[str]]:
 
 
 def _shape(latex: str, leaves: list[str]) -> str:
-    """Brackets, commas, unions and rows, with _LEAF for each element; the elements go to leaves."""
+    """Return brackets, commas, unions and rows with _LEAF for each element; append the elements to `leaves`."""
     latex = latex.strip().rstrip(".").rstrip()
     if not latex:
         return ""
@@ -157,18 +153,18 @@ def _joined(parts: list[str], separator: str, leaves: list[str]) -> str:
 
 
 def _split(latex: str, separator: str) -> list[str]:
-    """Cut at a separator that is in no bracket; half-open intervals may close ( with ]."""
+    """Split at each separator outside brackets; a half-open interval may close ( with ]."""
     parts, depth, start = [], 0, 0
     for token in _TOKEN.finditer(latex):
         depth += (token[0] in _OPEN) - (token[0] in _CLOSE)
         if depth == 0 and token[0] == separator:
-            parts.append(latex[start : token.start()])
+            parts.append(latex[start:token.start()])
             start = token.end()
     return [*parts, latex[start:]]
 
 
 def _inside(latex: str) -> str | None:
-    """What the outermost bracket holds, if one bracket holds everything."""
+    """Return the content of the outermost pair of brackets, if one pair encloses everything."""
     depth, tokens = 0, _TOKEN.findall(latex)
     for i, token in enumerate(tokens):
         depth += (token in _OPEN) - (token in _CLOSE)
@@ -181,13 +177,13 @@ def _leaf(latex: str) -> str:
     value = _rational(re.sub(r"\s", "", latex))
     if value is not None:
         return spell(value)
-    # The space that ends a command (\tan x) stays; all others go.
+    # Keep the space that ends a command (\tan x), drop all others.
     latex = re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: m[1] + " " if m[1] else "", latex)
     return latex.lower() if latex.isalpha() and len(latex) > 1 else latex
 
 
 def _rational(latex: str) -> Fraction | None:
-    """A decimal, a reduced fraction or a mixed number; 2/4 is none, it is still to be reduced."""
+    """Read a decimal, a reduced fraction or a mixed number; 2/4 is none of them, it must be reduced first."""
     if len(latex) > MAX_DIGITS:
         return None
     if decimal := _DECIMAL.fullmatch(latex):
@@ -206,6 +202,6 @@ def _rational(latex: str) -> Fraction | None:
 
 
 def reduced(top: str, bottom: str) -> Fraction | None:
-    """The value of top/bottom, None if the fraction could still be reduced."""
+    """Return the value of top/bottom, None if the fraction could still be reduced."""
     value = Fraction(int(top), int(bottom) or 1)
     return value if value.denominator == int(bottom) > 1 else None

@@ -1,29 +1,28 @@
-"""Runs text that a model wrote: programs, and formulas that a computer algebra system must read.
+"""Run text that a model wrote: programs, and formulas for a computer algebra system to read.
 
-A *server* is a clean Python process that has its imports behind it and forks once per job. The fork
-locks itself up, works, writes one JSON value into the one pipe it has, and is killed with its
-process group when it is done or its wall-clock time is over. Jobs share nothing, so no program can
-change the result of another; the gold answer never comes here, so no program can read it.
+A *server* is a clean Python process that has its imports done and forks once per job. The fork locks itself in, works,
+and writes one JSON value into its only pipe. When it is done or out of (wall-clock) time, it is killed with its process
+group. Jobs share nothing, so no program can change another's result; the gold answer never gets here, so no program
+can read it.
 
-Servers for programs are `python -I` with an empty environment in an empty, nameless temporary
-directory, and their forks are sealed. All they can do is compute, read the clock, sleep and answer:
-  limits   memory, CPU time, no new process or thread, no bytes into files, no core dump, and no
-           file descriptor but the pipe, so that no file and no socket can be opened.
-  seccomp  the kernel refuses every system call that is not in ALLOWED, so that signals to other
-           processes, deleting, renaming and any kind of network are refused too. Linux on x86-64
-           and arm64, in containers as well; it needs no privilege.
-  nobody   where we are root, the fork becomes the user nobody, if the system lets it.
-A server tries its seal before its first job and does not start if the seal leaks. Where there is no
-seccomp (macOS, untested) the limits stand alone, and a program can signal and unlink what its user
-may. Root is exempt from the process limit: root without seccomp is refused.
+Servers for programs are `python -I` with an empty environment in an empty temporary directory that is already deleted,
+and their forks are sealed. All they can do is compute, read the clock, sleep and answer:
+  limits   memory, CPU time, no new process or thread, no bytes into files, no core dump, and no file descriptor but
+           the pipe, so that no file and no socket can be opened.
+  seccomp  the kernel refuses every system call that is not in ALLOWED, and with it signals to other processes,
+           deleting, renaming and any kind of network. Linux on x86-64 and arm64, also in containers; it needs no
+           privilege.
+  nobody   if we are root, the fork becomes the user nobody where the system allows it.
+A server tests its seal before its first job and refuses to start if the seal leaks. Without seccomp (macOS, untested)
+the limits stand alone, and a program can signal and unlink what its user may. Root is exempt from the process limit,
+so root without seccomp is refused.
 
-Left out: namespaces (many containers forbid them, and here is nothing left for them to do); numpy,
-and the parts of sympy that load late and are not in `load_sympy`: a sealed fork cannot import them.
+Left out: namespaces (many containers forbid them, and nothing is left for them to do); numpy, and those parts of sympy
+that load late and are not in `load_sympy`: a sealed fork cannot import them.
 
     run("program", {"code": "def solution():\\n    return 6 * 7"})    ->  Outcome("done", "42")
     run_all("program", jobs, workers=2)                               one Outcome per job
 """
-
 import ctypes
 import json
 import os
@@ -44,41 +43,37 @@ from dataclasses import dataclass
 from functools import lru_cache
 from queue import SimpleQueue
 
-SECONDS = 0.7  # wall clock per job: a verdict within a second. The ReFT authors allow 10 s
+SECONDS = 0.7  # wall clock per job, so that a verdict takes less than a second; the ReFT authors allow 10 s
 MEMORY = 512 << 20  # bytes of address space; Python with sympy loaded takes 100 MB of it
-OUTPUT = 4096  # bytes of answer; more than any answer needs, less than a pipe holds
-START_SECONDS = 60  # importing sympy from a cold disk
+OUTPUT = 4096  # bytes of an answer: more than any needs, less than a pipe holds
+START_SECONDS = 60  # to import sympy from a cold disk
 
-# What programs of this kind import. The locked fork cannot open files, so it finds them loaded.
-MODULES = """bisect calendar cmath collections copy datetime decimal enum fractions functools heapq
-itertools math numbers operator random re statistics string time typing _strptime""".split()
+# Modules that such programs import. A sealed fork cannot open files, so they are loaded before.
+MODULES = """bisect calendar cmath collections copy datetime decimal enum fractions functools heapq itertools math
+numbers operator random re statistics string time typing _strptime""".split()
 
-# Enough for pure computation: read write close mmap mprotect munmap mremap madvise brk futex
-# rt_sigaction rt_sigprocmask rt_sigreturn restart_syscall sched_yield nanosleep clock_nanosleep
-# clock_gettime getrusage getrandom getpid exit exit_group. Audit number first, then the calls.
-ALLOWED = {
-    "x86_64": (0xC000003E, (0, 1, 3, 9, 10, 11, 25, 28, 12, 202, 13, 14, 15, 219, 24, 35, 230,
-                            228, 98, 318, 39, 60, 231)),
-    "aarch64": (0xC00000B7, (63, 64, 57, 222, 226, 215, 216, 233, 214, 98, 134, 135, 139, 128, 124,
-                             101, 115, 113, 165, 278, 172, 93, 94)),
-}  # fmt: skip
+# The system calls of pure computation: read write close mmap mprotect munmap mremap madvise brk futex rt_sigaction
+# rt_sigprocmask rt_sigreturn restart_syscall sched_yield nanosleep clock_nanosleep clock_gettime getrusage getrandom
+# getpid exit exit_group. Per machine: its audit number, then the numbers of the calls in this order.
+ALLOWED = {"x86_64": (0xC000003E, (0, 1, 3, 9, 10, 11, 25, 28, 12, 202, 13, 14, 15, 219, 24, 35, 230, 228, 98, 318, 39,
+                                   60, 231)),
+           "aarch64": (0xC00000B7, (63, 64, 57, 222, 226, 215, 216, 233, 214, 98, 134, 135, 139, 128, 124, 101, 115,
+                                    113, 165, 278, 172, 93, 94))}
 PR_SET_PDEATHSIG, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 21, 22, 38
 SECCOMP_MODE_FILTER = 2
 
 
-# ---- the caller's side ---------------------------------------------------------------------------
-
+# --- the caller's side ----------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job: "done", "timeout" or "failed", and the value the fork sent if done."""
-
-    status: str
-    value: object = None
+    """What became of a job."""
+    status: str  # "done" | "timeout" | "failed"
+    value: object = None  # what the fork sent, if done
 
 
 class Server:
-    """Handle of one server process, started when first used, and again should it be killed."""
+    """Talk to one server process; start it when it is first needed, and again if it was killed."""
 
     def __init__(self, kind: str):
         self.kind = kind
@@ -86,13 +81,12 @@ class Server:
         self.process = None
 
     def start(self) -> None:
-        sealed = KINDS[self.kind][2]  # math-verify may be installed where only PYTHONPATH knows
-        flags, env = (["-I"], {}) if sealed else ([], None)
+        sealed = KINDS[self.kind][2]
+        flags, env = (["-I"], {}) if sealed else ([], None)  # math-verify may be somewhere on PYTHONPATH
         self.process = subprocess.Popen(
             [sys.executable, *flags, os.path.abspath(__file__), self.kind],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
-            start_new_session=True,  # Ctrl-C is for us; a server ends when our end of the pipe does
-        )  # fmt: skip
+            start_new_session=True)  # Ctrl-C is for us only; a server ends when its pipe closes
         if self.receive() != b"ready\n":
             raise RuntimeError(f"the {self.kind} sandbox did not start; its message is above")
 
@@ -106,21 +100,21 @@ class Server:
             try:
                 if self.process is None or self.process.poll() is not None:
                     self.start()
-                self.process.stdin.write(json.dumps(job).encode() + b"\n")  # ASCII, any text passes
+                self.process.stdin.write(json.dumps(job).encode() + b"\n")  # ASCII, so any text passes
                 self.process.stdin.flush()
                 reply = self.receive()
-            except BaseException:  # Ctrl-C too: a late reply would be taken for the next job's
+            except BaseException:  # Ctrl-C too: the next job would get this one's late reply
                 self.process.kill()
                 self.process.wait()
                 raise
-            if not reply:  # without seccomp a program can kill its parent: its loss, nobody else's
+            if not reply:  # without seccomp, a program can kill its server; only its own job fails
                 self.process.wait()
                 return Outcome("failed")
         return decode(**json.loads(reply))
 
 
 def decode(status: str, output: str) -> Outcome:
-    """The fork's bytes are the program's to write: anything but one JSON value is no answer."""
+    """Parse what a fork sent. The program may have written it, so anything but one JSON value is no answer."""
     try:
         return Outcome(status, json.loads(output)) if status == "done" else Outcome(status)
     except (ValueError, RecursionError):
@@ -129,16 +123,16 @@ def decode(status: str, output: str) -> Outcome:
 
 @lru_cache
 def _server(kind: str, worker: int, pid: int) -> Server:
-    return Server(kind)  # keyed by our own pid: after a fork, parent and child must not share pipes
+    return Server(kind)  # one per pid of ours: after a fork, parent and child must not share pipes
 
 
 def run(kind: str, job: dict) -> Outcome:
-    """Run one job; the first of its kind waits for its server to start."""
+    """Run one job. The first of its kind waits for a server to start."""
     return run_all(kind, [job], workers=1)[0]
 
 
 def run_all(kind: str, jobs: Sequence[dict], workers: int) -> list[Outcome]:
-    """Run jobs on so many servers side by side; outcomes in the order of the jobs."""
+    """Run jobs on `workers` servers in parallel; return outcomes in the order of the jobs."""
     idle = SimpleQueue()
     for worker in range(workers):
         idle.put(_server(kind, worker, os.getpid()))
@@ -156,11 +150,10 @@ def run_all(kind: str, jobs: Sequence[dict], workers: int) -> list[Outcome]:
         return list(pool.map(run_one, jobs))
 
 
-# ---- the server's side ---------------------------------------------------------------------------
-
+# --- the server's side ----------------------------------------------------------------------------
 
 def serve(kind: str) -> None:
-    """Answer one line of JSON per line of JSON until the caller goes away."""
+    """Answer each line of JSON with a line of JSON, until the caller closes the pipe."""
     prepare, work, sealed, probe, known = KINDS[kind]
     prepare()
     calls = seccomp_filter() if sealed else None
@@ -168,7 +161,7 @@ def serve(kind: str) -> None:
         known = known[calls is not None]
     if sealed and calls is None and os.geteuid() == 0:
         sys.exit("no seccomp here, and root is exempt from process limits: run as another user")
-    trials = [attempt(work, probe, sealed, calls) for _ in range(3)]  # one may be late, under load
+    trials = [attempt(work, probe, sealed, calls) for _ in range(3)]  # under load, one may be late
     if {"status": "done", "output": known} not in trials:
         sys.exit(f"the {kind} sandbox does not work here: {probe} gave {trials}")
     print("ready", flush=True)
@@ -189,7 +182,7 @@ def attempt(work, job: dict, sealed: bool, calls: bytes | None) -> dict:
 
 
 def wait(child: int, reader: int) -> dict:
-    """What the child wrote before it ended or the clock ran out; its process group is killed."""
+    """Collect what the child writes until it ends or time is up, then kill its process group."""
     deadline = time.monotonic() + SECONDS
     output, finished = b"", False
     while not finished and len(output) < OUTPUT:
@@ -198,8 +191,8 @@ def wait(child: int, reader: int) -> dict:
         piece = os.read(reader, OUTPUT)
         output, finished = output + piece, not piece
     os.close(reader)
-    os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still the child's own
-    with suppress(ProcessLookupError):  # it died before it had a group
+    os.kill(child, signal.SIGKILL)  # not reaped yet, so the pid is still the child's
+    with suppress(ProcessLookupError):  # it died before it had a group of its own
         os.killpg(child, signal.SIGKILL)
     os.waitpid(child, 0)
     done = finished or len(output) >= OUTPUT
@@ -207,7 +200,7 @@ def wait(child: int, reader: int) -> dict:
 
 
 def work_alone(work, job: dict, writer: int, sealed: bool, calls: bytes | None) -> None:
-    """In the fork: lock up, work, answer. Never returns."""
+    """Lock this fork in, work and answer. Never returns."""
     try:
         os.setsid()
         os.dup2(writer, 0)  # the only descriptor left
@@ -219,8 +212,8 @@ def work_alone(work, job: dict, writer: int, sealed: bool, calls: bytes | None) 
         if calls is not None:
             install_seccomp(calls)
         os.write(0, json.dumps(work(job)).encode()[:OUTPUT])
-    except BaseException:  # whatever the text does in here, all that leaves is "no answer";
-        os._exit(1)  # that locking up itself works is what the trial in serve() is for
+    except BaseException:  # whatever goes wrong in here, the outcome is "no answer"; serve() has tested
+        os._exit(1)  # beforehand that locking in works
     os._exit(0)
 
 
@@ -238,15 +231,15 @@ def limit(sealed: bool) -> None:
 
 
 def become_nobody() -> None:
-    """A second wall for root: should a call slip through the filter, it is nobody who makes it."""
-    with suppress(OSError):  # containers may have no other user, or not let root change
+    """Give up root, as a second wall: a call that slips through the filter is made by nobody."""
+    with suppress(OSError):  # some containers have no other user, or do not let root change
         os.setgroups([])
         os.setgid(65534)
         os.setuid(65534)
 
 
 def install_seccomp(calls: bytes) -> None:
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # should the server die first
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # in case the server dies first
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     code = ctypes.create_string_buffer(calls, len(calls))
     header = struct.pack("HP", len(calls) // 8, ctypes.addressof(code))
@@ -255,17 +248,17 @@ def install_seccomp(calls: bytes) -> None:
 
 
 def seccomp_filter() -> bytes | None:
-    """BPF: right architecture or death; a call of the list is allowed, any other fails (EPERM)."""
+    """Write the filter in BPF: kill on a foreign architecture, allow the listed calls, refuse others (EPERM)."""
     if sys.platform != "linux" or platform.machine() not in ALLOWED:
         return None
     if libc().prctl(PR_GET_SECCOMP, 0, 0, 0, 0) == -1:  # a kernel built without it
         return None
     audit, calls = ALLOWED[platform.machine()]
-    load, equal, give_back = 0x20, 0x15, 0x06  # opcodes: LD|W|ABS, JMP|JEQ|K, RET|K
+    load, equal, answer = 0x20, 0x15, 0x06  # opcodes: LD|W|ABS, JMP|JEQ|K, RET|K
     kill, refuse, allow = 0x80000000, 0x00050001, 0x7FFF0000
-    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (give_back, 0, 0, kill), (load, 0, 0, 0)]
+    code = [(load, 0, 0, 4), (equal, 1, 0, audit), (answer, 0, 0, kill), (load, 0, 0, 0)]
     code += [(equal, len(calls) - i, 0, call) for i, call in enumerate(calls)]
-    code += [(give_back, 0, 0, refuse), (give_back, 0, 0, allow)]
+    code += [(answer, 0, 0, refuse), (answer, 0, 0, allow)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
@@ -280,8 +273,7 @@ def prctl(option: int, *arguments: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
-# ---- the two kinds of work -----------------------------------------------------------------------
-
+# --- the two kinds of work ------------------------------------------------------------------------
 
 def prepare_program() -> None:
     for name in MODULES:
@@ -290,10 +282,9 @@ def prepare_program() -> None:
 
 @lru_cache
 def load_sympy() -> None:
-    """ReFT's programs may use sympy (it comes with torch). Loaded once, when one first names it.
+    """Import sympy (torch installs it) once, when a program first names it, as ReFT's programs may.
 
-    Solving and integrating something makes it import the parts that it loads late, which a locked
-    fork could not.
+    Solve and integrate something, so that it loads now what it usually loads late: a sealed fork cannot.
     """
     with suppress(ImportError):
         import sympy
@@ -304,12 +295,12 @@ def load_sympy() -> None:
 
 
 def work_program(job: dict) -> str | None:
-    """Define the program, call solution(), spell the value; True, a list or text is no number."""
+    """Run the program, call solution() and spell its value: text as it is, else a number, else None."""
     import math
     import numbers
     import random
 
-    random.seed(0)  # the same program always gets the same verdict
+    random.seed(0)  # the same program must always get the same verdict
     names = {"math": math, "sympy": sys.modules.get("sympy")}
     exec(compile(job["code"], "program", "exec"), names)
     value = names["solution"]()
@@ -320,7 +311,7 @@ def work_program(job: dict) -> str | None:
     if isinstance(value, numbers.Rational):
         return str(value)
     if hasattr(value, "__float__"):
-        # 12 of the 16 digits of a float: the last ones are rounding noise, 71.99999999999999 is 72
+        # 12 of a float's 16 digits: the last ones are rounding noise, 71.99999999999999 is 72
         return format(round(float(value), 12), ".12g")
     return None
 
@@ -328,8 +319,8 @@ def work_program(job: dict) -> str | None:
 def prepare_verify() -> None:
     import logging
 
-    logging.disable()  # math-verify reports every text that it cannot read
-    work_verify({"gold": r"\frac{x^2}{3}+\pi", "answer": r"\sqrt{2}"})  # fills the parser's caches
+    logging.disable()  # math-verify would report every text that it cannot read
+    work_verify({"gold": r"\frac{x^2}{3}+\pi", "answer": r"\sqrt{2}"})  # fill the parser's caches
 
 
 def work_verify(job: dict) -> bool:
@@ -340,8 +331,10 @@ def work_verify(job: dict) -> bool:
 
 
 def parse_formula(latex: str):
-    """The sympy expression, all of whose symbols are real: math-verify guesses, text by text,
-    which are complex, and then 3i/2 and (3/2)i have two different i."""
+    """Return a sympy expression in which all symbols are real, or None.
+
+    math-verify guesses for each text which symbols are complex; then 3i/2 and (3/2)i have two different i.
+    """
     import sympy
     from math_verify import LatexExtractionConfig, parse
 
@@ -352,8 +345,8 @@ def parse_formula(latex: str):
     return found[0].xreplace({s: sympy.Symbol(s.name, real=True) for s in symbols})
 
 
-# Sends itself the signal that does nothing: must be refused where there is seccomp. Nothing that a
-# model wrote runs before this was seen, for a leaking seal may cost more than a wrong verdict.
+# Sends itself the signal that does nothing, which seccomp must refuse. No program of a model runs before this was
+# seen: a leaking seal can cost more than a wrong verdict.
 SEAL_PROBE = """import os
 def solution():
     try:
@@ -363,16 +356,15 @@ def solution():
     return math.floor(0.5)
 """
 
-# Preparation, work, whether sealed (sympy must find the parts of itself that it loads late), and a
-# trial with its known outcome: a sandbox that does not work must say so, not fail every answer.
+# Preparation, work, whether forks are sealed (not for math-verify: sympy loads parts of itself late), and a trial with
+# its known outcome (without and with seccomp): a sandbox that does not work must say so, not fail every answer.
 KINDS = {
     "program": (prepare_program, work_program, True, {"code": SEAL_PROBE}, ('"0"', '"1"')),
-    "verify": (prepare_verify, work_verify, False,
-               {"gold": r"2\sqrt{3}", "answer": r"\sqrt{12}"}, "true"),
-}  # fmt: skip
+    "verify": (prepare_verify, work_verify, False, {"gold": r"2\sqrt{3}", "answer": r"\sqrt{12}"}, "true"),
+}
 
 if __name__ == "__main__":
     home = tempfile.mkdtemp(prefix="sandbox-")
     os.chdir(home)
-    os.rmdir(home)  # nothing can be made in a directory without a name, and nobody must clean up
+    os.rmdir(home)  # nothing can be created in a deleted directory, and nothing is left to clean up
     serve(sys.argv[1])

@@ -1,5 +1,4 @@
-"""Programs that a model might write, the hostile ones included: each pays only for itself."""
-
+"""Programs that a model might write, including hostile ones: each can only fail its own job."""
 import os
 import platform
 import socket
@@ -11,16 +10,22 @@ import pytest
 from grading import sandbox
 from rewards import grade, grade_programs
 
-GOOD = "def solution():\n    return math.floor(72.9)"
+
+
+def returns(expression: str) -> str:
+    return f"def solution():\n    return {expression}"
+
+
+GOOD = returns("math.floor(72.9)")
 
 
 def program(*lines: str) -> str:
-    """Does the lines and then returns the right answer, 72: "correct" means that they worked."""
+    """Run the lines and then return the right answer, 72: "correct" means that they worked."""
     return "def solution():\n" + "".join(f"    {line}\n" for line in lines) + "    return 72\n"
 
 
 def forever(*lines: str) -> str:
-    """Repeats the lines whatever they raise."""
+    """Repeat the lines whatever they raise."""
     body = "".join(f"            {line}\n" for line in lines)
     loop = f"    while True:\n        try:\n{body}        except BaseException:\n            pass\n"
     return "def solution():\n" + loop
@@ -64,14 +69,12 @@ HOSTILE = {
     "makes a directory": program("import os", "os.mkdir(FILE + '.new')"),
     "makes a link": program("import os", "os.symlink(FILE, FILE + '.new')"),
     "changes a mode": program("import os", "os.chmod(FILE, 0)"),
-    "deletes by ctypes": program("import ctypes", "libc = ctypes.CDLL(None)",
-                                 "assert libc.unlink(FILE.encode()) == 0"),
+    "deletes by ctypes": program("import ctypes", "assert ctypes.CDLL(None).unlink(FILE.encode()) == 0"),
     "reads a file": program("open(FILE).read()"),
     "frees a descriptor and reads": program("import os", "os.close(0)", "open(FILE).read()"),
     "lists a directory": program("import os", "os.listdir('/')"),
     "reads the environment": program("import os", "assert os.environ['SECRET']"),
-    "reads its parent's environment": program(
-        "import os", "open(f'/proc/{os.getppid()}/environ').read()"),
+    "reads its parent's environment": program("import os", "open(f'/proc/{os.getppid()}/environ').read()"),
     "connects": program("import socket", "socket.create_connection(('127.0.0.1', PORT))"),
     "makes a socket": program("import _socket", "_socket.socket()"),
     "makes a pipe": program("import os", "os.pipe()"),
@@ -82,36 +85,31 @@ HOSTILE = {
     "fake result in its pipe": program("import os", "os.write(0, b'72')"),
     "fake result and exit": program("import os", "os.write(0, b'{\"value\": 72}')", "os._exit(0)"),
     "prints the result": "def solution():\n    print(72)\n    print('\"72\"')\n",
-    "raises its limits": program("import resource",
-                                 "resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))"),
+    "raises its limits": program("import resource", "resource.setrlimit(resource.RLIMIT_NOFILE, (99, 99))"),
     "deep recursion": program("f = lambda n: f(n + 1)", "f(0)"),
-    "deep recursion without limit": program("import sys", "sys.setrecursionlimit(10**9)",
-                                            "f = lambda n: f(n + 1)", "f(0)"),
-    "huge power": "def solution():\n    return 9**9**9\n",
-    "huge number": "def solution():\n    return 10**5000\n",
-    "huge text": "def solution():\n    return '72' * 10**6\n",
+    "deep recursion without limit": program("import sys", "sys.setrecursionlimit(10**9)", "f = lambda n: f(n + 1)",
+                                            "f(0)"),
+    "huge power": returns("9**9**9"),
+    "huge number": returns("10**5000"),
+    "huge text": returns("'72' * 10**6"),
     "reads a huge number": program("int('9' * 5000)"),
     "nested source": program("x = " + "(" * 10**5),
     "NUL in the source": program("x = '\0'"),
     "surrogate in the source": program("x = '\ud800'"),
-    "lying number": "class X:\n    def __float__(self): return 'x'\n"
-    "def solution():\n    return X()",
-    "slow number": "class X:\n    def __float__(self):\n        while 1: pass\n"
-    "def solution():\n    return X()",
-    "True": "def solution():\n    return 71 < 72",
-    "list": "def solution():\n    return [72]",
+    "lying number": "class X:\n    def __float__(self): return 'x'\n" + returns("X()"),
+    "slow number": "class X:\n    def __float__(self):\n        while 1: pass\n" + returns("X()"),
+    "True": returns("71 < 72"),
+    "list": returns("[72]"),
     "generator": "def solution():\n    yield 72",
-}  # fmt: skip
+}
 
-
-SECCOMP = pytest.mark.skipif(
-    sys.platform != "linux" or platform.machine() not in sandbox.ALLOWED, reason="no seccomp here"
-)
+SECCOMP = pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in sandbox.ALLOWED,
+                             reason="no seccomp here")
 
 
 @pytest.fixture
 def traps(tmp_path, monkeypatch):
-    """A file, a listening port and a secret; checks afterwards that nobody has been there."""
+    """Set up a file, a listening port and a secret; check afterwards that nobody touched them."""
     monkeypatch.setenv("SECRET", "72")
     file = tmp_path / "file"
     file.write_text("untouched")
@@ -119,7 +117,7 @@ def traps(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.setblocking(False)
         yield {"FILE": repr(str(file)), "PORT": str(listener.getsockname()[1])}
-        with pytest.raises(BlockingIOError):  # nobody is waiting at the door
+        with pytest.raises(BlockingIOError):  # nobody has connected
             listener.accept()
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (file.read_text(), file.stat().st_mode) == ("untouched", mode)
@@ -130,7 +128,7 @@ def servers(kind: str) -> list[sandbox.Server]:
 
 
 def survivors() -> list[int]:
-    """Processes that live in a server's own directory and are no server; a fork cannot leave it."""
+    """Return processes in a server's own directory that are no server; a fork cannot leave it."""
     pids = [server.process.pid for server in servers("program")]
     homes = {os.readlink(f"/proc/{pid}/cwd") for pid in pids}
     found = []
@@ -145,7 +143,7 @@ def survivors() -> list[int]:
 
 
 def test_hostile_programs(traps):
-    """None is rewarded, none does harm or leaves a process, and honest neighbours are right."""
+    """None is rewarded, does harm or leaves a process behind, and the honest programs among them are right."""
     texts = []
     for text in HOSTILE.values():
         for name, value in traps.items():
@@ -174,9 +172,7 @@ def test_survivors_would_be_seen():
 
 
 @SECCOMP
-@pytest.mark.parametrize(
-    "call", ["os.kill(os.getpid(), 0)", "os.unlink('x')", "os.fork()", "os.getcwd()"]
-)
+@pytest.mark.parametrize("call", ["os.kill(os.getpid(), 0)", "os.unlink('x')", "os.fork()", "os.getcwd()"])
 def test_seccomp_refuses(call):
     """Harmless calls of the kinds that the limits alone would let through."""
     code = program("import os", f"try: {call}", "except PermissionError: return 71")
@@ -200,14 +196,14 @@ def test_no_program_changes_another():
 
 
 def test_outcomes_are_in_the_order_of_the_jobs():
-    texts = [f"def solution():\n    return {i}" for i in range(60)]
+    texts = [returns(str(i)) for i in range(60)]
     texts[7] = "no program"
     got = grade_programs(texts, [str(i) for i in range(60)], "gsm8k", workers=2)
     assert [g.answer for g in got] == [str(i) if i != 7 else None for i in range(60)]
 
 
 def test_an_interrupted_call_does_not_shift_the_next(monkeypatch):
-    """Ctrl-C between question and reply once left a reply in the pipe: the next job got it."""
+    """Ctrl-C between job and reply once left the reply in the pipe, and the next job got it."""
     server = sandbox._server("program", 0, os.getpid())
     server.run({"code": GOOD})
 
@@ -217,7 +213,7 @@ def test_an_interrupted_call_does_not_shift_the_next(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(server, "receive", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            server.run({"code": "def solution():\n    return 1"})
+            server.run({"code": returns("1")})
     assert server.run({"code": GOOD}).value == "72"
 
 
@@ -235,8 +231,7 @@ def test_parent_and_forked_child_do_not_share_a_server():
     child = os.fork()
     try:
         for i in range(20) if child else range(100, 120):
-            text = f"def solution():\n    return {i}"
-            assert grade(text, str(i), "gsm8k", "python").verdict == "correct"
+            assert grade(returns(str(i)), str(i), "gsm8k", "python").verdict == "correct"
         if child == 0:
             os._exit(0)
     finally:
@@ -259,64 +254,48 @@ def test_a_failing_trial_stops_the_server(monkeypatch):
         sandbox.serve("broken")
 
 
-@pytest.mark.parametrize(
-    ("code", "gold", "verdict"),
-    [
-        (GOOD, "72", "correct"),
-        ("def solution():\n    a = 48\n\n    b = 24\n    return a + b", "72", "correct"),
-        ("```python\n" + GOOD + "\n```\nThat is it.", "72", "correct"),
-        (GOOD + "\n\nQuestion:\nNext?\nAnswer reasoning:\ndef solution():\n    x", "72", "correct"),
-        (GOOD + "\n\nThis program returns 72.", "72", "correct"),
-        (GOOD + "\n\nprint(solution() / 0)", "72", "correct"),
-        ("import math\n\ndef half(x):\n    return x / 2\n\n"
-         "def solution():\n    return half(144)", "72", "correct"),
-        ("def solution():\n    return half(144)\n\ndef half(x):\n    return x / 2", "72",
-         "correct"),
-        ("def solution():\n    return 72\ndef solution():\n    return 70", "72", "wrong"),
-        ("def solution():\n    return 71.99999999999999", "72", "correct"),
-        ("def solution():\n    return 72.02", "72", "wrong"),
-        ("def solution():\n    return 0.1 + 0.2 - 0.3", "0", "correct"),
-        ("def solution():\n    return -3 / 8", "-0.375", "correct"),
-        ("def solution():\n    return 10**20 + 1", "100000000000000000000", "wrong"),
-        ("from fractions import Fraction\ndef solution():\n    return Fraction(1, 3)",
-         "0.3333333333333333", "correct"),
-        ("from decimal import Decimal\ndef solution():\n    return Decimal('72.0')", "72",
-         "correct"),
-        ("import datetime\ndef solution():\n    return datetime.datetime.strptime("
-         "'2024-03-01', '%Y-%m-%d').timetuple().tm_yday", "61", "correct"),
-        ("def solution():\n    return '72'", "72", "correct"),
-        ("def solution():\n    return '72 clips'", "72", "unparsed"),
-        ("def solution():\n    return None", "72", "unparsed"),
-        ("def solution():\n    return float('nan')", "72", "unparsed"),
-        ("def solution():\n    return float('inf')", "72", "unparsed"),
-        ("def solution():\n    return 72j", "72", "unparsed"),
-        ("def solution(x):\n    return 72", "72", "unparsed"),
-        ("def solution():\nreturn 72", "72", "unparsed"),
-        ("def answer():\n    return 72", "72", "unparsed"),
-        ("", "72", "unparsed"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("code, gold, verdict", [
+    (GOOD, "72", "correct"),
+    ("def solution():\n    a = 48\n\n    b = 24\n    return a + b", "72", "correct"),
+    ("```python\n" + GOOD + "\n```\nThat is it.", "72", "correct"),
+    (GOOD + "\n\nQuestion:\nNext?\nAnswer reasoning:\ndef solution():\n    x", "72", "correct"),
+    (GOOD + "\n\nThis program returns 72.", "72", "correct"),
+    (GOOD + "\n\nprint(solution() / 0)", "72", "correct"),
+    ("import math\n\ndef half(x):\n    return x / 2\n\n" + returns("half(144)"), "72", "correct"),
+    (returns("half(144)") + "\n\ndef half(x):\n    return x / 2", "72", "correct"),
+    (returns("72") + "\n" + returns("70"), "72", "wrong"),
+    (returns("71.99999999999999"), "72", "correct"),
+    (returns("72.02"), "72", "wrong"),
+    (returns("0.1 + 0.2 - 0.3"), "0", "correct"),
+    (returns("-3 / 8"), "-0.375", "correct"),
+    (returns("10**20 + 1"), "100000000000000000000", "wrong"),
+    ("from fractions import Fraction\n" + returns("Fraction(1, 3)"), "0.3333333333333333", "correct"),
+    ("from decimal import Decimal\n" + returns("Decimal('72.0')"), "72", "correct"),
+    ("import datetime\n" + returns("datetime.datetime.strptime('2024-03-01', '%Y-%m-%d').timetuple().tm_yday"),
+     "61", "correct"),
+    (returns("'72'"), "72", "correct"),
+    *[(returns(value), "72", "unparsed") for value in ("'72 clips'", "None", "float('nan')", "float('inf')", "72j")],
+    ("def solution(x):\n    return 72", "72", "unparsed"),
+    ("def solution():\nreturn 72", "72", "unparsed"),
+    ("def answer():\n    return 72", "72", "unparsed"),
+    ("", "72", "unparsed")])
 def test_programs(code, gold, verdict):
     assert grade(code, gold, "gsm8k", "python").verdict == verdict
 
 
-@pytest.mark.parametrize(
-    ("value", "verdict"),
-    [("'A'", "correct"), ("'b'", "wrong"), ("None", "unparsed"), ("['a']", "unparsed"),
-     ("97", "unparsed")],
-)  # fmt: skip
+@pytest.mark.parametrize("value, verdict", [
+    ("'A'", "correct"), ("'b'", "wrong"), ("None", "unparsed"), ("['a']", "unparsed"), ("97", "unparsed")])
 def test_letter_programs(value, verdict):
-    """str(None) is "none" and was an answer for the authors, so that every crash earned 0.1."""
-    assert grade(f"def solution():\n    return {value}", "a", "mathqa", "python").verdict == verdict
+    """str(None) is "none", and the authors read it as a wrong answer, so that every crash earned a reward of 0.1."""
+    assert grade(returns(value), "a", "mathqa", "python").verdict == verdict
 
 
 def test_random_programs_are_repeatable():
-    code = "import random\ndef solution():\n    return random.random()"
-    answers = {grade(code, "0", "gsm8k", "python").answer for _ in range(3)}
-    assert len(answers) == 1
+    code = "import random\n" + returns("random.random()")
+    assert len({grade(code, "0", "gsm8k", "python").answer for _ in range(3)}) == 1
 
 
 def test_sympy_programs():
     pytest.importorskip("sympy")
-    code = "def solution():\n    x = sympy.Symbol('x')\n    return sympy.solve(2*x - 144, x)[0]"
+    code = returns("sympy.solve(2 * sympy.Symbol('x') - 144)[0]")
     assert grade(code, "72", "gsm8k", "python").verdict == "correct"

@@ -1,0 +1,89 @@
+"""Where in a response its answer stands: the formats that several data sets use, and program text.
+
+Each function takes a text and returns the phrase that its format marks, or None. GSM8K's `####` is in rewards.py.
+Left out: guessing. No format falls back to the last number of a text that marks no answer.
+"""
+import re
+
+_FINAL_ANSWER = re.compile(r"(?i:final answer)[*_]* ?:[*_]*")
+_TRIGGER = re.compile(r"Therefore, the answer is:")
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
+_MINERVA = "Final Answer: The final answer is"
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_TOP_LEVEL = ("def ", "class ", "import ", "from ", "@", "#")
+
+
+def final_answer(text: str) -> str | None:
+    """Find the line after the last `Final answer:`."""
+    return _marked(text, _FINAL_ANSWER)
+
+
+def trigger(text: str) -> str | None:
+    """Find the line after ReFT's trigger. As in ReFT, a text that is just one word is its own answer."""
+    return _marked(text, _TRIGGER) if _TRIGGER.search(text) else one_word(text)
+
+
+def _marked(text: str, marker: re.Pattern) -> str | None:
+    """Find the first line after the last marker, but do not look beyond a new question."""
+    first = marker.search(text)
+    if first is None:
+        return None
+    end = text.find("\nQuestion:", first.end())
+    text = text[:end] if end >= 0 else text
+    *_, last = marker.finditer(text)
+    return text[last.end():].strip().partition("\n")[0] or None
+
+
+def boxed(text: str) -> str | None:
+    """Find the content of the last closed box, counting braces in one pass."""
+    stack, box = [], None
+    for match in _BOX.finditer(text):
+        token = match[0]
+        if token == "}":
+            start = stack.pop() if stack else None
+            if start is not None and (box is None or start > box[0]):
+                box = (start, match.start())
+        elif not token.startswith((r"\{", r"\}")):
+            stack.append(match.end() if token != "{" else None)
+    return text[slice(*box)].strip() or None if box else None
+
+
+def minerva(text: str) -> str | None:
+    """Find the first `Final Answer: The final answer is ... . I hope it is correct.`"""
+    sentence = text.partition(_MINERVA)[2].partition(". I hope it is correct")[0]
+    return sentence.strip().partition("\n\n")[0] or None
+
+
+def one_word(value: object) -> str | None:
+    """Accept a text of one word: "72" is an answer, "72 clips" and a list are not."""
+    words = value.split(maxsplit=1) if isinstance(value, str) else []
+    return words[0] if len(words) == 1 else None
+
+
+def program(text: str) -> str | None:
+    """Cut the program out of a text: no code fence, and nothing that the model wrote after the program.
+
+    The text must contain `def solution`; if the prompt ends with that line, put it back in front. The ReFT authors
+    stop at the first blank line, which truncates programs that contain one. Here a blank line ends the program only
+    if the next line is neither indented nor a definition or an import. They also turn sys.exit into print; here a
+    program that exits has returned no answer.
+    """
+    fenced = _FENCE.search(text)
+    lines = (fenced[1] if fenced else text.partition("\nQuestion:")[0]).split("\n")
+    start = next((i for i, line in enumerate(lines) if re.match(r"def solution\b", line)), None)
+    if start is None:
+        return None
+    for i in range(start + 1, len(lines)):
+        is_code = not lines[i] or lines[i][0].isspace() or lines[i].startswith(_TOP_LEVEL)
+        if not is_code and not lines[i - 1].strip():
+            return "\n".join(lines[:i])
+    return "\n".join(lines)
+
+
+def plain(phrase: str) -> str:
+    """Strip Markdown bold, and the LaTeX around a number or a letter."""
+    phrase = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\b", "", phrase)
+    for mark, replacement in (("{,}", ","), (r"\$", "$"), (r"\!", ""), (r"\,", ""), ("−", "-")):
+        phrase = phrase.replace(mark, replacement)
+    phrase = re.sub(r"\$([^$]*)\$", r" \1 ", phrase)
+    return re.sub(r"^- +", "-", phrase.replace("**", "").replace("`", "").strip(" _*"))
