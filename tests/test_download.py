@@ -114,17 +114,12 @@ def test_a_good_download(server, tmp_path, capsys, size, says_length):
 
 
 @pytest.mark.parametrize("size, says_length", [(SIZE, True), (None, True), (SIZE, False)])
-def test_a_download_that_breaks_off_is_tried_again(server, tmp_path, capsys, size, says_length):
-    server.cuts, server.says_length = [0, 100_000], says_length
+def test_trouble_is_answered_by_another_try(server, tmp_path, capsys, size, says_length):
+    """A server that is busy, and an answer that breaks off."""
+    server.errors, server.cuts, server.says_length = [503], [100_000], says_length
     fetch("t", tmp_path, one(server, size=size))
     assert tree(tmp_path) == {"t/file": BODY} and server.requests == ["/file"] * 3
     assert capsys.readouterr().out.count("trying again") == 2
-
-
-def test_a_server_in_trouble_is_asked_again(server, tmp_path):
-    server.errors = [503]
-    fetch("t", tmp_path, one(server))
-    assert tree(tmp_path) == {"t/file": BODY} and server.requests == ["/file"] * 2
 
 
 def test_a_git_pin(server, tmp_path):
@@ -180,14 +175,6 @@ def test_it_gives_up_with_a_remedy(server, tmp_path):
     for part in (f"{server.url}file: ", "3,000 of 307,200", str(tmp_path / "t"), "--path"):
         assert part in said
     assert tree(tmp_path) == {} and len(server.requests) == 3
-
-
-def test_nobody_listens(server, tmp_path, capsys):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{unused.getsockname()[1]}/file"
-        said = refusal(tmp_path, {"t": ("free", [File(url, 5, SHA256)])})
-    assert "refused" in said and url in said and capsys.readouterr().out.count("trying again") == 2
 
 
 def test_a_server_that_says_nothing(server, tmp_path, monkeypatch):
