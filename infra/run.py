@@ -1,0 +1,301 @@
+"""Run directories: files that exist only once they are complete, locks, logs, seeds, and a clean way to stop.
+
+    runs/NAME/  config.json  command.txt  source/  log.jsonl  iter1/...
+
+Each step of a run is a file (`once`). Run the same command again and it continues at the first missing one.
+"""
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from infra import parallel
+
+ROOT = Path(__file__).parent.parent
+LOCKS: dict[Path, object] = {}  # open lock files of the run directories that this process holds
+
+
+# --- scripts ---------------------------------------------------------------------------------------
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's main on all ranks; Ctrl-C and SIGTERM end it with a sentence instead of a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        parallel.start()
+        main()
+        sys.stdout.flush()  # here, where a closed pipe is no surprise
+        parallel.finish()
+    except BrokenPipeError:  # `... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        parallel.leave(0)
+    except ModuleNotFoundError as error:  # an optional package; the message says how to get it
+        parallel.leave(f"error: {error}")
+    except KeyboardInterrupt:
+        parallel.leave("\nstopped; run the same command again to continue at the first missing file")
+    except SystemExit as error:
+        parallel.leave(error.code)
+
+
+class StopAsked:
+    """A context in which Ctrl-C and SIGTERM only ask: calling the object tells whether any rank was asked to stop.
+
+    A second Ctrl-C does not wait. (Under torchrun it does: ranks hear of Ctrl-C from torchrun alone, which kills them
+    after 30 seconds.)
+    """
+
+    def __enter__(self) -> "StopAsked":
+        self.asked: list[int] = []
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame) -> None:
+        if number == signal.SIGINT and number in self.asked and parallel.world() == 1:
+            raise KeyboardInterrupt
+        self.asked.append(number)
+
+    def __call__(self) -> bool:
+        return any(parallel.gather(bool(self.asked)))
+
+
+# --- the run directory -----------------------------------------------------------------------------
+
+def open_run(config, **inputs: str) -> Path:
+    """Create config.run_dir, or resume a run with the same config and inputs; refuse any other.
+
+    inputs: names and hashes of what the run is made from. The directory is locked until this process ends.
+    """
+    run = Path(config.run_dir)
+    values = json.loads(json.dumps(dataclasses.asdict(config) | inputs))  # tuples become lists, as in the file
+    free = {"run_dir", *(field.name for field in dataclasses.fields(config) if field.metadata["free"])}
+
+    def claim() -> None:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            lock(run)
+            if (run / "config.json").exists():
+                refuse_changes(run, values, free)
+            else:
+                refuse_foreign(run)
+                shutil.copytree(ROOT, run / "source", dirs_exist_ok=True, ignore=not_source)
+                write_json(run / "config.json", values)
+            with open(run / "command.txt", "a", encoding="utf-8") as file:
+                file.write(run_card() + "\n")
+        except OSError as error:
+            raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
+
+    parallel.by_first(claim)
+    return run
+
+
+def refuse_changes(run: Path, values: dict, free: set[str]) -> None:
+    before = read_json(run / "config.json")
+    changed = [f"  {name}: {before.get(name)!r} there, {values.get(name)!r} now" for name in before | values
+               if name not in free and before.get(name) != values.get(name)]
+    if changed:
+        raise SystemExit("\n".join([f"{run} holds a run with another config or other inputs:", *changed,
+                                    "Give another --run_dir, or remove that directory."]))
+
+
+def refuse_foreign(run: Path) -> None:
+    """Refuse a directory whose model this run would take for its own."""
+    if (run / "model").exists():
+        raise SystemExit(f"{run / 'model'} was not made by a run (there is no config.json beside it). Give another "
+                         "--run_dir.")
+
+
+def not_source(folder: str, names: list[str]) -> list[str]:
+    """Choose what a copy of the source leaves out: all but Python outside tests, and what is not ours."""
+    rooms = {"data", "grading", "infra", "tools"} if Path(folder) == ROOT else set()
+    return [name for name in names if not (name.endswith(".py") or name in rooms)]
+
+
+def lock(run: Path) -> None:
+    """Hold the run directory until this process ends, however it ends: the system lets go of the lock then."""
+    if run.resolve() in LOCKS:
+        return
+    file = open(run / "lock", "a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise SystemExit(f"{run} is in use: {file.read().strip() or 'by another process'}. Wait for it, or stop it, or "
+                         "give another --run_dir.") from None
+    except OSError as error:
+        print(f"warning: {run} cannot be locked ({error.strerror}): make sure that no other run uses it")
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}: "
+               f"{' '.join(sys.argv)}\n")
+    file.flush()
+    LOCKS[run.resolve()] = file
+
+
+def run_card() -> str:
+    """Say where, when and from which source a run was started."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
+    return (f"command  {' '.join([Path(sys.executable).name, *sys.argv])}\n"
+            f"commit   {git.stdout.strip() or 'unknown'}\n"
+            f"torch    {torch.__version__}, {torch.get_num_threads()} threads, {device}{ranks}\n"
+            f"machine  {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"
+            f"start    {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+
+
+def log(folder: Path, **record) -> None:
+    """Append a line to the log.jsonl of the run that a folder belongs to; times are recorded here and nowhere else."""
+    run = next((path for path in (folder, *folder.parents) if (path / "config.json").exists()), None)
+    if run and parallel.rank() == 0:
+        with open(run / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
+
+
+# --- steps -----------------------------------------------------------------------------------------
+
+def once(path: Path, make: Callable[[], object], kind: type | None = None, settings: dict | None = None):
+    """Return the content of a file; where it is missing, make() it and write it first.
+
+    .json holds any value, .jsonl a list of records of the dataclass `kind`. settings: how they were made, for the first
+    line of a .jsonl, with a SHA-256 of all that follows. make() is called on all ranks.
+    """
+    if parallel.by_first(path.exists):
+        if not kind:
+            return read_json(path)
+        before, records = read_records(path, kind)
+        refuse_others(path, before, json.loads(json.dumps(settings or {})))
+        return records
+    began, value = time.perf_counter(), make()
+    if kind:
+        write_records(path, value, settings or {})
+    else:
+        write_json(path, value)
+    log(path.parent, event=path.stem, seconds=time.perf_counter() - began)
+    parallel.barrier()
+    return value
+
+
+def refuse_others(path: Path, before: dict, settings: dict) -> None:
+    changed = [f"  {name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in before | settings
+               if before.get(name) != settings.get(name)]
+    if changed:
+        raise SystemExit("\n".join([f"{path} was made with other settings:", *changed, "Remove it to make it again."]))
+
+
+def write_records(path: Path, records: list, settings: dict) -> None:
+    rows = [dataclasses.asdict(record) for record in records]
+    header = [{"settings": settings, "sha256": hash_of(json.dumps([settings, rows]))}] if settings else []
+    write_jsonl(path, header + rows)
+
+
+def read_records(path: Path, kind: type) -> tuple[dict, list]:
+    """Read (settings, records of the dataclass `kind`) from a file; SystemExit if it was damaged or edited."""
+    try:
+        rows = read_jsonl(path)
+        header = rows.pop(0) if rows and "sha256" in rows[0] else {"settings": {}, "sha256": ""}
+        records = [kind(**row) for row in rows]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise SystemExit(f"{path} does not hold records of kind {kind.__name__}: {error!r}") from None
+    if header["sha256"] and header["sha256"] != hash_of(json.dumps([header["settings"], rows])):
+        raise SystemExit(f"{path} was changed after it was written: its SHA-256 is not the one in its first line")
+    return header["settings"], records
+
+
+# --- files -----------------------------------------------------------------------------------------
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, on rank 0, so that it exists if and only if it is complete."""
+    if parallel.rank():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{path} cannot be written: {error.strerror}. Free some space, then run the same command "
+                         "again to resume.") from None
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_json(path: Path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def fresh_directory(directory: Path) -> Path:
+    """Make an empty directory to fill, which put_in_place gives its name once it is complete."""
+    temporary = directory.with_name(directory.name + ".new.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def put_in_place(directory: Path) -> None:
+    """Give a filled fresh_directory its name; the directory that had it before is removed last."""
+    temporary, old = (directory.with_name(f"{directory.name}.{age}.tmp") for age in ("new", "old"))
+    for path in (*temporary.iterdir(), temporary):
+        flush(path)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    flush(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+
+def derive_seed(*names) -> int:
+    """Make a seed that is a pure function of names such as (seed, iteration, purpose)."""
+    return int.from_bytes(hashlib.sha256(repr(names).encode()).digest()[:7], "big")
+
+
+def hash_of(*things) -> str:
+    """SHA-256 of the repr of things, and of the contents of the files (Path) among them."""
+    digest = hashlib.sha256()
+    for thing in things:
+        if isinstance(thing, Path):
+            with open(thing, "rb") as file:
+                while part := file.read(1 << 20):
+                    digest.update(part)
+        else:
+            digest.update(repr(thing).encode())
+    return digest.hexdigest()
