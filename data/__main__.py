@@ -9,19 +9,21 @@ Grey is the prompt, mask 0; green is the gold solution, mask 1. With NO_COLOR se
 import os
 from dataclasses import dataclass
 
+from data import SPLITS
 from data.prompts import gold_text
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer, pieces
-from infra.experiment import option, parse_config, run_script
+from infra.config import option, parse_config
+from infra.run import run_script
 
 GREY, GREEN = ("\033[90m", "\033[37m"), ("\033[32m", "\033[92m")  # two shades, to tell neighbouring tokens apart
 
 
 @dataclass(frozen=True)
 class Config(TaskOptions):
-    split: str = option("train", "train, dev or test")
+    split: str = option("train", "train, dev or test", SPLITS)
     model: str = option("", "model directory, whose tokenizer is used")
-    show: int = option(3, "how many problems to show")
+    show: int = option(3, "how many problems to show", low=0)
 
 
 def paint(texts: list[str], shades: tuple[str, str]) -> str:
@@ -41,7 +43,7 @@ def main() -> None:
     config = parse_config(Config, {}, __doc__)
     problems = config.problems(config.split)
     tokenizer = load_tokenizer(config.model) if config.model else None
-    for problem in problems[:max(0, config.show)]:
+    for problem in problems[:config.show]:
         prompt, gold = [config.prompt_text(problem)], [gold_text(problem, config.marks), "<EOS>"]
         if tokenizer:
             prompt = token_texts(tokenizer, config.prompt_ids(tokenizer, problem))

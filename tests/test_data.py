@@ -1,8 +1,10 @@
 """Data files -> problems -> prompts and gold solutions -> token ids: what each paper's model is asked and taught, and
 what a bad file says."""
+import dataclasses
 import json
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,17 +14,18 @@ from tiny import tiny_model
 
 import data
 from data import __main__ as show
+from data.check import check_inputs
 from data.files import FILES, read_problems, read_record, records
 from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES, encode_prompt,
                           encode_solution, gold_text, prompt_text)
 from data.task import TaskOptions
 from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
-import evaluate
-import irpo
-import rft
-from infra.experiment import run_script
+from checkpoint import save_model
+from infra.config import option
+from infra.run import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
-from sample import generate, print_stream, stream
+from sample import generate
+from tools.chat import Config as ChatConfig, stream
 
 ROWS = {  # one record of each format, as the data sets write them
     "gsm8k": {"question": "Ann has 4 pens and buys 3. How many has she?",
@@ -131,16 +134,6 @@ def test_examples_are_never_test_problems(tmp_path):
     assert len(data.load_problems("math", "test", path)) == 40
     with pytest.raises(SystemExit, match="train/"):
         data.examples("math", str(path))
-
-
-def test_drivers_refuse_one_file_for_all_splits(tmp_path):
-    """Train, dev and test came from the same file, and accuracy was measured on what was trained on."""
-    write(tmp_path / "my.jsonl", numbered("gsm8k", 50))
-    flags = dict(model="m", task="gsm8k", path=str(tmp_path / "my.jsonl"))
-    for Config in (irpo.Config, rft.Config):
-        with pytest.raises(ValueError, match="folder"):
-            Config(**flags)
-    evaluate.Config(**flags)
 
 
 def test_math_is_split_by_unique_id(tmp_path):
@@ -474,6 +467,70 @@ def test_a_tokenizer_config_can_leave_bos_out(sentencepiece_dir, tmp_path):
     assert tokenizer.bos_id is None and encode_prompt(tokenizer, "a") == tokenizer.encode("a")
 
 
+# --- checks before a run --------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(TaskOptions):
+    """What check_inputs reads of a method's config."""
+    model: str = option("", "model directory")
+    max_new_tokens: int = option(16, "longest response")
+
+
+@pytest.fixture(scope="module")
+def gsm8k_run(tmp_path_factory, sentencepiece_dir) -> RunConfig:
+    """A model whose tokenizer fits it, and a folder of problems."""
+    folder = tmp_path_factory.mktemp("run")
+    vocab_size = load_tokenizer(sentencepiece_dir).vocab_size
+    save_model(tiny_model(vocab_size=vocab_size), folder / "model", source=sentencepiece_dir)
+    for split in ("train", "test"):
+        write(folder / "data" / f"{split}.jsonl", numbered("gsm8k", 10))
+    return RunConfig(task="gsm8k", path=str(folder / "data"), model=str(folder / "model"))
+
+
+def check(config: RunConfig, tokenizer=None) -> None:
+    check_inputs(config, tokenizer or load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+
+
+def test_inputs_that_fit_are_accepted(gsm8k_run, capsys):
+    check(gsm8k_run)
+    assert capsys.readouterr().out == "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n"
+
+
+@pytest.mark.parametrize("fault, said", [
+    ("digits", r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
+    ("long", "the longest prompt has .* tokens, and with --max_new_tokens 120 it exceeds the model's 128 positions"),
+    ("file", "give the folder"), ("BOS", "only 0 of 18 prompts have exactly one BOS"),
+    ("vocabulary", "the tokenizer gives token .*, and the model knows 24")])
+def test_inputs_that_do_not_fit_are_refused(gsm8k_run, sentencepiece_dir, fault, said, tmp_path):
+    """Before an hour is spent: one file for all splits, which would be tested on what it was trained on; a tokenizer of
+    another model, that adds a BOS itself, or that does not know all digits."""
+    config, own = gsm8k_run, load_tokenizer(gsm8k_run.model)
+    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, encode=own.encode,
+                                decode=own.decode)
+    if fault == "digits":
+        tokenizer.decode = lambda ids: own.decode(ids).replace("7", "1")
+    if fault == "long":
+        config = dataclasses.replace(config, max_new_tokens=120)
+    if fault == "file":
+        config = dataclasses.replace(config, path=f"{config.path}/train.jsonl")
+    if fault == "BOS":
+        tokenizer.encode = lambda text: [own.bos_id, *own.encode(text)]
+    if fault == "vocabulary":
+        save_model(tiny_model(), tmp_path / "model", source=sentencepiece_dir)
+        config = dataclasses.replace(config, model=str(tmp_path / "model"))
+    with pytest.raises(SystemExit, match=said):
+        check(config, tokenizer)
+
+
+def test_a_model_that_was_trained_otherwise_is_asked_with_a_warning(gsm8k_run, tmp_path, capsys):
+    config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "iter1" / "model"))
+    save_model(tiny_model(vocab_size=load_tokenizer(gsm8k_run.model).vocab_size), config.model, source=gsm8k_run.model)
+    for prompt in ("plain", "irpo"):
+        (tmp_path / "config.json").write_text(json.dumps({"prompt": prompt, "chat": "", "answer_format": ""}))
+        check(config)
+        assert ("warning: " in capsys.readouterr().out) == (prompt == "irpo")
+
+
 # --- show, stream ---------------------------------------------------------------------------------
 
 def test_show_paints_the_mask(tmp_path, sentencepiece_dir, monkeypatch, capsys):
@@ -498,10 +555,9 @@ def test_show_paints_the_mask(tmp_path, sentencepiece_dir, monkeypatch, capsys):
 def test_a_stream_is_what_generate_draws(temperature, top_p, top_k):
     """Token by token, the same responses."""
     model, prompt = tiny_model(), [1, 5, 9, 4]
-    options = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, top_k=top_k, eos_id=2,
-                   seed=7)
-    [responses] = generate(model, [prompt], num_samples=3, **options)
-    streams = [list(stream(model, prompt, sample=n, **options)) for n in range(3)]
+    options = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, top_k=top_k, seed=7)
+    [responses] = generate(model, [prompt], num_samples=3, eos_id=2, **options)
+    streams = [list(stream(model, prompt, n, 2, ChatConfig(**options))) for n in range(3)]
     assert streams == [response.ids for response in responses]
     assert torch.is_grad_enabled()
 
@@ -514,11 +570,9 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-def test_pieces_wait_for_whole_characters(capsys):
+def test_pieces_wait_for_complete_characters():
     """Half of a character printed as it comes is a question mark in a box that never goes away."""
     ids = list("aé€b\n".encode())
     texts = ["a", "", "é", "", "", "€", "b", "\n"]
     assert list(pieces(Bytes(), iter(ids))) == list(zip(ids, texts, strict=True))
-    assert print_stream(Bytes(), iter(ids)) == ids
-    assert capsys.readouterr().out == "aé€b\n"
     assert show.token_texts(Bytes(), ids) == [*texts[:-1], "<EOS>"]
