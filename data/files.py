@@ -1,11 +1,9 @@
-"""Files of the data sets -> problems. One short reader per record format; a bad record stops at once.
+"""Read problems from the data sets' files: one short reader per record format, and the first bad record is an error.
 
-A solution is kept as its data set writes it: GSM8K's ends in "#### 72", MATH's has its answer in a
-box, ReFT's are programs or end in "Therefore, the answer is: 72.0". SVAMP's test set, ARC and ReFT's
-test sets have no solutions: "".
+A solution is kept as its data set writes it: GSM8K's ends in "#### 72", MATH's has its answer in a box, ReFT's are
+programs or end in "Therefore, the answer is: 72.0". SVAMP's test set, ARC and ReFT's test sets have no solutions: "".
 """
 import json
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,22 +11,22 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Problem:
-    """A question, its right answer, and a gold solution in the format of the data set, or ""."""
+    """A question, its right answer, and a gold solution in the format of the data set, or "" where there is none."""
     id: str
     question: str
     answer: str
     solution: str
 
 
-# Which files make a split. Without a "dev" it is held out of train. SVAMP has only its test set, and
-# MathQA no numeric answers, so their "publisher" is ReFT as far as needed.
+# The files of each split. Where there is no "dev", dev is held out of train. SVAMP publishes only a test set, and
+# MathQA no numeric answers: what they lack comes from ReFT.
 FILES = {
     "publisher": {
         "gsm8k": {"train": ["train.jsonl"], "test": ["test.jsonl"]},
         "svamp": {"train": ["svamp_nl.json"], "test": ["SVAMP.json"]},
         "mathqa": {"train": ["train.json"], "dev": ["dev.json"], "test": ["test.json"]},
         "mathqa-numeric": {"train": ["mathqa-numeric_nl.json"], "test": ["mathqa-numeric_test_set.json"]},
-        # prm800k's files, which split the 12,500 anew: unique_id tells the original split
+        # prm800k splits the 12,500 problems in another way: unique_id tells the original split
         "math": {"train": ["train.jsonl", "test.jsonl"], "test": ["train.jsonl", "test.jsonl"]},
         "arc": {"train": ["ARC-Challenge-Train.jsonl", "ARC-Easy-Train.jsonl"],  # both, as IRPO
                 "dev": ["ARC-Challenge-Dev.jsonl"], "test": ["ARC-Challenge-Test.jsonl"]}},
@@ -39,56 +37,48 @@ FILES = {
 
 
 def read_problems(path: Path, task: str) -> list[Problem]:
-    """All problems of a file; SystemExit names file, line and fault of the first bad record."""
+    """Read all problems of a file; SystemExit names file, place and fault of the first bad record."""
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: `make data TASK={task}` downloads the files of {task}; "
                          "--path names a folder that has them, or one file")
-    problems = []
+    problems, place, row = [], "line 1", {}
     try:
-        for line, row in records(path.read_text(encoding="utf-8")):
-            try:
-                problems.append(read_record(row, task, f"{path.stem}-{len(problems) + 1}"))
-            except (KeyError, ValueError, TypeError, AttributeError) as error:
-                fault = f"no field {error}" if isinstance(error, KeyError) else error
-                raise SystemExit(f"{path}, line {line}: {fault}. Expected a record like "
-                                 f"{reader(row, task).__doc__.splitlines()[0]}") from None
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}, line {error.lineno}: not JSON: {error.msg}. Expected records like "
-                         f"{READERS[task].__doc__.splitlines()[0]}") from None
+        for place, row in records(path.read_text(encoding="utf-8")):  # noqa: B007 (both name a fault)
+            problems.append(read_record(row, task, f"{path.stem}-{len(problems) + 1}"))
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path} is not UTF-8 text: {error}") from None
-    if not problems:
-        raise SystemExit(f"{path} has no records")
+    except json.JSONDecodeError as error:
+        fault = f"line {error.lineno}: not JSON: {error.msg}"
+    except KeyError as error:
+        fault = f"{place}: no field {error}"
+    except (ValueError, TypeError, AttributeError) as error:
+        fault = f"{place}: {error}"
+    else:
+        fault = "" if problems else f"{place}: no records"
+    if fault:
+        raise SystemExit(f"{path}, {fault}. Expected one record per line, or an array of records, like "
+                         f"{reader(row, task).__doc__.splitlines()[0]}")
     return problems
 
 
-def records(text: str) -> Iterator[tuple[int, dict]]:
-    """(line, record) of JSON lines or of one JSON array; decimals stay text, so no digit is lost."""
-    decoder, at, line = json.JSONDecoder(parse_float=str), 0, 1
-
-    def skip(pattern: str) -> None:
-        nonlocal at, line
-        end = re.compile(pattern).match(text, at).end()
-        line += text.count("\n", at, end)
-        at = end
-
-    skip(r"\s*")
-    is_array = text.startswith("[", at)
-    skip(r"\[?\s*")
-    while text[at:at + 1] != ("]" if is_array else ""):
-        row, end = decoder.raw_decode(text, at)
-        yield line, row
-        line += text.count("\n", at, end)
-        at = end
-        skip(r"\s*,?\s*")
-    if is_array:
-        skip(r"\]\s*")
-        if at < len(text):
-            raise json.JSONDecodeError("more text behind the array", text, at)
+def records(text: str) -> Iterator[tuple[str, dict]]:
+    """Yield (place, record) of JSON lines, or of one JSON array. Decimals stay text, so that no digit is lost."""
+    if text.lstrip().startswith("["):
+        for i, row in enumerate(json.loads(text, parse_float=str), start=1):
+            yield f"record {i}", row
+        return
+    for i, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 within a text
+        if line.strip():
+            try:
+                row = json.loads(line, parse_float=str)
+            except json.JSONDecodeError as error:
+                error.lineno = i  # json counts from this line
+                raise
+            yield f"line {i}", row
 
 
 def read_record(row: dict, task: str, name: str) -> Problem:
-    """One record in its data set's format, or in ReFT's; `name` serves where it has no id."""
+    """Read one record in its data set's format, or in ReFT's. Where it has no id, `name` is its id."""
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {row!r:.60}")
     problem = reader(row, task)(row, name)
@@ -101,6 +91,8 @@ def reader(row: dict, task: str) -> Callable[[dict, str], Problem]:
     return reft if isinstance(row, dict) and "answer_value" in row else READERS[task]
 
 
+# Each reader's docstring begins with the record that it expects, which error messages show.
+
 def gsm8k(row: dict, name: str) -> Problem:
     """{"question": ..., "answer": "48/2 = <<48/2=24>>24 ... #### 72"}"""
     question, solution = row["question"].strip(), row["answer"].strip()
@@ -112,8 +104,8 @@ def gsm8k(row: dict, name: str) -> Problem:
 def svamp(row: dict, name: str) -> Problem:
     """{"Body": ..., "Question": ..., "Equation": ..., "Answer": 51.0}"""
     body = row["Body"].strip()
-    return Problem(name, f"{body}{'' if body.endswith(('.', '?', '!')) else '.'} {row['Question'].strip()}",
-                   str(row["Answer"]), "")
+    end = "" if body.endswith((".", "?", "!")) else "."
+    return Problem(name, f"{body}{end} {row['Question'].strip()}", str(row["Answer"]), "")
 
 
 def mathqa(row: dict, name: str) -> Problem:
@@ -128,8 +120,8 @@ def mathqa(row: dict, name: str) -> Problem:
 def reft(row: dict, name: str) -> Problem:
     """{"question": ..., "answer_cot": words or "def solution(): ...", "answer_value": "203.0"}
 
-    The trigger goes behind every solution in words, as in ReFT's training, although SVAMP's already
-    say "Therefore, the answer is <203>."
+    As in ReFT's training, the trigger follows every solution in words, although SVAMP's already say "Therefore, the
+    answer is <203>."
     """
     answer, solution = str(row["answer_value"]), row.get("answer_cot", "").strip()
     if solution and not solution.startswith("def solution"):
@@ -147,7 +139,7 @@ def math(row: dict, name: str) -> Problem:
 def arc(row: dict, name: str) -> Problem:
     """{"id": ..., "question": {"stem": ..., "choices": [{"text", "label"}, ...]}, "answerKey": "C"}
 
-    Three to five choices, labelled A to E or 1 to 5; the labels are asked and answered as they are.
+    There are three to five choices, labelled A to E or 1 to 5. Labels are shown, and answered, as they are.
     """
     choices = row["question"]["choices"]
     labels = [choice["label"] for choice in choices]
@@ -157,5 +149,4 @@ def arc(row: dict, name: str) -> Problem:
     return Problem(row.get("id") or name, "\n".join(lines), row["answerKey"], "")
 
 
-READERS = {"gsm8k": gsm8k, "svamp": svamp, "mathqa": mathqa, "mathqa-numeric": reft, "math": math,
-           "arc": arc}
+READERS = {"gsm8k": gsm8k, "svamp": svamp, "mathqa": mathqa, "mathqa-numeric": reft, "math": math, "arc": arc}

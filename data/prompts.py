@@ -1,15 +1,14 @@
-"""Prompts as the papers write them, gold solutions in the format asked for, and both as token ids.
+"""Write prompts as the papers do, write gold solutions in the format asked for, and encode both as token ids.
 
-A prompt ends where the response begins and never in a space, which tokenizers would join to what
-follows. Prompt and response are encoded apart, so the border between them is exact.
+A prompt ends where the response begins, and never in a space, which tokenizers would join to what follows. Prompt and
+response are encoded separately, so the boundary between them is exact.
 """
 import re
 from collections.abc import Sequence
 
 from data.files import Problem
 
-# {question} is the question with its options, {examples} solved questions. A template for one task is
-# named PROMPT-TASK.
+# {question} is the question with its options, {examples} are solved questions. PROMPT-TASK is a template for one task.
 TEMPLATES = {
     "plain": "{question}\n",
     # IRPO, appendix: zero-shot for GSM8K and ARC, four examples for MATH
@@ -26,17 +25,17 @@ TEMPLATES = {
     # RFT's code: the Alpaca format
     "rft": "Below is an instruction that describes a task. Write a response that appropriately "
            "completes the request.\n\n### Instruction:\n{question}\n\n### Response:",
-    # ReFT's code, for solutions in words and for programs (--answer_format python). Its sampler also
-    # puts the program's first line into the prompt, to save time; here the model writes it.
+    # ReFT's code, for solutions in words and for programs (--answer_format python). Its sampler also puts the program's
+    # first line into the prompt, to save time; here the model writes it.
     "reft": "Question:\n{question}\nAnswer reasoning:\n",
 }
 PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
-# What a prompt asks for. MATH's answers may have spaces, which end an answer behind ####.
+# The answer format that a prompt asks for. MATH's answers may contain spaces, which would end an answer after ####.
 PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "rft-math": "boxed", "reft": "trigger"}
-CHATS = {"": "", "llama2": "[INST] {prompt} [/INST]"}  # of Llama-2-chat, without system message
+CHATS = {"": "{prompt}", "llama2": "[INST] {prompt} [/INST]"}  # Llama-2-chat's, without a system message
 EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
 
-MARKS = {  # how each answer format gives the answer, behind the reasoning
+MARKS = {  # how each answer format gives the answer, after the reasoning
     "hash": "\n#### {answer}",
     "final_answer": "\nFinal answer: {answer}",
     "trigger": "\nTherefore, the answer is: {answer}",
@@ -46,19 +45,17 @@ MARKS = {  # how each answer format gives the answer, behind the reasoning
 ANSWER_FORMATS = (*MARKS, "python")
 
 
-def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = (),
-                chat: str = "") -> str:
-    """A prompt for one question; `examples` are needed where `needs_examples`."""
+def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = (), chat: str = "") -> str:
+    """Write the prompt for a question; `examples` are needed where `needs_examples` says so."""
     template = TEMPLATES.get(f"{prompt}-{task}", TEMPLATES[prompt])
-    solved = "".join(EXAMPLE.format(question=example.question,
-                                    solution=gold_text(example, PROMPT_FORMATS[prompt]))
-                     for example in examples)
+    solved = "".join(EXAMPLE.format(question=one.question, solution=gold_text(one, PROMPT_FORMATS[prompt]))
+                     for one in examples)
     text = template.format(question=question, examples=solved)
     return CHATS[chat].format(prompt=text.strip()) if chat else text
 
 
 def prompt_format(prompt: str, task: str) -> str | None:
-    """The answer format that a prompt asks for; None: it leaves it to the data set."""
+    """Return the answer format that a prompt asks for; None if it leaves that to the data set."""
     return PROMPT_FORMATS.get(f"{prompt}-{task}", PROMPT_FORMATS.get(prompt))
 
 
@@ -67,10 +64,10 @@ def needs_examples(prompt: str, task: str) -> bool:
 
 
 def gold_text(problem: Problem, answer_format: str) -> str:
-    """The gold solution with its answer marked as the model is asked to; "" if there is none.
+    """Write the gold solution in the answer format that the model is asked for; "" if there is none.
 
-    A winner in another format than the prompt's would teach the model that format. Calculator marks
-    <<48/2=24>> stay only with the format they belong to, "hash".
+    A winner in another format than the prompt's would teach the model that format. Calculator annotations <<48/2=24>>
+    stay only in the format they belong to, "hash".
     """
     solution = problem.solution
     if not solution or answer_format == "python" or answer_format == "boxed" and "\\boxed" in solution:
@@ -82,15 +79,16 @@ def gold_text(problem: Problem, answer_format: str) -> str:
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
-    """The ids of a prompt: one BOS where the model uses one, then the text. Every prompt passes here."""
-    return [token for token in (tokenizer.bos_id,) if token is not None] + tokenizer.encode(text)
+    """Encode a prompt: one BOS if the model uses one, then the text. Every prompt is encoded here."""
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    return bos + tokenizer.encode(text)
 
 
 def encode_solution(tokenizer, text: str, prompt: str = "\n") -> list[int]:
-    """The ids of a written solution as the response to a prompt: its text, then EOS.
+    """Encode a written solution as the response to a prompt: its text, then EOS.
 
-    Behind "Solution:" a model says " So", and so must a solution. Sentencepiece begins every text so,
-    byte-level tokenizers (Llama 3, Qwen2) begin it as it is written.
+    After "Solution:" a model continues with " So", and so must a solution. Sentencepiece begins every text with a
+    space; byte-level tokenizers (Llama 3, Qwen2) take it as it is written.
     """
     if not tokenizer.begins_with_space and not prompt[-1:].isspace():
         text = " " + text

@@ -1,7 +1,10 @@
-"""Data files -> problems -> prompts and gold solutions -> token ids: what each paper's model is asked
-and taught, and what a bad file says."""
+"""Data files -> problems -> prompts and gold solutions -> token ids: what each paper's model is asked and taught, and
+what a bad file says."""
+import dataclasses
 import json
 import re
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,17 +14,18 @@ from tiny import tiny_model
 
 import data
 from data import __main__ as show
-from data.files import FILES, read_problems, records
-from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES,
-                          encode_prompt, encode_solution, gold_text, prompt_text)
-from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
-import evaluate
-import irpo
-import rft
-from infra.experiment import run_script
-from rewards import EXTRACT, OWN_FORMAT, grade
-from sample import generate, print_stream, stream
+from data.check import check_inputs
+from data.files import FILES, read_problems, read_record, records
+from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES, encode_prompt,
+                          encode_solution, gold_text, prompt_text)
 from data.task import TaskOptions
+from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
+from checkpoint import save_model
+from infra.config import option
+from infra.run import run_script
+from rewards import EXTRACT, OWN_FORMAT, grade
+from sample import generate
+from tools.chat import Config as ChatConfig, stream
 
 ROWS = {  # one record of each format, as the data sets write them
     "gsm8k": {"question": "Ann has 4 pens and buys 3. How many has she?",
@@ -65,47 +69,62 @@ def numbered(task: str, count: int) -> list[dict]:
     return rows
 
 
+def read_one(task: str) -> data.Problem:
+    return read_record(ROWS[task], task, "one")
+
+
 # --- files ----------------------------------------------------------------------------------------
 
+@pytest.mark.parametrize("source, task, train, dev, test", [
+    ("publisher", "gsm8k", "train", "train", "test"),
+    ("publisher", "svamp", "svamp_nl", "svamp_nl", "SVAMP"),
+    ("publisher", "mathqa", "train", "dev", "test"),
+    ("publisher", "mathqa-numeric", "mathqa-numeric_nl", "mathqa-numeric_nl", "mathqa-numeric_test_set"),
+    ("publisher", "math", "test train", "test train", "test train"),  # divided by unique_id
+    ("publisher", "arc", "ARC-Challenge-Train ARC-Easy-Train", "ARC-Challenge-Dev", "ARC-Challenge-Test"),
+    *(("reft", task, f"{task}_nl", f"{task}_nl", f"{task}_test_set")
+      for task in ("gsm8k", "svamp", "mathqa", "mathqa-numeric")),
+    *(("program", task, f"{task}_python_sdp", f"{task}_python_sdp", f"{task}_test_set")
+      for task in ("gsm8k", "svamp", "mathqa", "mathqa-numeric"))])
+def test_which_file_is_which_split(source, task, train, dev, test, tmp_path):
+    """A test file that is trained on, or a dev set that is the test set, shows in no number."""
+    for names in FILES[source][task].values():
+        for name in names:
+            rows = [{"question": f"{name} {i}?", "answer_cot": "So.", "answer_value": "1"} for i in range(9)]
+            if task == "math":
+                rows = [ROWS["math"] | {"problem": f"{name} {i}?", "unique_id": f"{'train' if i % 2 else 'test'}/{i}"}
+                        for i in range(9)]
+            write(tmp_path / name, rows)
+    for split, files in (("train", train), ("dev", dev), ("test", test)):
+        problems = data.load_problems(task, split, tmp_path, source)
+        read = {problem.question.split(".json")[0] for problem in problems}
+        assert read <= {*files.split()} and (read == {*files.split()} or split == "dev")
+
+
 @pytest.mark.parametrize("task", ROWS)
-def test_every_data_set_loads_and_grades_its_own_gold(task, tmp_path):
-    """Folder with the published file names, all splits; the gold solution, where there is one, is
-    graded right in the data set's own format."""
-    names = {name for split in FILES["publisher"][task].values() for name in split}
-    for name in names:
-        write(tmp_path / name, numbered(task, 40))
-    splits = {split: data.load_problems(task, split, tmp_path) for split in data.SPLITS}
-    assert all(splits.values())
-    for problem in (p for problems in splits.values() for p in problems[:10]):
-        gold = problem.solution or "So." + MARKS[OWN_FORMAT[task]].format(answer=problem.answer)
-        assert grade(gold, problem.answer, task).verdict == "correct"
-    train, dev = ({p.id for p in splits[name]} for name in ("train", "dev"))
-    assert len(train) == len(splits["train"])
-    if "dev" not in FILES["publisher"][task]:
-        assert not train & dev and len(dev) == len(train | dev) // 5
+def test_every_data_set_grades_its_own_gold(task):
+    """In its own format: the gold solution, where there is one, or else the gold answer."""
+    problem = read_one(task)
+    gold = problem.solution or "So." + MARKS[OWN_FORMAT[task]].format(answer=problem.answer)
+    assert grade(gold, problem.answer, task).verdict == "correct"
 
 
-def test_records_of_each_format():
+@pytest.mark.parametrize("task, row, expected", [
+    ("gsm8k", {}, data.Problem("name", ROWS["gsm8k"]["question"], "7", ROWS["gsm8k"]["answer"])),
+    ("svamp", {"Answer": "152.0"}, data.Problem("name", "A pack costs 76 dollars. How much are 2?", "152.0", "")),
+    ("svamp", {"Body": "Is it 76? "}, data.Problem("name", "Is it 76? How much are 2?", "152.0", "")),
+    ("mathqa", {}, data.Problem("name", "what is 5 % of 40 ?\na ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "b",
+                                "5 % of 40 = 2 . answer b\nTherefore, the answer is: b")),
+    ("math", {}, data.Problem("train/algebra/1.json", "What is $1+1$?", "2", "It is $\\boxed{2}$.")),
+    ("arc", {}, data.Problem("Mercury_1", "Which is hot?\n(1) ice\n(2) snow\n(3) fire", "3", "")),
+    ("arc", {"id": None}, data.Problem("name", "Which is hot?\n(1) ice\n(2) snow\n(3) fire", "3", "")),
+    ("mathqa-numeric", {}, data.Problem("name", "what is 5 % of 40 ?", "2.0",
+                                        "5 % of 40 is 2 .\nTherefore, the answer is: 2.0")),
+    ("svamp", PROGRAM, data.Problem("name", "What is 2 + 2?", "4.0", PROGRAM["answer_cot"])),  # ReFT's format, any task
+    ("gsm8k", {"question": "q", "answer_value": "4.0"}, data.Problem("name", "q", "4.0", ""))])
+def test_records_of_each_format(task, row, expected):
     """Field by field, from records like the published ones."""
-    def read(row, task):
-        from data.files import read_record
-        return read_record(row, task, "name")
-
-    assert read(ROWS["gsm8k"], "gsm8k").answer == "7"
-    assert read(ROWS["svamp"] | {"Answer": "152.0"}, "svamp") == data.Problem(
-        "name", "A pack costs 76 dollars. How much are 2?", "152.0", "")
-    mathqa = read(ROWS["mathqa"], "mathqa")
-    assert mathqa.question == "what is 5 % of 40 ?\na ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5"
-    assert mathqa.solution == "5 % of 40 = 2 . answer b\nTherefore, the answer is: b"
-    assert read(ROWS["math"], "math") == data.Problem(
-        "train/algebra/1.json", "What is $1+1$?", "2", "It is $\\boxed{2}$.")
-    arc = read(ROWS["arc"], "arc")
-    assert (arc.id, arc.answer) == ("Mercury_1", "3")
-    assert arc.question == "Which is hot?\n(1) ice\n(2) snow\n(3) fire"
-    words = read(ROWS["mathqa-numeric"], "svamp")  # ReFT's format is read for every task
-    assert words.solution == "5 % of 40 is 2 .\nTherefore, the answer is: 2.0"
-    assert read(PROGRAM, "svamp").solution == PROGRAM["answer_cot"]
-    assert read({k: v for k, v in PROGRAM.items() if k != "answer_cot"}, "svamp").solution == ""
+    assert read_record(ROWS[task] | row, task, "name") == expected
 
 
 def test_examples_are_never_test_problems(tmp_path):
@@ -115,16 +134,6 @@ def test_examples_are_never_test_problems(tmp_path):
     assert len(data.load_problems("math", "test", path)) == 40
     with pytest.raises(SystemExit, match="train/"):
         data.examples("math", str(path))
-
-
-def test_drivers_refuse_one_file_for_all_splits(tmp_path):
-    """Train, dev and test came from the same file, and accuracy was measured on what was trained on."""
-    write(tmp_path / "my.jsonl", numbered("gsm8k", 50))
-    flags = dict(model="m", task="gsm8k", path=str(tmp_path / "my.jsonl"))
-    for Config in (irpo.Config, rft.Config):
-        with pytest.raises(ValueError, match="folder"):
-            Config(**flags)
-    evaluate.Config(**flags)
 
 
 def test_math_is_split_by_unique_id(tmp_path):
@@ -139,9 +148,20 @@ def test_math_is_split_by_unique_id(tmp_path):
     assert all(id.startswith("train/") for id in ids["train"] | ids["dev"])
 
 
-def test_dev_is_fixed_and_copies_of_a_question_stay_together(tmp_path):
-    """ReFT's svamp_nl.json has 210 questions twice: drawn by row, half of their copies would be
-    trained on. And the order of a file must not matter."""
+def test_the_split_is_pinned(tmp_path):
+    """It must not depend on the process (as Python's hash of a text does), or a resumed run trains on its dev set."""
+    write(tmp_path / "train.jsonl", numbered("gsm8k", 20))
+    dev = [p.id for p in data.load_problems("gsm8k", "dev", tmp_path)]
+    assert dev == ["train-10", "train-13", "train-19", "train-20"]
+    write(tmp_path / "train.jsonl", numbered("math", 40))
+    write(tmp_path / "test.jsonl", numbered("math", 4))
+    assert [p.id for p in data.examples("math", str(tmp_path))] == [
+        f"train/algebra/{i}.json" for i in (25, 39, 34, 29, 19)]
+
+
+def test_copies_of_a_question_stay_together(tmp_path):
+    """ReFT's svamp_nl.json has 210 questions twice: drawn by row, half of their copies would be trained on. And the
+    order of a file must not matter."""
     rows = numbered("gsm8k", 60)
     write(tmp_path / "a" / "train.jsonl", rows + rows[:30])
     write(tmp_path / "b" / "train.jsonl", (rows + rows[:30])[::-1])
@@ -151,17 +171,29 @@ def test_dev_is_fixed_and_copies_of_a_question_stay_together(tmp_path):
     assert {p.question for p in data.load_problems("gsm8k", "dev", tmp_path / "b")} == set(dev)
 
 
-def test_dev_takes_at_most_a_thousand(tmp_path):
-    write(tmp_path / "train.jsonl", numbered("gsm8k", 7473))
-    assert len(data.load_problems("gsm8k", "dev", tmp_path)) == 1000
-    assert len(data.load_problems("gsm8k", "train", tmp_path)) == 6473
+def test_ids_that_occur_twice_get_their_place(tmp_path):
+    for name in FILES["publisher"]["arc"]["train"]:
+        write(tmp_path / name, numbered("arc", 2))
+    ids = [p.id for p in data.load_problems("arc", "train", tmp_path)]
+    assert ids == ["Mercury_0", "Mercury_1", "Mercury_0#2", "Mercury_1#3"]
 
 
-def test_one_file_stands_for_a_split(tmp_path):
-    """--path FILE: all of it for test; for train without the dev part that belongs to it."""
-    write(tmp_path / "my.jsonl", numbered("gsm8k", 50))
-    counts = [len(data.load_problems("gsm8k", split, tmp_path / "my.jsonl")) for split in data.SPLITS]
-    assert counts == [40, 10, 50]
+@pytest.mark.parametrize("count, sizes", [(5, [4, 1, 5]), (50, [40, 10, 50]), (7473, [6473, 1000, 7473])])
+def test_dev_is_a_fifth_and_at_most_a_thousand(count, sizes, tmp_path):
+    """From one file, which stands for every split: complete for test, without the dev part for train."""
+    write(tmp_path / "my.jsonl", numbered("gsm8k", count))
+    assert [len(data.load_problems("gsm8k", split, tmp_path / "my.jsonl")) for split in data.SPLITS] == sizes
+    write(tmp_path / "my.jsonl", numbered("gsm8k", 4))
+    with pytest.raises(SystemExit, match="4 problems: too few"):
+        data.load_problems("gsm8k", "train", tmp_path / "my.jsonl")
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("gsm9k", "train"), "unknown task 'gsm9k': choose from toy, gsm8k"), (("toy", "tests"), "unknown split 'tests'"),
+    (("arc", "train", None, "reft"), "arc has no files of source 'reft': it has publisher")])
+def test_unknown_names_are_refused(arguments, said):
+    with pytest.raises(SystemExit, match=said):
+        data.load_problems(*arguments)
 
 
 def test_programs_and_words_come_from_their_files(tmp_path):
@@ -175,34 +207,40 @@ def test_programs_and_words_come_from_their_files(tmp_path):
     assert grade(gold_text(problem, "python"), "4.0", "svamp", "python").verdict == "correct"
 
 
-def test_records_count_lines_in_both_kinds_of_file():
-    assert list(records('[{"a": 1},\n\n {"a":\n 2.50}]\n')) == [(1, {"a": 1}), (3, {"a": "2.50"})]
-    assert list(records('{"a": 1}\n\n{"a": 2}')) == [(1, {"a": 1}), (3, {"a": 2})]
+def test_records_of_both_kinds_of_file():
+    """Decimals keep their digits, and only a line feed ends a line."""
+    assert list(records('[{"a": 1},\n\n {"a":\n 2.50}]\n')) == [("record 1", {"a": 1}), ("record 2", {"a": "2.50"})]
+    assert list(records('{"a": 1}\r\n\n{"a": 2}')) == [("line 1", {"a": 1}), ("line 3", {"a": 2})]
     assert list(records("")) == [] == list(records("[]"))
     assert list(records('{"a": "x\u2028y\x85"}\n{"a": 0.1000}')) == [
-        (1, {"a": "x\u2028y\x85"}), (2, {"a": "0.1000"})]
+        ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": "0.1000"})]
 
 
-@pytest.mark.parametrize("text, line", [
-    ('{"question": "q", "answer": "#### 1"}\nnot json\n', 2),
-    ('[{"question": "q", "answer": "#### 1"},\n{"question": "q"}]', 2),
-    ('{"question": "q", "answer": "72"}', 1), ("[1]", 1), ("\n\n7", 3),
-    ('{"question": 3, "answer": "#### 1"}', 1), ('{"question": " ", "answer": "#### 1"}', 1),
-    ('{"question": "q", "answer": "####"}', 1), ('[{"question": "q", "answer": "#### 1"}', 1),
-    ('[{"question": "q", "answer": "#### 1"}]\n[]', 2),
-    ('{"question": "q", "answer_value": null, "answer_cot": 5}', 1)])
-def test_a_bad_record_is_named(text, line, tmp_path):
-    """File, line, fault, and what was expected, before any work starts."""
+@pytest.mark.parametrize("text, place", [
+    ('{"question": "q", "answer": "#### 1"}\nnot json\n', "line 2: not JSON"),
+    ('[{"question": "q", "answer": "#### 1"},\n{"question": "q"}]', "record 2: no field 'answer'"),
+    ('{"question": "q", "answer": "72"}', "line 1: the answer does not end in '#### N'"),
+    ("[1]", "record 1: not an object but 1"), ("\n\n7", "line 3: not an object but 7"),
+    ('{"question": 3, "answer": "#### 1"}', "line 1: "), ('{"question": " ", "answer": "#### 1"}', "line 1: "),
+    ('{"question": "q", "answer": "####"}', "line 1: the question or the answer is empty"),
+    ('[{"question": "q", "answer": "#### 1"}', "line 1: not JSON"),
+    ('[{"question": "q", "answer": "#### 1"}]\n[]', "line 2: not JSON"),
+    ('{"question": "q", "answer_value": null, "answer_cot": 5}', "line 1: "), ("\n", "line 1: no records"),
+    (f'{{"question": {"9" * 5000}}}', "line 1: Exceeds the limit")])
+def test_a_bad_record_is_named(text, place, tmp_path):
+    """File, place, fault, and what was expected, before any work starts."""
     path = tmp_path / "train.jsonl"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
         read_problems(path, "gsm8k")
-    assert f"{path}, line {line}: " in str(stop.value) and "question" in str(stop.value)
+    said = str(stop.value)
+    assert said.startswith(f"{path}, {place}") and '{"question": ' in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize("task, change", [
     ("mathqa", {"correct": "f"}), ("arc", {"answerKey": "D"}), ("math", {"answer": ""}),
-    ("arc", {"question": {"stem": "?", "choices": [{"text": "a", "label": "3"}]}}),
+    *(("arc", {"answerKey": "1", "question": {"stem": "?", "choices": [
+        {"text": "a", "label": str(i + 1)} for i in range(count)]}}) for count in (2, 6)),
     ("math", {"unique_id": None}), ("math", {"unique_id": "algebra/1"}), ("svamp", {"Body": None})])
 def test_bad_values_are_refused(task, change, tmp_path):
     write(tmp_path / "x.jsonl", [ROWS[task] | change])
@@ -210,31 +248,34 @@ def test_bad_values_are_refused(task, change, tmp_path):
         read_problems(tmp_path / "x.jsonl", task)
 
 
-def test_files_that_are_no_text_or_absent_or_empty(tmp_path):
+def test_files_that_are_no_text_or_absent(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}')
-    (tmp_path / "empty.jsonl").write_text("\n")
-    for name, word in [("latin", "UTF-8"), ("empty", "no records"), ("absent", "make data TASK=gsm8k")]:
+    for name, word in [("latin", "UTF-8"), ("absent", "make data TASK=gsm8k")]:
         with pytest.raises(SystemExit, match=word):
             read_problems(tmp_path / f"{name}.jsonl", "gsm8k")
 
 
 # --- prompts --------------------------------------------------------------------------------------
 
-def test_prompts_of_the_papers():
-    """Their beginnings and ends: wording is the papers', and every one ends where an answer begins."""
-    q = "How many?"
-    assert prompt_text("irpo", "gsm8k", q).startswith("Your task is to answer the question below. Give "
-                                                      "step by step reasoning")
-    assert prompt_text("irpo", "gsm8k", q).endswith('"Final answer: ..."\nQuestion: How many?\nSolution:')
-    assert prompt_text("irpo", "arc", q).endswith('"Final answer: (insert letter here)"\n\nQuestion: '
-                                                  "How many?\nSolution:")
-    assert prompt_text("rft", "gsm8k", q).endswith("\n\n### Instruction:\nHow many?\n\n### Response:")
-    assert prompt_text("reft", "svamp", q) == "Question:\nHow many?\nAnswer reasoning:\n"
-    assert prompt_text("plain", "toy", q, chat="llama2") == "[INST] How many? [/INST]"
-    for template in TEMPLATES.values():
-        assert not template.endswith(" ")
-    for chat in CHATS.values():
-        assert not chat.endswith(" ")
+STEPS = "Give step by step reasoning before you answer, and when you're ready to answer,"
+
+
+@pytest.mark.parametrize("prompt, task, begin, end", [
+    ("irpo", "gsm8k", f"Your task is to answer the question below. {STEPS} please use the format "
+     '"Final answer: ..."\n', "Question: How many?\nSolution:"),
+    ("irpo", "arc", f"Your task is to answer the question below. {STEPS} conclude using the format "
+     '"Final answer: (insert letter here)"\n\n', "Question: How many?\nSolution:"),
+    ("irpo", "math", f"Your task is to answer the last question below. {STEPS} wrap your answer in \\boxed, and "
+     'conclude using the format "Final answer: ..."\n\n', "Question: How many?\nSolution:"),
+    ("rft", "gsm8k", "Below is an instruction that describes a task. Write a response that appropriately completes the "
+     "request.\n\n", "### Instruction:\nHow many?\n\n### Response:"),
+    ("reft", "svamp", "", "Question:\nHow many?\nAnswer reasoning:\n"), ("plain", "toy", "", "How many?\n")])
+def test_prompts_of_the_papers(prompt, task, begin, end):
+    """The wording is the papers', and every prompt ends where a response begins, in no space."""
+    text = prompt_text(prompt, task, "How many?")
+    assert text == begin + end and not text.endswith(" ")
+    assert prompt_text(prompt, task, "How many?", chat="llama2") == f"[INST] {text.strip()} [/INST]"
+    assert set(CHATS) == {"", "llama2"}
 
 
 @given(st.text())
@@ -250,12 +291,14 @@ def test_a_question_is_inserted_as_it_is(question):
 def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
     """Four solved training problems in the format asked for; where the question is one of them, a fifth
     takes its place."""
-    write(tmp_path / "train.jsonl", numbered("math", 40))
+    rows = numbered("math", 40)
+    rows[25]["solution"] = "long " * 80 + ROWS["math"]["solution"]  # else one of the five: too long for a prompt
+    write(tmp_path / "train.jsonl", rows)
     write(tmp_path / "test.jsonl", numbered("math", 4))
     options = TaskOptions(task="math", path=str(tmp_path), prompt="irpo")
     examples = data.examples("math", str(tmp_path))
     train_ids = {p.id for p in data.load_problems("math", "train", tmp_path)}
-    assert len(examples) == 5 and {p.id for p in examples} <= train_ids
+    assert len(examples) == 5 and {p.id for p in examples} <= train_ids - {"train/algebra/25.json"}
     [test] = [p for p in data.load_problems("math", "test", tmp_path) if p.id == "test/algebra/4.json"]
     for problem in [test, *examples]:
         text = options.prompt_text(problem)
@@ -274,17 +317,16 @@ def test_gold_is_written_in_every_format_and_read_back(answer_format):
     assert text.startswith("She has 4+3 = ") and "####" not in text.replace("\n#### 7", "")
 
 
-def read_one(task: str) -> data.Problem:
-    from data.files import read_record
-    return read_record(ROWS[task], task, "one")
-
-
 def test_gold_in_its_own_format_is_the_data_sets_text():
     assert gold_text(read_one("gsm8k"), "hash") == ROWS["gsm8k"]["answer"]
     assert gold_text(read_one("math"), "boxed") == ROWS["math"]["solution"]
     assert gold_text(read_one("mathqa"), "trigger") == read_one("mathqa").solution
     assert gold_text(read_one("arc"), "final_answer") == ""
     assert gold_text(read_one("math"), "final_answer") == "It is $\\boxed{2}$.\nFinal answer: 2"
+    assert gold_text(read_one("gsm8k"), "boxed") == "She has 4+3 = 7 pens.\nThe answer is \\boxed{7}."
+    assert gold_text(read_one("gsm8k"), "trigger") == "She has 4+3 = 7 pens.\nTherefore, the answer is: 7"
+    assert gold_text(read_one("gsm8k"), "minerva") == (
+        "She has 4+3 = 7 pens.\nFinal Answer: The final answer is $7$. I hope it is correct.")
 
 
 def test_a_prompt_brings_its_answer_format():
@@ -309,12 +351,12 @@ def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
 @pytest.fixture(scope="module")
 def sentencepiece_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spm")
-    train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + " < / s >"], folder, 120, ["\n"])
+    train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + str(CHATS) + " < / s > |"], folder, 140, ["\n"])
     return folder
 
 
-def json_dir(folder, bos: bool, config: dict):
-    """A byte-level tokenizer.json as Llama 3 (with BOS) or Qwen2 (without) ship it."""
+def json_dir(folder, template: str, config: dict):
+    """A byte-level tokenizer.json as Llama 3 (whose template begins with BOS) or Qwen2 (without one) ship it."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -323,19 +365,24 @@ def json_dir(folder, bos: bool, config: dict):
         ["a question about pens"] * 3, tokenizers.trainers.BpeTrainer(
             vocab_size=300, special_tokens=["<|begin|>", "<|end|>"],
             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    if bos:
+    tokenizer.enable_truncation(12)  # as some files on the Hub have it
+    if template:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single="<|begin|> $A", special_tokens=[("<|begin|>", 0)])
+            single=template, special_tokens=[("<|begin|>", 0), ("<|end|>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
-@pytest.mark.parametrize("bos, eos", [(True, "<|end|>"), (False, {"content": "<|end|>"})])
-def test_tokenizer_json(tmp_path, bos, eos):
-    """BOS only where the model's own template puts one; EOS from tokenizer_config.json."""
-    tokenizer = load_tokenizer(json_dir(tmp_path, bos, {"eos_token": eos}))
+LLAMA3 = ("<|begin|> $A", {"eos_token": "<|end|>"})
+
+
+@pytest.mark.parametrize("template, eos, bos", [
+    (*LLAMA3, True), ("", {"eos_token": {"content": "<|end|>"}}, False), ("$A <|end|>", LLAMA3[1], False)])
+def test_tokenizer_json(tmp_path, template, eos, bos):
+    """BOS only where the model's own template begins with one; EOS from tokenizer_config.json; nothing is cut off."""
+    tokenizer = load_tokenizer(json_dir(tmp_path, template, eos))
     assert isinstance(tokenizer, JsonTokenizer)
     text = "a question é数 with <|begin|> and <|end|>"
     ids = encode_prompt(tokenizer, text)
@@ -346,9 +393,29 @@ def test_tokenizer_json(tmp_path, bos, eos):
     assert max(solution) < tokenizer.vocab_size
 
 
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_every_prompt_begins_with_one_bos(prompt, chat, tmp_path, sentencepiece_dir):
+    """And a question that holds "</s>" or "<s>" does not end the prompt, or begin another."""
+    text = prompt_text(prompt, "gsm8k", "How many </s> <s> pens <|end|> <|begin|>?", chat=chat)
+    for tokenizer in (load_tokenizer(sentencepiece_dir), load_tokenizer(json_dir(tmp_path, *LLAMA3))):
+        bos, *ids = encode_prompt(tokenizer, text)
+        assert bos == tokenizer.bos_id is not None and not {tokenizer.bos_id, tokenizer.eos_id} & {*ids}
+        assert tokenizer.decode([bos, *ids]) == text
+
+
+def test_a_trained_tokenizer_keeps_texts_and_symbols(tmp_path):
+    """Two spaces, a line feed and a full-width digit come back as they were; a number is one token anywhere."""
+    train_tokenizer(["She has 4+12=<<4+12=16>>16.\n#### 16  ７"] * 3, tmp_path, 80, ["12", "16", "\n"])
+    tokenizer = load_tokenizer(tmp_path)
+    text = "has 1216  ７\n#### 412"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert [piece for _, piece in pieces(tokenizer, tokenizer.encode("4121612"))][-3:] == ["12", "16", "12"]
+
+
 def test_a_written_solution_begins_like_a_spoken_one(tmp_path, sentencepiece_dir):
     """Behind "Solution:" byte-level models say " So": gold without the space taught another beginning."""
-    tokenizer = load_tokenizer(json_dir(tmp_path, True, {"eos_token": "<|end|>"}))
+    tokenizer = load_tokenizer(json_dir(tmp_path, *LLAMA3))
     spoken = tokenizer.encode(" So it")
     assert encode_solution(tokenizer, "So it", "Solution:") == [*spoken, 1]
     assert encode_solution(tokenizer, "So it", "reasoning:\n") == [*tokenizer.encode("So it"), 1]
@@ -356,16 +423,27 @@ def test_a_written_solution_begins_like_a_spoken_one(tmp_path, sentencepiece_dir
     assert encode_solution(other, "So it", "Solution:") == encode_solution(other, "So it", "x\n")
 
 
-def test_a_tiktoken_file_beside_a_tokenizer_json_is_passed_over(tmp_path):
-    folder = json_dir(tmp_path, True, {"eos_token": "<|end|>"})
-    (folder / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    assert isinstance(load_tokenizer(folder), JsonTokenizer)
-    (folder / "tokenizer_config.json").write_text("{broken")
-    with pytest.raises(SystemExit, match="tokenizer_config.json"):
-        load_tokenizer(folder)
-    (folder / "tokenizer.json").write_text("{broken")
-    with pytest.raises(SystemExit, match="tokenizer.json"):
-        load_tokenizer(folder)
+def test_a_tiktoken_file_next_to_a_tokenizer_json_is_ignored(tmp_path):
+    """Llama 3 ships one as tokenizer.model."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
+    assert isinstance(load_tokenizer(json_dir(tmp_path, *LLAMA3)), JsonTokenizer)
+
+
+@pytest.mark.parametrize("files, said", [
+    ({}, "no tokenizer.model and no tokenizer.json"),
+    ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, "not a sentencepiece model.*tokenizer.json"),
+    ({"tokenizer.json": "{broken"}, "tokenizer.json is not a complete tokenizer"),
+    ({"tokenizer.json": None, "tokenizer_config.json": "{broken"}, "tokenizer_config.json cannot be read"),
+    ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "tokenizer_config.json names no eos_token")])
+def test_broken_tokenizers_are_named(files, said, tmp_path):
+    """None: as it should be."""
+    if "tokenizer.json" in files:
+        json_dir(tmp_path, *LLAMA3)
+    for name, content in files.items():
+        if content:
+            (tmp_path / name).write_text(content)
+    with pytest.raises(SystemExit, match=said):
+        load_tokenizer(tmp_path)
 
 
 def test_ids_beyond_the_tokenizer_are_dropped(sentencepiece_dir):
@@ -375,24 +453,11 @@ def test_ids_beyond_the_tokenizer_are_dropped(sentencepiece_dir):
     assert tokenizer.decode([*ids, tokenizer.vocab_size + 3]) == "pens"
 
 
-def test_tokenizer_json_without_an_eos_is_refused(tmp_path):
-    with pytest.raises(SystemExit, match="tokenizer_config.json"):
-        load_tokenizer(json_dir(tmp_path, True, {"eos_token": None}))
-
-
 def test_tokenizer_json_without_the_package_names_the_command(tmp_path, monkeypatch):
-    folder = json_dir(tmp_path, True, {"eos_token": "<|end|>"})
-    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)  # what a missing package raises
+    folder = json_dir(tmp_path, *LLAMA3)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # what a missing package raises
     with pytest.raises(SystemExit, match="pip install tokenizers"):
         load_tokenizer(folder)
-
-
-def test_specials_in_a_text_are_text(sentencepiece_dir):
-    """A question that holds "</s>" would otherwise end the prompt, or begin another."""
-    tokenizer = load_tokenizer(sentencepiece_dir)
-    ids = encode_prompt(tokenizer, "pens </s> <s> more")
-    assert ids[0] == tokenizer.bos_id and ids.count(tokenizer.bos_id) == 1
-    assert tokenizer.eos_id not in ids and tokenizer.decode(ids) == "pens </s> <s> more"
 
 
 def test_a_tokenizer_config_can_leave_bos_out(sentencepiece_dir, tmp_path):
@@ -402,13 +467,68 @@ def test_a_tokenizer_config_can_leave_bos_out(sentencepiece_dir, tmp_path):
     assert tokenizer.bos_id is None and encode_prompt(tokenizer, "a") == tokenizer.encode("a")
 
 
-def test_a_file_that_is_no_tokenizer_is_named(tmp_path):
-    """Llama 3 ships a tiktoken file as tokenizer.model."""
-    with pytest.raises(SystemExit, match="tokenizer.json"):
-        load_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    with pytest.raises(SystemExit, match="not a sentencepiece model"):
-        load_tokenizer(tmp_path)
+# --- checks before a run --------------------------------------------------------------------------
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(TaskOptions):
+    """What check_inputs reads of a method's config."""
+    model: str = option("", "model directory")
+    max_new_tokens: int = option(16, "longest response")
+
+
+@pytest.fixture(scope="module")
+def gsm8k_run(tmp_path_factory, sentencepiece_dir) -> RunConfig:
+    """A model whose tokenizer fits it, and a folder of problems."""
+    folder = tmp_path_factory.mktemp("run")
+    vocab_size = load_tokenizer(sentencepiece_dir).vocab_size
+    save_model(tiny_model(vocab_size=vocab_size), folder / "model", source=sentencepiece_dir)
+    for split in ("train", "test"):
+        write(folder / "data" / f"{split}.jsonl", numbered("gsm8k", 10))
+    return RunConfig(task="gsm8k", path=str(folder / "data"), model=str(folder / "model"))
+
+
+def check(config: RunConfig, tokenizer=None) -> None:
+    check_inputs(config, tokenizer or load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+
+
+def test_inputs_that_fit_are_accepted(gsm8k_run, capsys):
+    check(gsm8k_run)
+    assert capsys.readouterr().out == "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n"
+
+
+@pytest.mark.parametrize("fault, said", [
+    ("digits", r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
+    ("long", "the longest prompt has .* tokens, and with --max_new_tokens 120 it exceeds the model's 128 positions"),
+    ("file", "give the folder"), ("BOS", "only 0 of 18 prompts have exactly one BOS"),
+    ("vocabulary", "the tokenizer gives token .*, and the model knows 24")])
+def test_inputs_that_do_not_fit_are_refused(gsm8k_run, sentencepiece_dir, fault, said, tmp_path):
+    """Before an hour is spent: one file for all splits, which would be tested on what it was trained on; a tokenizer of
+    another model, that adds a BOS itself, or that does not know all digits."""
+    config, own = gsm8k_run, load_tokenizer(gsm8k_run.model)
+    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, encode=own.encode,
+                                decode=own.decode)
+    if fault == "digits":
+        tokenizer.decode = lambda ids: own.decode(ids).replace("7", "1")
+    if fault == "long":
+        config = dataclasses.replace(config, max_new_tokens=120)
+    if fault == "file":
+        config = dataclasses.replace(config, path=f"{config.path}/train.jsonl")
+    if fault == "BOS":
+        tokenizer.encode = lambda text: [own.bos_id, *own.encode(text)]
+    if fault == "vocabulary":
+        save_model(tiny_model(), tmp_path / "model", source=sentencepiece_dir)
+        config = dataclasses.replace(config, model=str(tmp_path / "model"))
+    with pytest.raises(SystemExit, match=said):
+        check(config, tokenizer)
+
+
+def test_a_model_that_was_trained_otherwise_is_asked_with_a_warning(gsm8k_run, tmp_path, capsys):
+    config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "iter1" / "model"))
+    save_model(tiny_model(vocab_size=load_tokenizer(gsm8k_run.model).vocab_size), config.model, source=gsm8k_run.model)
+    for prompt in ("plain", "irpo"):
+        (tmp_path / "config.json").write_text(json.dumps({"prompt": prompt, "chat": "", "answer_format": ""}))
+        check(config)
+        assert ("warning: " in capsys.readouterr().out) == (prompt == "irpo")
 
 
 # --- show, stream ---------------------------------------------------------------------------------
@@ -435,10 +555,9 @@ def test_show_paints_the_mask(tmp_path, sentencepiece_dir, monkeypatch, capsys):
 def test_a_stream_is_what_generate_draws(temperature, top_p, top_k):
     """Token by token, the same responses."""
     model, prompt = tiny_model(), [1, 5, 9, 4]
-    options = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, top_k=top_k, eos_id=2,
-                   seed=7)
-    [responses] = generate(model, [prompt], num_samples=3, **options)
-    streams = [list(stream(model, prompt, sample=n, **options)) for n in range(3)]
+    options = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, top_k=top_k, seed=7)
+    [responses] = generate(model, [prompt], num_samples=3, eos_id=2, **options)
+    streams = [list(stream(model, prompt, n, 2, ChatConfig(**options))) for n in range(3)]
     assert streams == [response.ids for response in responses]
     assert torch.is_grad_enabled()
 
@@ -451,11 +570,9 @@ class Bytes:
         return bytes(ids).decode(errors="replace")
 
 
-def test_pieces_wait_for_whole_characters(capsys):
+def test_pieces_wait_for_complete_characters():
     """Half of a character printed as it comes is a question mark in a box that never goes away."""
     ids = list("aé€b\n".encode())
     texts = ["a", "", "é", "", "", "€", "b", "\n"]
     assert list(pieces(Bytes(), iter(ids))) == list(zip(ids, texts, strict=True))
-    assert print_stream(Bytes(), iter(ids)) == ids
-    assert capsys.readouterr().out == "aé€b\n"
     assert show.token_texts(Bytes(), ids) == [*texts[:-1], "<EOS>"]
