@@ -122,7 +122,7 @@ def refuse_foreign(run: Path) -> None:
 def not_source(folder: str, names: list[str]) -> list[str]:
     """Choose what a copy of the source leaves out: all but Python outside tests, and what is not ours."""
     rooms = {"data", "grading", "infra", "tools"} if Path(folder) == ROOT else set()
-    return [name for name in names if not (name.endswith(".py") or name in rooms)]
+    return [name for name in names if not (name.endswith((".py", ".json")) or name in rooms)]
 
 
 def lock(run: Path) -> None:
