@@ -84,7 +84,7 @@ def test_commands(run, words):
 
 def test_every_command_parses(tmp_path, monkeypatch):
     """A flag that is renamed in a script and not in a table would be seen only after an hour of other cells."""
-    runs = [f"runs/{folder}/{cell}/s0" for folder, cells in sweep.FOLDERS.items() for cell in cells]
+    runs = [f"{table['folder']}/{cell}/s0" for table in sweep.TABLES.values() for cell in table["cells"]]
     monkeypatch.chdir(tmp_path)
     commands = {sweep.command(run) for run in sweep.missing(runs)}
     assert {command: fault for command in commands if (fault := command_faults(command))} == {}
@@ -120,7 +120,7 @@ def test_a_failing_run_stops_only_those_that_need_it(log, monkeypatch, capsys):
 @pytest.mark.parametrize("cells, out", [((), "results/rft"), (("--cells", "k1"), "runs/rft-report"),
                                         (("--seeds", "0"), "runs/rft-report")])
 def test_done_runs_are_not_run_again_and_a_part_is_reported_elsewhere(cells, out, log, monkeypatch):
-    for cell in sweep.FOLDERS["rft"]:
+    for cell in sweep.TABLES["rft"]["cells"]:
         for seed in range(3):
             write(f"runs/rft/{cell}/s{seed}", "results.json")
     assert call(monkeypatch, "rft", *cells) == 0

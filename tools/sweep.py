@@ -1,4 +1,4 @@
-"""Run the missing cells of a table, and then its report.
+"""Run the missing cells of a table in results/tables.json, and then write its report.
 
     python -m tools.sweep rft                                     # every cell with seeds 0, 1 and 2
     python -m tools.sweep irpo --jobs 2                           # two runs at a time, one thread each
@@ -9,6 +9,7 @@ What a run prints is in its output.txt. Ctrl-C stops the runs, and the same comm
 with one thread each are faster than one with two; two base models with two threads each took ten times as long.
 """
 import argparse
+import json
 import os
 import re
 import shutil
@@ -18,98 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-# --- the tables: {seed} and {run} stand for a run's seed and its directory ------------------------
-
-IRPO = "irpo.py --preset toy --model runs/base-s{seed}/model --seed {seed} --run_dir {run} "
-FROM_SFT = "--iterations 1 --start_from runs/table/sft_chosen/s{seed}/iter1/model"
-SMALL = "--iterations 3 --num_questions 500 --max_pairs 1000 --lr 1e-4 --eval_questions 400 --eval_samples 0 "
-
-RFT = "rft.py --preset toy --model runs/rft-base-s{seed}/model --seed {seed} --run_dir {run} "
-POOL = RFT + "--pool runs/rft/k50/s{seed} "  # k50 samples 50 paths; other cells select from its file, or from several
-SELECT = POOL + "--eval_samples 0 "
-
-REFT = "reft.py --preset toy --model runs/base-s{seed}/model --seed {seed} --run_dir {run} "
-RERANK = ("-m tools.rerank --preset toy --model runs/reft/POLICY/s{seed}/iter1/model "
-          "--labelled runs/labelled-s{seed}/eval_samples.jsonl "
-          "--candidates runs/reft/POLICY/s{seed}/iter1/eval_sampled.jsonl --seed {seed} --run_dir {run}")
-
-
-def named(flags: list[str]) -> dict[str, str]:
-    """Name cells by their flags: reft+gae_lambda@0.5 is --method reft --gae_lambda 0.5."""
-    return {text.replace(" --", "+").replace(" ", "@"): f"{REFT}--method {text}" for text in flags}
-
-
-STARTS = {  # runs/NAME-sSEED, which cells start from
-    "base": "train.py --preset base --seed {seed} --run_dir {run}",
-    "rft-base": "train.py --preset rft_base --seed {seed} --run_dir {run}",
-    # other base models to pool with: width, and a seed of their own
-    "rft-base-w96": "train.py --preset rft_base --hidden_size 96 --seed 1{seed} --run_dir {run}",
-    "rft-base-w160": "train.py --preset rft_base --hidden_size 160 --seed 1{seed} --run_dir {run}",
-    "labelled": "evaluate.py --preset toy --model runs/reft/reft/s{seed}/iter0/model --split train --limit 1000 "
-                "--num_samples 8 --temperature 1 --seed {seed} --run_dir {run}",
-}
-FOLDERS = {  # runs/FOLDER/CELL/sSEED
-    "table": {  # the paper's GSM8K table, a cell per row
-        "irpo": IRPO,
-        "dpo": IRPO + "--alpha 0",
-        "sft_chosen": IRPO + "--method sft_chosen",
-        "sft_chosen_2x": IRPO + "--method sft_chosen --iterations 1 --pairs_per_question 8 --max_pairs 4000",
-        "sft_gold": IRPO + "--method sft_gold --iterations 1",
-        "dpo_from_sft_chosen": f"{IRPO}--alpha 0 {FROM_SFT}",
-        "irpo_from_sft_chosen": IRPO + FROM_SFT,
-        "irpo_2x": IRPO + "--iterations 1 --pairs_per_question 8 --max_pairs 4000",
-    },
-    "sweep": {  # When does the NLL term matter? Half of the questions and pairs, and twice the learning rate
-        f"alpha{alpha}-beta{beta}": f"{IRPO}{SMALL}--alpha {alpha} --beta {beta}"
-        for alpha in ("0", "0.25", "0.5", "1", "2") for beta in ("0.05", "0.1", "0.5", "1")
-    },
-    "rft": {
-        "k50": RFT,
-        **{f"k{k}": f"{SELECT}--num_samples {k}" for k in (1, 3, 6, 12, 25)},
-        "matched": POOL + "--steps_matched",
-        "none": SELECT + "--dedup none",
-        "string": SELECT + "--dedup string",
-        "first": SELECT + "--select first",
-        "nofilter": SELECT + "--no-equation_filter",
-        "restart": SELECT + "--restart_from sft",
-        "half": RFT + "--train_fraction 0.5 --eval_samples 0",
-        "quarter": RFT + "--train_fraction 0.25 --eval_samples 0",
-        "w96": RFT.replace("rft-base", "rft-base-w96") + "--eval_samples 0",
-        "w160": RFT.replace("rft-base", "rft-base-w160") + "--eval_samples 0",
-        "pool": POOL + "runs/rft/w96/s{seed} runs/rft/w160/s{seed}",
-    },
-    "reft": {
-        "reft": REFT + "--eval_samples 8",
-        "sft": REFT + "--eval_samples 8 --method sft --sft_lr 2e-4 --sft_epochs 10",
-        "nokl": REFT + "--kl_coef 0",
-        "offline_st": REFT + "--method offline_st --sft_lr 2e-5",
-        "online_st": REFT + "--method online_st --lr 1e-5",
-        "group": REFT + "--advantage group --num_samples 4 --batch_size 32",
-        "nopartial": REFT + "--partial_reward 0",
-        "separate": REFT + "--critic separate",
-        "letters": REFT + "--num_choices 2",
-        # best of 8 test samples by a reward model that starts from the policy
-        "rerank-reft": RERANK.replace("POLICY", "reft"),
-        "rerank-sft": RERANK.replace("POLICY", "sft"),
-    },
-    # settings of the baselines: the flags above are those with the best dev accuracy of seed 0
-    "reft-tune": named([
-        *(f"sft --sft_lr {lr} --sft_epochs 10" for lr in ("2e-5", "5e-5", "1e-4", "2e-4", "5e-4")),
-        *(f"sft --sft_lr {lr} --sft_epochs 2" for lr in ("5e-5", "2e-4")),
-        *(f"offline_st --sft_lr {lr} --sft_epochs 2" for lr in ("1e-5", "2e-5", "5e-5", "2e-4")),
-        *(f"online_st --lr {lr}" for lr in ("1e-5", "3e-5", "1e-4", "3e-4"))]),
-    # the warm-up's length and lambda, around the cell of the table above
-    "reft-sweep": named([*(f"reft --warmup_epochs {epochs}" for epochs in (1, 4, 8)),
-                         *(f"reft --gae_lambda {value}" for value in ("0", "0.5", "1"))]),
-}
-# Cells of a seed share M_0, and so its evaluation and first samples, or the warm-up: FOLDER -> the cell that makes them
-SHARED = {"table": "table/irpo", "sweep": "sweep/alpha1-beta0.1",
-          "reft": "reft/reft", "reft-tune": "reft/reft", "reft-sweep": "reft/reft"}
-TABLES = {  # its folder, where its report goes, seeds
-    "irpo": ("table", "results/irpo-table", [0, 1, 2]), "ablate-nll": ("sweep", "results/ablate-nll", [0, 1, 2]),
-    "rft": ("rft", "results/rft", [0, 1, 2]), "reft": ("reft", "results/reft", [0, 1, 2]),
-    "reft-tune": ("reft-tune", "results/reft/tune", [0]), "reft-sweep": ("reft-sweep", "results/reft/sweep", [0, 1, 2]),
-}
+ALL = json.loads((Path(__file__).parent.parent / "results" / "tables.json").read_text(encoding="utf-8"))
+TABLES = ALL["tables"]
 
 
 # --- one run, named by its directory --------------------------------------------------------------
@@ -118,7 +29,14 @@ def command(run: str) -> str:
     """Return what makes runs/FOLDER/CELL/sSEED or runs/NAME-sSEED."""
     name, seed = re.fullmatch(r"runs/(.+)[-/]s(\d+)", run).groups()
     folder, _, cell = name.partition("/")
-    return (FOLDERS[folder][cell] if cell else STARTS[name]).format(seed=seed, run=run).strip()
+    text = table_of(folder)["cells"][cell] if cell else ALL["starts"][name]
+    while "{" in text:  # parts have parts
+        text = text.format(seed=seed, run=run, **ALL["parts"])
+    return text
+
+
+def table_of(folder: str) -> dict:
+    return next(table for table in TABLES.values() if table["folder"] == f"runs/{folder}")
 
 
 def source(run: str) -> str:
@@ -127,7 +45,7 @@ def source(run: str) -> str:
     if not made_by.startswith(("irpo.py", "reft.py")) or "--warmup_epochs" in made_by:
         return ""
     _, folder, _, seed = run.split("/")
-    shared = f"runs/{SHARED[folder]}/{seed}"
+    shared = f"runs/{table_of(folder)['shared']}/{seed}"
     return shared if shared != run else ""
 
 
@@ -204,12 +122,12 @@ def work(waiting: list[str], jobs: int, gpus: int = 1) -> list[str]:
 
 def report(table: str, partial: bool) -> int:
     """Write the report; return its exit status. A part of a table does not replace the table in results/."""
-    folder, out, _ = TABLES[table]
+    folder, out = TABLES[table]["folder"], TABLES[table]["report"]
     if table == "reft-sweep":  # next to the cell that it varies
         Path("runs/reft-sweep/reft").unlink(missing_ok=True)
         Path("runs/reft-sweep/reft").symlink_to("../reft/reft")
-    return subprocess.call([sys.executable, "-m", "tools.report", "--table", f"runs/{folder}",
-                            "--out", f"runs/{folder}-report" if partial else out])
+    return subprocess.call([sys.executable, "-m", "tools.report", "--table", folder,
+                            "--out", f"{folder}-report" if partial else out])
 
 
 def main() -> None:
@@ -222,13 +140,13 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, or processes, of a run, under torchrun")
     parser.add_argument("--list", action="store_true", help="only print the commands")
     args = parser.parse_args()
-    folder, _, all_seeds = TABLES[args.table]
-    cells, seeds = args.cells or [*FOLDERS[folder]], args.seeds or all_seeds
-    if unknown := set(cells) - set(FOLDERS[folder]):
-        parser.error(f"--cells {' '.join(sorted(unknown))}: choose from {' '.join(FOLDERS[folder])}")
+    table = TABLES[args.table]
+    cells, seeds = args.cells or [*table["cells"]], args.seeds or table["seeds"]
+    if unknown := set(cells) - set(table["cells"]):
+        parser.error(f"--cells {' '.join(sorted(unknown))}: choose from {' '.join(table['cells'])}")
     if min(args.jobs, args.gpus, min(seeds) + 1) < 1:
         parser.error("--jobs and --gpus start at 1, and --seeds at 0")
-    runs = [f"runs/{folder}/{cell}/s{seed}" for cell in cells for seed in seeds]
+    runs = [f"{table['folder']}/{cell}/s{seed}" for cell in cells for seed in seeds]
     if args.list:
         print(*(f"python {command(run)}" for run in runs), sep="\n")
         return
@@ -242,7 +160,8 @@ def main() -> None:
         sys.exit("\nstopped; the same command resumes")
     if left:
         sys.exit(f"no report, since these are missing: {' '.join(left)}")
-    sys.exit(report(args.table, partial=set(cells) < set(FOLDERS[folder]) or not set(all_seeds) <= set(seeds)))
+    partial = set(cells) < set(table["cells"]) or not set(table["seeds"]) <= set(seeds)
+    sys.exit(report(args.table, partial))
 
 
 if __name__ == "__main__":
