@@ -9,35 +9,24 @@ runs) and the questions, of which runs hold token ids only.
     python -m tools.report --table ROOT --out results/irpo-table  # finished runs, ROOT/CELL/sSEED
 """
 import argparse
-import base64
-import html
-import importlib.util
-import io
 import json
 import math
 import re
 import sys
 import textwrap
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 
-from infra.run import ROOT, read_json, run_script, write_json, write_text
+from infra.run import ROOT, read_json, run_script, write_json
 from reft import letter
 from rewards import read_number
+from tools.page import Picture, Table, plain, publish, text_of
 
 PAPER = read_json(ROOT / "results" / "paper.json")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-         10: 2.262}  # quantiles of Student's t with n - 1 degrees of freedom; beyond 10 seeds the last is a bit too wide
+         10: 2.262}  # of Student's t with n - 1 degrees of freedom; for more than 10 seeds the last is a bit too wide
 GRID = re.compile(r"alpha([\d.]+)-beta([\d.]+)")  # cells of a sweep
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
-          "#7F7F7F")  # Okabe and Ito's, which colour-blind readers can tell apart, and grey
-MARKERS = "osD^vPX<>"  # one more than colours, so that no two lines share both
-STYLE = """body { font: 15px/1.5 system-ui, sans-serif; max-width: 75em; margin: 2em auto }
-table { border-collapse: collapse; font-size: 13px } tr { border-bottom: 1px solid #ddd }
-td, th { padding: .2em .6em; text-align: right } :is(td, th):first-child { text-align: left }
-img { max-width: 100%; display: block; margin: 1em 0 } div { overflow-x: auto }"""
 
 
 # --- loader ----------------------------------------------------------------------------------------
@@ -106,7 +95,8 @@ def model_record(rows: list[dict], log: dict) -> dict:
         record |= {f"{tag}={value}": f"{part['accuracy']:.1%} of {part['share']:.0%}" for value, part in values.items()}
         if tag == "style":
             record["careful"] = values.get("careful", {"share": 0.0})["share"]
-    record |= {"vote_gain": value - record["accuracy"] for key, value in record.items() if key.startswith("maj@")}
+    for key in [key for key in record if key.startswith("maj@")]:
+        record["vote_gain"] = record[key] - record["accuracy"]
     if probe := record.get("train_probe"):
         record |= {f"{key}_change": probe[-1][key] - probe[0][key] for key in probe[0] if key != "step"}
     for (folder, event), line in log.items():
@@ -116,18 +106,14 @@ def model_record(rows: list[dict], log: dict) -> dict:
 
 
 def method(run: Run) -> str:
-    """Name a run's method from the flags that make it."""
-    if run.kind != "irpo":
-        return "RFT" if run.kind == "rft" else title("reft", run.config.get("method", run.models[-1]["name"]))
-    names = {"irpo": "IRPO" if run.config["alpha"] else "DPO only (α=0)", "sft_chosen": "SFT on chosen",
-             "sft_gold": "SFT on gold"}
-    start = run.config["start_from"]
-    return names[run.config["method"]] + (f" from {Path(start).parent}" if start else "")
+    """Name a run's method as the papers' tables do."""
+    name = run.config.get("method", run.models[-1]["name"])
+    return title(run.kind, "dpo" if run.kind == "irpo" and not run.config["alpha"] else name)
 
 
 def label_runs(runs: list[Run]) -> list[Run]:
     """Label each run with its method and with what tells it from the other runs of that method."""
-    unsaid = ("start_from", "run_dir", "weights", "problems", "pooled")
+    unsaid = ("run_dir", "weights", "problems", "pooled")
     labels = []
     for run in runs:
         peers = [peer.config for peer in runs if method(peer) == method(run)]
@@ -184,7 +170,7 @@ def estimates(found: dict[int, dict]) -> dict[str, dict]:
         values = {seed: record[key] for seed, record in found.items() if isinstance(record.get(key), (int, float))}
         if values and re.fullmatch(PAPER["measures"], key):
             summary[key] = estimate(values)
-    if len(found) == 1:
+    if len(found) == 1 and "accuracy" in summary:
         summary["accuracy"]["ci95"] = next(iter(found.values()))["ci95"]
     return summary
 
@@ -208,15 +194,26 @@ def summarize(kind: str, cells: dict) -> dict:
 
 def estimate_paths(runs: dict[int, Run]) -> dict[int, dict]:
     """k -> estimates of the paths among the first k samples of a question, with the paper's number beside."""
-    found: dict[int, dict] = {}
-    for k, row in [(row["k"], row) for run in runs.values() for row in run.models[-1].get("train_over_k", [])]:
-        for key in ("correct_paths", "distinct_paths", "distinct_paths_and_gold", "solved"):
-            found.setdefault(k, {}).setdefault(key, []).append(row[key])
-    for k, row in found.items():
-        found[k] = {key: estimate(dict(zip(runs, values))) for key, values in row.items()}
-        if str(k) in PAPER["rft"]["distinct_paths_and_gold"]:
-            found[k]["distinct_paths_and_gold"]["paper"] = PAPER["rft"]["distinct_paths_and_gold"][str(k)]
+    by_k: dict[int, dict[int, dict]] = {}
+    for seed, run in runs.items():
+        for row in run.models[-1].get("train_over_k", []):
+            by_k.setdefault(row["k"], {})[seed] = row
+    found = {k: estimates(rows) for k, rows in by_k.items()}
+    for k, paper in PAPER["rft"]["distinct_paths_and_gold"].items():
+        if int(k) in found:
+            found[int(k)]["distinct_paths_and_gold"]["paper"] = paper
     return found
+
+
+def add_letters(cells: dict) -> None:
+    """Count right letters of ReFT's greedy answers, too, as the runs that are graded by letter do themselves."""
+    choices = next(iter(cells["letters"].values())).config["num_choices"]
+    for run in cells.get("reft", {}).values():
+        for model in run.models:
+            rows = read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl")
+            letters = [(letter(row["samples"][0]["answer"], choices), letter(read_number(row["gold"]), choices))
+                       for row in rows if "id" in row]
+            model["letter_accuracy"] = fmean(given is not None and given == right for given, right in letters)
 
 
 def find_claims(kind: str, cells: dict) -> list[dict]:
@@ -232,9 +229,11 @@ def find_claims(kind: str, cells: dict) -> list[dict]:
     for text, *sides, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
         high, low = map(values, sides)
         scale = 100 if unit == "points" else 1
-        if differences := {seed: scale * (high[seed] - low[seed]) for seed in sorted(high.keys() & low.keys())}:
-            difference = estimate(differences)
-            found.append({"claim": text, "unit": unit, "difference": difference, "here": verdict(difference)})
+        by_seed = {seed: round(scale * (high[seed] - low[seed]), 9) for seed in sorted(high.keys() & low.keys())}
+        if by_seed:
+            difference = estimate(by_seed)
+            found.append({"claim": text, "difference": difference, "unit": unit, "here": verdict(difference),
+                          "by_seed": ", ".join(f"{value:+.3g}" for value in by_seed.values())})
     return found
 
 
@@ -249,15 +248,6 @@ def verdict(difference: dict) -> str:
 
 # --- tables ----------------------------------------------------------------------------------------
 
-@dataclass(frozen=True)
-class Table:
-    """Cells are text already, so that Markdown, HTML and the screen show the same."""
-    title: str
-    note: str
-    header: list[str]
-    rows: list[list[str]]
-
-
 def make_table(name: str, head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
     """A table of PAPER: a line per record that has the first column, and a column per key that any record has."""
     title, note, columns = PAPER["tables"][name]
@@ -268,22 +258,6 @@ def make_table(name: str, head: list[str], rows: list[tuple[list[str], dict]]) -
     named = [key.removeprefix("train_").replace("ci95", "95% interval").replace("_", " ") for key, _ in used]
     return Table(title, note, [*head, *named], [
         [*names, *(text_of(record.get(key), spec) for key, spec in used)] for names, record in rows])
-
-
-def text_of(value, spec: str) -> str:
-    """Write a text, an interval, a number, or an estimate with its interval and the paper's number in brackets."""
-    if value is None or isinstance(value, str):
-        return value or ""
-    if isinstance(value, (list, tuple)):
-        return " to ".join(format(end, spec) for end in value)
-    if not isinstance(value, dict):
-        return format(value, spec)
-    text = format(value["mean"], spec)
-    if value["half_width"] is not None:
-        text += f" ± {value['half_width']:{spec.lstrip('+')}}"
-    elif "ci95" in value:
-        text += f" ({text_of(value['ci95'], spec)})"
-    return text + (f" [{value['paper']:{spec}}]" if "paper" in value else "")
 
 
 def tables_of_runs(runs: list[Run]) -> list[Table]:
@@ -309,14 +283,9 @@ def tables_of_cells(cells: dict, summary: dict, claims: list[dict]) -> list[Tabl
     shares = [run.models[-1]["train_exclusive"] for run in cells.get("pool", {}).values()]
     pool = [([f"model {m}"], {"share": estimate(dict(enumerate(column)))}) for m, column in enumerate(zip(*shares))]
     paths = [([str(k)], row) for k, row in estimate_paths(main_runs(cells)).items()]
-    lines = []
-    for claim in claims:
-        spec, unit = ("+.1f", "") if claim["unit"] == "points" else ("+.2f", f" {claim['unit']}")
-        values = claim["difference"]["values"].values()
-        lines.append(([claim["claim"]], {"difference": text_of(claim["difference"], spec) + unit, "here": claim["here"],
-                                         "by_seed": ", ".join(format(value, spec) for value in values)}))
     return [make_table("models", ["cell", "model"], rows), make_table("rollouts", ["cell", "model"], rows),
-            make_table("paths", ["k"], paths), make_table("pool", ["pooled"], pool), make_table("claims", ["claim"], lines)]
+            make_table("paths", ["k"], paths), make_table("pool", ["pooled"], pool),
+            make_table("claims", ["claim"], [([claim["claim"]], claim) for claim in claims])]
 
 
 def main_runs(cells: dict) -> dict[int, Run]:
@@ -329,17 +298,6 @@ def samples_of(cell: str) -> int:
 
 
 # --- pictures --------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Picture:
-    """panels: title -> label -> points (x, y, low, high); a line of one point whose x is None is drawn across."""
-    file: str
-    panels: dict[str, dict[str, list[tuple]]]
-    y_label: str
-    x_label: str
-    share: bool = False  # y is in [0, 1]
-    log: bool = False
-
 
 def point(x, value: dict | float) -> tuple:
     """A point of a number, or of an estimate with its interval."""
@@ -381,7 +339,8 @@ def probe_lines(models: list[dict]) -> dict[str, list[tuple]]:
 
 def pictures_of_runs(runs: list[Run]) -> list[Picture]:
     """What was measured of a few runs."""
-    accuracy = {run.label: [(t, model["accuracy"], *model["ci95"]) for t, model in enumerate(run.models)] for run in runs}
+    accuracy = {run.label: [(t, model["accuracy"], *model["ci95"]) for t, model in enumerate(run.models)]
+                for run in runs}
     coverage = {run.label: over_models(run.models, "train_(all_right|mixed|all_wrong)") for run in runs}
     passk = {runs[0].label: over_models(runs[0].models, r"pass@\d+")}
     return [Picture("accuracy.png", {"": accuracy}, "test accuracy, 95% interval", "model", share=True),
@@ -399,10 +358,11 @@ def pictures_of_cells(kind: str, cells: dict, summary: dict) -> list[Picture]:
     if kind == "rft":
         accuracy = {cell: [*row["models"].values()][-1]["accuracy"] for cell, row in summary.items()}
         lines = {"RFT": [point(samples_of(cell), accuracy[cell]) for cell in cells if samples_of(cell)]}
-        lines |= {title(kind, cell): [point(None, accuracy[cell])] for cell in ("matched", "none", "pool") if cell in cells}
-        lines |= {"SFT": [point(None, row["models"]["SFT"]["accuracy"])] for row in [*summary.values()][:1]
-                  if "SFT" in row["models"]}
-        return [Picture("accuracy.png", {"accuracy over k": lines}, "test accuracy", "k, samples per question", True, True),
+        for cell in [cell for cell in ("matched", "none", "pool") if cell in cells]:
+            lines[title(kind, cell)] = [point(None, accuracy[cell])]
+        for row in [summary[cell]["models"] for cell in cells if samples_of(cell)]:
+            lines |= {"SFT": [point(None, row["SFT"]["accuracy"])]} if "SFT" in row else {}
+        return [Picture("accuracy.png", {"": lines}, "test accuracy", "k, samples per question", share=True, log=True),
                 *paths_pictures(main_runs(cells))]
 
     def panels(measure: str) -> dict[str, dict]:
@@ -440,107 +400,7 @@ def batch_pictures(runs: dict[str, list[Run]], of_rollouts: str) -> list[Picture
         share=key in ("dev", "accuracy", "eos_rate")) for key, label in PAPER["curves"].items()]
 
 
-def render(picture: Picture) -> bytes:
-    """Draw a PNG of panels side by side; b"" without points, or without matplotlib."""
-    panels = {title: lines for title, lines in picture.panels.items() if any(lines.values())}
-    if not panels or importlib.util.find_spec("matplotlib") is None:
-        return b""
-    from matplotlib.figure import Figure
-    columns = 2 if len(panels) == 4 else min(len(panels), 3)
-    rows = math.ceil(len(panels) / columns)
-    figure = Figure(figsize=(max(6.4, 4.2 * columns), 1 + 3.3 * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, sharey=True, squeeze=False).flat)
-    legend = {}
-    for axis, (title, lines) in zip(axes, panels.items()):
-        draw(axis, lines, picture)
-        axis.set_title(textwrap.fill(title, 50), fontsize=10)
-        legend |= {textwrap.fill(text, 60): line for line, text in zip(*axis.get_legend_handles_labels())}
-    for axis in axes[len(panels):]:
-        axis.remove()
-    figure.supylabel(picture.y_label, fontsize=10)
-    width = 0.6 + 0.08 * max(map(len, legend))  # inches of an entry
-    figure.legend(legend.values(), legend, loc="outside lower center", frameon=False,
-                  ncols=max(1, int(figure.get_figwidth() / width)))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()
-
-
-def draw(axis, lines: dict[str, list[tuple]], picture: Picture) -> None:
-    """A line per label: with error bars where points are few, moved sideways so that none hides another, else a band."""
-    floor, ceiling = (0.0, 1.0) if picture.share else (-math.inf, math.inf)  # an interval of Student's can leave [0, 1]
-    xs = sorted({x for points in lines.values() for x, *_ in points if x is not None})
-    gap = min((b - a for a, b in pairwise(xs)), default=1)
-    for i, (label, points) in enumerate(lines.items()):
-        if not points:  # a cell that is missing keeps its colour in the other panels
-            continue
-        x, y, low, high = zip(*points)
-        low, high = [max(value, floor) for value in low], [min(value, ceiling) for value in high]
-        style = {"color": COLORS[i % len(COLORS)], "label": label}
-        band = {"color": style["color"], "alpha": 0.12, "linewidth": 0}
-        if x == (None,):
-            axis.axhline(y[0], linestyle="--", **style)
-            axis.axhspan(low[0], high[0], **band)
-        elif len(xs) > 12:
-            axis.plot(x, y, linewidth=1.5, **style)
-            axis.fill_between(x, low, high, **band)
-        else:
-            shift = 0 if picture.log else 0.05 * gap * (i - (len(lines) - 1) / 2)
-            bars = [[max(0.0, b - a) for a, b in zip(low, y)], [max(0.0, b - a) for a, b in zip(y, high)]]
-            axis.errorbar([value + shift for value in x], y, bars, marker=MARKERS[i % len(MARKERS)], markersize=4.5,
-                          linewidth=1.5, capsize=2, **style)
-    if picture.log:
-        axis.set_xscale("log")
-        axis.minorticks_off()
-    if 0 < len(xs) <= 12:
-        axis.set_xticks(xs, [f"{x:g}" for x in xs])
-    axis.set_xlabel(picture.x_label)
-    axis.yaxis.set_major_formatter("{x:.0%}" if picture.share else "{x:g}")
-    axis.grid(alpha=0.3)
-
-
-# --- page ------------------------------------------------------------------------------------------
-
-def markdown(table: Table) -> str:
-    lines = [table.header, ["---"] + ["---:"] * (len(table.header) - 1), *table.rows]
-    return f"## {table.title}\n\n{table.note}\n\n" + "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def html_section(table: Table) -> str:
-    lines = ["".join(f"<td>{html.escape(cell)}</td>" for cell in line) for line in table.rows]
-    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in table.header)
-    return (f"<h2>{html.escape(table.title)}</h2><p>{html.escape(table.note)}</p><div><table>\n<tr>"
-            + "</tr>\n<tr>".join([header, *lines]) + "</tr></table></div>")
-
-
-def plain(table: Table) -> str:
-    """Align the columns for a terminal: the first to the left, the others to the right."""
-    lines = [table.header, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join([f"{table.title}: {table.note}", *(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)])
-
-
-def publish(out: Path, name: str, facts: list[str], tables: list[Table], pictures: list[Picture], screen: list[str]) -> None:
-    """Write NAME.md, NAME.html (pictures inside) and the pictures; then print, since the reader may leave (`| head`)."""
-    tables = [table for table in tables if table.rows]
-    pngs = {picture.file: png for picture in pictures if (png := render(picture))}
-    out.mkdir(parents=True, exist_ok=True)
-    for file, png in pngs.items():
-        (out / f"{file}.tmp").write_bytes(png)
-        (out / f"{file}.tmp").replace(out / file)
-    write_text(out / f"{name}.md", "\n\n".join(
-        [*facts, *(f"![{file}]({file})" for file in pngs), *map(markdown, tables)]) + "\n")
-    images = [f'<img alt="{file}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'
-              for file, png in pngs.items()]
-    write_text(out / f"{name}.html", "\n".join([
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><style>{STYLE}</style>',
-        *(f"<p>{html.escape(fact)}</p>" for fact in facts), *images, *map(html_section, tables), "</html>\n"]))
-    print("\n\n".join([*screen, "\n".join(facts)]).strip(), end="\n\n")
-    if not pngs:
-        print("no pictures: `pip install matplotlib`, then run the same command again")
-    print(f"written to {out}: " + ", ".join([f"{name}.html", f"{name}.md", *pngs]))
-
+# --- what is said ------------------------------------------------------------------------------------------
 
 def warnings(run: Run) -> list[str]:
     """Say how often a training run left a healthy range."""
@@ -576,10 +436,11 @@ def before_and_after(run: Run) -> list[str]:
         run.path / f"iter{model['iteration']}" / "eval_samples.jsonl") if "id" in row} for model in ends)
     changed = [id for id in first if (first[id]["verdict"] == "correct") != (last[id]["verdict"] == "correct")]
     better = [id for id in changed if last[id]["verdict"] == "correct"]
-    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n" + textwrap.indent(answers[id]["text"].strip(), "    ")
+    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n"
+             + textwrap.indent(answers[id]["text"].strip(), "    ")
              for id in better[:3] for model, answers in zip(ends, (first, last))]
-    return [*texts, f"From {ends[0]['name']} to {ends[1]['name']}, {len(better):,} questions went from wrong to right and "
-            f"{len(changed) - len(better):,} from right to wrong."] if ends[0] is not ends[1] else []
+    return [*texts, f"From {ends[0]['name']} to {ends[1]['name']}, {len(better):,} questions went from wrong to right "
+            f"and {len(changed) - len(better):,} from right to wrong."] if ends[0] is not ends[1] else []
 
 
 # --- commands --------------------------------------------------------------------------------------
@@ -596,6 +457,8 @@ def report_runs(paths: list[Path], out: Path) -> None:
 def report_table(root: Path, out: Path) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     kind, cells, missing = load_table(root)
+    if "letters" in cells:
+        add_letters(cells)
     summary, claims = summarize(kind, cells), find_claims(kind, cells)
     name = PAPER[kind]["name"]
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims,
