@@ -1,12 +1,14 @@
 """The page of a report: tables and pictures, as Markdown, as one HTML file that needs nothing else, and on a screen.
 
-Pictures need matplotlib; without it pages have tables alone, and say so.
+An estimate is a dict of mean, half_width (None: no interval) and, if known, ci95 and the paper's number, `paper`.
+Pictures need matplotlib; without it a page has tables alone, and says so.
 """
 import base64
 import html
 import importlib.util
 import io
 import math
+import re
 import textwrap
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,6 +45,20 @@ class Picture:
     log: bool = False
 
 
+def make_table(title: str, note: str, columns: str, head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
+    """Make a table of records, each after the cells of `head`.
+
+    columns: "PATTERN:FORMAT PATTERN:FORMAT ...", of keys that any record has; records without the first are left out.
+    """
+    patterns = [column.rsplit(":", 1) for column in columns.split()]
+    rows = [(names, record) for names, record in rows if any(re.fullmatch(patterns[0][0], key) for key in record)]
+    keys = dict.fromkeys(key for _, record in rows for key in record)
+    used = [(key, spec) for pattern, spec in patterns for key in keys if re.fullmatch(pattern, key)]
+    named = [key.removeprefix("train_").replace("ci95", "95% interval").replace("_", " ") for key, _ in used]
+    return Table(title, note, [*head, *named], [
+        [*names, *(text_of(record.get(key), spec) for key, spec in used)] for names, record in rows])
+
+
 def text_of(value, spec: str) -> str:
     """Write a text, an interval, a number, or an estimate with its interval and the paper's number in brackets."""
     if value is None or isinstance(value, str):
@@ -77,6 +93,14 @@ def plain(table: Table) -> str:
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join([f"{table.title}: {table.note}", *(
         "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines)])
+
+
+def point(x, value: dict | float) -> tuple:
+    """A point of a number, or of an estimate with its interval."""
+    if not isinstance(value, dict):
+        return (x, value, value, value)
+    half = value["half_width"] or 0.0
+    return (x, value["mean"], *value.get("ci95", (value["mean"] - half, value["mean"] + half)))
 
 
 def render(picture: Picture) -> bytes:

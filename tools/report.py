@@ -21,7 +21,7 @@ from statistics import fmean, stdev
 from infra.run import ROOT, read_json, run_script, write_json
 from reft import letter
 from rewards import read_number
-from tools.page import Picture, Table, plain, publish, text_of
+from tools.page import Picture, Table, make_table, plain, point, publish, text_of
 
 PAPER = read_json(ROOT / "results" / "paper.json")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
@@ -133,25 +133,24 @@ def title(kind: str, cell: str) -> str:
 def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     """Load ROOT/CELL/sSEED: the kind of table (a key of PAPER), cell -> seed -> run, and what is missing."""
     folders = [path for path in sorted(root.glob("*/s*")) if re.fullmatch(r"s\d+", path.name)]
-    runs = {(path.parent.name, int(path.name[1:])): load_run(path) for path in folders
-            if (path / "results.json").exists()}
-    kinds, names = {run.kind for run in runs.values()}, {path.parent.name for path in folders}
-    if len(kinds) != 1:
-        raise SystemExit(f"{root} holds runs of {', '.join(sorted(kinds))}: give one table at a time" if kinds else
-                         f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
-    kind = kinds.pop()
+    found = {path: load_run(path) for path in folders if (path / "results.json").exists()}
+    if not found:
+        raise SystemExit(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
+    kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
+    if len(kinds) > 1:
+        raise SystemExit(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
+    known = [] if any("+" in name for name in names) else PAPER[kinds[0]]["cells"]  # nothing else in a table of flags
+    order = list(dict.fromkeys([*known, *(cell for cell in PAPER[kinds[0]]["cells"] if cell in names), *sorted(names)]))
     if all(map(GRID.fullmatch, names)):
-        kind, (alphas, betas) = "sweep", zip(*(GRID.fullmatch(name).groups() for name in names))
-        order = [f"alpha{alpha}-beta{beta}" for beta in sorted({*betas}, key=float)
-                 for alpha in sorted({*alphas}, key=float)]
-    else:
-        flags = any("+" in name for name in names)  # in a table of flags nothing else is expected
-        known = [cell for cell in PAPER[kind]["cells"] if cell in names or not flags]
-        order = known + sorted(names - {*known})
-    seeds = sorted({seed for _, seed in runs} | {int(path.name[1:]) for path in folders})
-    cells = {cell: {seed: runs[cell, seed] for seed in seeds if (cell, seed) in runs} for cell in order}
-    missing = [f"{cell}/s{seed}" for cell in order for seed in seeds if (cell, seed) not in runs]
-    return kind, {cell: found for cell, found in cells.items() if found}, missing
+        alphas, betas = zip(*(GRID.fullmatch(name).groups() for name in names))
+        kinds, order = ["sweep"], [f"alpha{alpha}-beta{beta}" for beta in sorted({*betas}, key=float)
+                                   for alpha in sorted({*alphas}, key=float)]
+    seeds = sorted({int(path.name[1:]) for path in folders})
+    cells = {cell: {seed: found[path] for seed in seeds if (path := root / cell / f"s{seed}") in found}
+             for cell in order}
+    missing = [f"{cell}/s{seed}" if runs else cell for cell, runs in cells.items()
+               for seed in (seeds if runs else seeds[:1]) if seed not in runs]
+    return kinds[0], {cell: runs for cell, runs in cells.items() if runs}, missing
 
 
 # --- estimates -------------------------------------------------------------------------------------
@@ -207,8 +206,8 @@ def estimate_paths(runs: dict[int, Run]) -> dict[int, dict]:
 
 def add_letters(cells: dict) -> None:
     """Count right letters of ReFT's greedy answers, too, as the runs that are graded by letter do themselves."""
-    choices = next(iter(cells["letters"].values())).config["num_choices"]
-    for run in cells.get("reft", {}).values():
+    choices = max((run.config["num_choices"] for run in cells.get("letters", {}).values()), default=0)
+    for run in cells.get("reft", {}).values() if choices else ():
         for model in run.models:
             rows = read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl")
             letters = [(letter(row["samples"][0]["answer"], choices), letter(read_number(row["gold"]), choices))
@@ -248,44 +247,38 @@ def verdict(difference: dict) -> str:
 
 # --- tables ----------------------------------------------------------------------------------------
 
-def make_table(name: str, head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
-    """A table of PAPER: a line per record that has the first column, and a column per key that any record has."""
-    title, note, columns = PAPER["tables"][name]
-    patterns = [column.rsplit(":", 1) for column in columns.split()]
-    rows = [(names, record) for names, record in rows if any(re.fullmatch(patterns[0][0], key) for key in record)]
-    keys = dict.fromkeys(key for _, record in rows for key in record)
-    used = [(key, spec) for pattern, spec in patterns for key in keys if re.fullmatch(pattern, key)]
-    named = [key.removeprefix("train_").replace("ci95", "95% interval").replace("_", " ") for key, _ in used]
-    return Table(title, note, [*head, *named], [
-        [*names, *(text_of(record.get(key), spec) for key, spec in used)] for names, record in rows])
+def paper_table(name: str, head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
+    return make_table(*PAPER["tables"][name], head, rows)
 
 
 def tables_of_runs(runs: list[Run]) -> list[Table]:
     """Everything that report.md shows of a few runs."""
     rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
-    return [*(make_table(name, ["run", "model"], rows)
-              for name in ("accuracy", "kinds", "samples", "training", "rollouts", "cost")),
-            make_table("paths", ["k"], [([str(k)], row) for k, row in estimate_paths({0: runs[0]}).items()])]
+    names = ("accuracy", "kinds", "samples", "training", "rollouts", "cost")
+    return [*(paper_table(name, ["run", "model"], rows) for name in names), paths_table({0: runs[0]})]
 
 
 def tables_of_cells(cells: dict, summary: dict, claims: list[dict]) -> list[Table]:
-    """Everything that NAME.md shows of cells and seeds. A model that several cells start from is shown once."""
-    rows, known = [], set()
+    """Everything that NAME.md shows of cells and seeds; models that cells start from come first, equal ones once."""
+    starts, ends, known = [], [], set()
+    for cell in sorted(summary.values(), key=lambda cell: -len(cell["runs"])):
+        name, row = next(iter(cell["models"].items()))
+        if len(cell["models"]) > 1 and not (measured := {*zip(row["accuracy"]["values"].items(),
+                                                              row["dev_accuracy"]["values"].values())}) <= known:
+            starts.append(([f"start of {cell['label']}" if known else "start", name], row))
+            known |= measured
     for cell in summary.values():
-        for i, (name, row) in enumerate(cell["models"].items()):
-            label, measured = cell["label"], {(seed, value, row.get("dev_accuracy", {}).get("values", {}).get(seed))
-                                              for seed, value in row["accuracy"]["values"].items()}
-            if i == 0 and len(cell["models"]) > 1:
-                if measured <= known:
-                    continue
-                label, known = f"start of {label}" if known else "start", known | measured
-            rows.append(([label, name], row | {"seeds": row["accuracy"]["n"]}))
+        ends += [([cell["label"], name], row) for name, row in [*cell["models"].items()][len(cell["models"]) > 1:]]
+    rows = [(names, row | {"seeds": row["accuracy"]["n"]}) for names, row in starts + ends]
     shares = [run.models[-1]["train_exclusive"] for run in cells.get("pool", {}).values()]
     pool = [([f"model {m}"], {"share": estimate(dict(enumerate(column)))}) for m, column in enumerate(zip(*shares))]
-    paths = [([str(k)], row) for k, row in estimate_paths(main_runs(cells)).items()]
-    return [make_table("models", ["cell", "model"], rows), make_table("rollouts", ["cell", "model"], rows),
-            make_table("paths", ["k"], paths), make_table("pool", ["pooled"], pool),
-            make_table("claims", ["claim"], [([claim["claim"]], claim) for claim in claims])]
+    return [paper_table("models", ["cell", "model"], rows), paper_table("rollouts", ["cell", "model"], rows),
+            paths_table(main_runs(cells)), paper_table("pool", ["pooled"], pool),
+            paper_table("claims", ["claim"], [([claim["claim"]], claim) for claim in claims])]
+
+
+def paths_table(runs: dict[int, Run]) -> Table:
+    return paper_table("paths", ["k"], [([str(k)], row) for k, row in estimate_paths(runs).items()])
 
 
 def main_runs(cells: dict) -> dict[int, Run]:
@@ -298,14 +291,6 @@ def samples_of(cell: str) -> int:
 
 
 # --- pictures --------------------------------------------------------------------------------------
-
-def point(x, value: dict | float) -> tuple:
-    """A point of a number, or of an estimate with its interval."""
-    if not isinstance(value, dict):
-        return (x, value, value, value)
-    half = value["half_width"] or 0.0
-    return (x, value["mean"], *value.get("ci95", (value["mean"] - half, value["mean"] + half)))
-
 
 def curve(runs: list[Run], key: str) -> list[tuple]:
     """(step, mean over runs, lowest, highest) of a measure of the training record."""
@@ -400,7 +385,7 @@ def batch_pictures(runs: dict[str, list[Run]], of_rollouts: str) -> list[Picture
         share=key in ("dev", "accuracy", "eos_rate")) for key, label in PAPER["curves"].items()]
 
 
-# --- what is said ------------------------------------------------------------------------------------------
+# --- page ------------------------------------------------------------------------------------------
 
 def warnings(run: Run) -> list[str]:
     """Say how often a training run left a healthy range."""
@@ -451,14 +436,13 @@ def report_runs(paths: list[Path], out: Path) -> None:
     rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
     cards = [f"{run.label}: " + "; ".join(f"{key} {value}" for key, value in run.card.items()) for run in runs]
     publish(out, "report", findings(runs) + cards, tables_of_runs(runs), pictures_of_runs(runs),
-            [*before_and_after(runs[0]), plain(make_table("screen", ["run", "model"], rows))])
+            [*before_and_after(runs[0]), plain(paper_table("screen", ["run", "model"], rows))])
 
 
 def report_table(root: Path, out: Path) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     kind, cells, missing = load_table(root)
-    if "letters" in cells:
-        add_letters(cells)
+    add_letters(cells)
     summary, claims = summarize(kind, cells), find_claims(kind, cells)
     name = PAPER[kind]["name"]
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims,
