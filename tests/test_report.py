@@ -159,7 +159,7 @@ def test_a_torn_line_is_passed_over_and_named(tmp_path, monkeypatch, capsys):
         with open(file, "a") as torn:
             torn.write('{"step": 4, "reward": 9')
     call(monkeypatch, run)
-    assert report.curve([report.load_run(run)], "reward")[-1] == (4, *[pytest.approx(0.3)] * 3)
+    assert report.curve([report.load_run(run).steps], "reward")[-1] == (4, *[pytest.approx(0.3)] * 3)
     assert "train.jsonl: line 5 is cut short" in capsys.readouterr().err
 
 
@@ -350,10 +350,11 @@ def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path, monkeypatch):
     write_run(tmp_path / "rerank-reft" / "s0", [row])
     text, _ = table(monkeypatch, tmp_path, "reft")
     assert table_cell(text, "ReFT ReFT", "accuracy") == f"90.0% ± {HALF:.1%}"
-    assert table_cell(text, "start warm-up", "accuracy").startswith("60.0%") and len(re.findall(r"\| warm-up \|", text)) == 1
+    assert table_cell(text, "start warm-up", "accuracy").startswith("60.0%")
+    assert len(re.findall(r"\| warm-up \|", text)) == 1, "all cells start from the same models"
     assert table_cell(text, "ReFT, reranked best of 8", "accuracy") == "95.0% (90.0% to 100.0%)"
     assert table_cell(text, "ReFT ReFT", "kl") == "2.00 ± 2.48"
-    runs = [*report.load_table(tmp_path)[1]["reft"].values()]
+    runs = [run.steps for run in report.load_table(tmp_path)[1]["reft"].values()]
     assert report.curve(runs, "reward")[0] == (1, 1.0, 0.0, 2.0)
     assert report.curve(runs[:1], "dev") == [(2, *[0.2] * 3), (4, *[pytest.approx(0.6)] * 3)]
 

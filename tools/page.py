@@ -45,11 +45,13 @@ class Picture:
     log: bool = False
 
 
-def make_table(title: str, note: str, columns: str, head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
-    """Make a table of records, each after the cells of `head`.
+def make_table(layout: list[str], head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
+    """Make a table of records, each after its cells under `head`.
 
-    columns: "PATTERN:FORMAT PATTERN:FORMAT ...", of keys that any record has; records without the first are left out.
+    layout: title, note, and columns "PATTERN:FORMAT PATTERN:FORMAT ..." of keys that any record has. A record without
+    the first of them is left out.
     """
+    title, note, columns = layout
     patterns = [column.rsplit(":", 1) for column in columns.split()]
     rows = [(names, record) for names, record in rows if any(re.fullmatch(patterns[0][0], key) for key in record)]
     keys = dict.fromkeys(key for _, record in rows for key in record)
@@ -149,7 +151,8 @@ def draw(axis, lines: dict[str, list[tuple]], picture: Picture) -> None:
             axis.plot(x, y, linewidth=1.5, **style)
             axis.fill_between(x, low, high, **band)
         else:
-            shift = 0 if picture.log else 0.05 * gap * (i - (len(lines) - 1) / 2)
+            crowded = not picture.log and any(a < b for a, b in zip(low, high))
+            shift = 0.05 * gap * (i - (len(lines) - 1) / 2) if crowded else 0
             bars = [[max(0.0, b - a) for a, b in zip(low, y)], [max(0.0, b - a) for a, b in zip(y, high)]]
             axis.errorbar([value + shift for value in x], y, bars, marker=MARKERS[i % len(MARKERS)], markersize=4.5,
                           linewidth=1.5, capsize=2, **style)

@@ -1,9 +1,9 @@
 """Training runs -> tables, pictures and one page; many seeds -> means with intervals, and what the papers claim.
 
 Every number is read from a file of irpo.py, rft.py, reft.py or tools/rerank.py, or is a mean, difference or interval of
-such numbers. The papers' numbers and claims, and the columns of the tables, are in results/paper.json. Left out: tests
-of significance (intervals of one run are about the draw of test questions, those of a mean over seeds about the draw of
-runs) and the questions, of which runs hold token ids only.
+such numbers. The papers' numbers and claims and the tables' columns are in results/paper.json; tools/page.py draws.
+Left out: tests of significance (intervals of one run are about the draw of test questions, those of a mean over seeds
+about the draw of runs) and the questions, of which runs hold token ids only.
 
     python -m tools.report RUN [RUN ...] [--out DIR]              # runs from one base, the main one first
     python -m tools.report --table ROOT --out results/irpo-table  # finished runs, ROOT/CELL/sSEED
@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
@@ -24,6 +25,7 @@ from rewards import read_number
 from tools.page import Picture, Table, make_table, plain, point, publish, text_of
 
 PAPER = read_json(ROOT / "results" / "paper.json")
+TABLES = PAPER["tables"]  # title, note, columns
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
          10: 2.262}  # of Student's t with n - 1 degrees of freedom; for more than 10 seeds the last is a bit too wide
 GRID = re.compile(r"alpha([\d.]+)-beta([\d.]+)")  # cells of a sweep
@@ -77,12 +79,13 @@ def load_run(path: Path) -> Run:
     first_start = (path / "command.txt").read_text(encoding="utf-8").split("\n\n")[0]
     card = dict(line.split(maxsplit=1) for line in first_start.splitlines())
     card["minutes"] = round(sum(line["seconds"] for line in log.values()) / 60, 1)
-    run = Run(path, read_json(path / "config.json"), models,
-              read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl"), card, finished)
-    if dev := curve([run], "dev"):
+    steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl")
+    if warned := Counter(name for step in steps for name in step.get("warnings", ())):
+        card["warnings"] = ", ".join(f"{name} at {count} batches" for name, count in warned.items())
+    if dev := curve([steps], "dev"):
         middle = next(accuracy for step, accuracy, *_ in dev if 2 * step >= dev[-1][0])
         models[-1] |= {"dev_lowest": min(accuracy for _, accuracy, *_ in dev), "dev_halfway": middle}
-    return run
+    return Run(path, read_json(path / "config.json"), models, steps, card, finished)
 
 
 def model_record(rows: list[dict], log: dict) -> dict:
@@ -139,8 +142,9 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
     if len(kinds) > 1:
         raise SystemExit(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
-    known = [] if any("+" in name for name in names) else PAPER[kinds[0]]["cells"]  # nothing else in a table of flags
-    order = list(dict.fromkeys([*known, *(cell for cell in PAPER[kinds[0]]["cells"] if cell in names), *sorted(names)]))
+    flags = any("+" in name for name in names)  # a table of flags is not expected to hold other cells
+    known = [cell for cell in PAPER[kinds[0]]["cells"] if cell in names or not flags]
+    order = known + sorted(names - {*known})
     if all(map(GRID.fullmatch, names)):
         alphas, betas = zip(*(GRID.fullmatch(name).groups() for name in names))
         kinds, order = ["sweep"], [f"alpha{alpha}-beta{beta}" for beta in sorted({*betas}, key=float)
@@ -247,15 +251,11 @@ def verdict(difference: dict) -> str:
 
 # --- tables ----------------------------------------------------------------------------------------
 
-def paper_table(name: str, head: list[str], rows: list[tuple[list[str], dict]]) -> Table:
-    return make_table(*PAPER["tables"][name], head, rows)
-
-
 def tables_of_runs(runs: list[Run]) -> list[Table]:
     """Everything that report.md shows of a few runs."""
     rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
     names = ("accuracy", "kinds", "samples", "training", "rollouts", "cost")
-    return [*(paper_table(name, ["run", "model"], rows) for name in names), paths_table({0: runs[0]})]
+    return [*(make_table(TABLES[name], ["run", "model"], rows) for name in names), paths_table({0: runs[0]})]
 
 
 def tables_of_cells(cells: dict, summary: dict, claims: list[dict]) -> list[Table]:
@@ -272,13 +272,13 @@ def tables_of_cells(cells: dict, summary: dict, claims: list[dict]) -> list[Tabl
     rows = [(names, row | {"seeds": row["accuracy"]["n"]}) for names, row in starts + ends]
     shares = [run.models[-1]["train_exclusive"] for run in cells.get("pool", {}).values()]
     pool = [([f"model {m}"], {"share": estimate(dict(enumerate(column)))}) for m, column in enumerate(zip(*shares))]
-    return [paper_table("models", ["cell", "model"], rows), paper_table("rollouts", ["cell", "model"], rows),
-            paths_table(main_runs(cells)), paper_table("pool", ["pooled"], pool),
-            paper_table("claims", ["claim"], [([claim["claim"]], claim) for claim in claims])]
+    return [make_table(TABLES["models"], ["cell", "model"], rows), make_table(TABLES["rollouts"], ["cell", "model"], rows),
+            paths_table(main_runs(cells)), make_table(TABLES["pool"], ["pooled"], pool),
+            make_table(TABLES["claims"], ["claim"], [([claim["claim"]], claim) for claim in claims])]
 
 
 def paths_table(runs: dict[int, Run]) -> Table:
-    return paper_table("paths", ["k"], [([str(k)], row) for k, row in estimate_paths(runs).items()])
+    return make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in estimate_paths(runs).items()])
 
 
 def main_runs(cells: dict) -> dict[int, Run]:
@@ -292,10 +292,10 @@ def samples_of(cell: str) -> int:
 
 # --- pictures --------------------------------------------------------------------------------------
 
-def curve(runs: list[Run], key: str) -> list[tuple]:
-    """(step, mean over runs, lowest, highest) of a measure of the training record."""
+def curve(records: list[list[dict]], key: str) -> list[tuple]:
+    """(step, mean over runs, lowest, highest) of a measure, from the training record of each run."""
     values: dict[int, list[float]] = {}
-    for step in (step for run in runs for step in run.steps if step.get(key) is not None):
+    for step in (step for steps in records for step in steps if step.get(key) is not None):
         value = step[key]["accuracy"] if isinstance(step[key], dict) else step[key]
         values.setdefault(step["step"] + 1, []).append(value)
     return [(step, fmean(found), min(found), max(found)) for step, found in sorted(values.items())]
@@ -381,18 +381,11 @@ def paths_pictures(runs: dict[int, Run]) -> list[Picture]:
 def batch_pictures(runs: dict[str, list[Run]], of_rollouts: str) -> list[Picture]:
     """ReFT's curves over batches of questions: mean and range of the seeds."""
     return [Picture(of_rollouts if key == "accuracy" else f"{key}.png", {
-        label: {name: curve(group, key) for name, group in runs.items()}}, label, "batches of questions",
+        label: {name: curve([run.steps for run in group], key) for name, group in runs.items()}}, label, "batches of questions",
         share=key in ("dev", "accuracy", "eos_rate")) for key, label in PAPER["curves"].items()]
 
 
 # --- page ------------------------------------------------------------------------------------------
-
-def warnings(run: Run) -> list[str]:
-    """Say how often a training run left a healthy range."""
-    found = [name for step in run.steps for name in step.get("warnings", ())]
-    counts = ", ".join(f"{name} at {found.count(name)} batches" for name in dict.fromkeys(found))
-    return [f"Warnings of {run.path.parent.name}/{run.path.name}: {counts}."] if found else []
-
 
 def findings(runs: list[Run]) -> list[str]:
     """Say what the numbers of a few runs say."""
@@ -409,9 +402,8 @@ def findings(runs: list[Run]) -> list[str]:
                      f"{'that of ' + ' and '.join(close) if close else 'no other'}.")
     if len({run.models[0]["accuracy"] for run in runs}) > 1:
         lines.append("The runs differ in their first models already: not the same base, or not the same questions.")
-    lines += [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated." for run in runs
-              if not run.finished]
-    return lines + [line for run in runs for line in warnings(run)]
+    return lines + [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated." for run in runs
+                    if not run.finished]
 
 
 def before_and_after(run: Run) -> list[str]:
@@ -436,7 +428,7 @@ def report_runs(paths: list[Path], out: Path) -> None:
     rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
     cards = [f"{run.label}: " + "; ".join(f"{key} {value}" for key, value in run.card.items()) for run in runs]
     publish(out, "report", findings(runs) + cards, tables_of_runs(runs), pictures_of_runs(runs),
-            [*before_and_after(runs[0]), plain(paper_table("screen", ["run", "model"], rows))])
+            [*before_and_after(runs[0]), plain(make_table(TABLES["screen"], ["run", "model"], rows))])
 
 
 def report_table(root: Path, out: Path) -> None:
@@ -448,7 +440,8 @@ def report_table(root: Path, out: Path) -> None:
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims,
                                       "paths": estimate_paths(main_runs(cells))})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
-    facts += [line for runs in cells.values() for run in runs.values() for line in warnings(run)]
+    facts += [f"Warnings of {cell}/s{seed}: {run.card['warnings']}." for cell, runs in cells.items()
+              for seed, run in runs.items() if "warnings" in run.card]
     tables = tables_of_cells(cells, summary, claims)
     publish(out, name, facts, tables, pictures_of_cells(kind, cells, summary), [plain(t) for t in tables if t.rows])
 
