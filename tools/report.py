@@ -2,8 +2,7 @@
 
 Every number is read from a file of irpo.py, rft.py, reft.py or tools/rerank.py, or is a mean, difference or interval of
 such numbers. The papers' numbers and claims and the tables' columns are in results/paper.json; tools/page.py draws.
-Left out: tests of significance (intervals of one run are about the draw of test questions, those of a mean over seeds
-about the draw of runs) and the questions, of which runs hold token ids only.
+An interval of one run is about the draw of test questions, that of a mean over seeds about the draw of runs.
 
     python -m tools.report RUN [RUN ...] [--out DIR]              # runs from one base, the main one first
     python -m tools.report --table ROOT --out results/irpo-table  # finished runs, ROOT/CELL/sSEED
@@ -42,18 +41,15 @@ class Run:
     steps: list[dict]  # train.jsonl of the last model
     card: dict  # command, commit, machine, minutes
     finished: bool
+    kind: str  # irpo, rft or reft (and rerank)
     label: str = ""
-
-    @property
-    def kind(self) -> str:
-        return {"M0": "irpo", "SFT": "rft", "RFT": "rft"}.get(self.models[0]["name"], "reft")
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Read the rows of a file, none if it is missing; pass over a line that a crash cut short, and say so."""
     rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-    for number, line in enumerate(lines, 1):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             rows += [json.loads(line)] if line else []
         except ValueError:
@@ -73,7 +69,6 @@ def load_run(path: Path) -> Run:
             by_model.setdefault(row["name"], []).append(row)
     if not by_model:
         raise SystemExit(f"{path} has no evaluated model yet: wait for its iter0/eval.json")
-
     log = {(line.get("folder"), line["event"]): line for line in read_jsonl(path / "log.jsonl")}
     models = [model_record(rows, log) for rows in by_model.values()]
     first_start = (path / "command.txt").read_text(encoding="utf-8").split("\n\n")[0]
@@ -85,7 +80,8 @@ def load_run(path: Path) -> Run:
     if dev := curve([steps], "dev"):
         middle = next(accuracy for step, accuracy, *_ in dev if 2 * step >= dev[-1][0])
         models[-1] |= {"dev_lowest": min(accuracy for _, accuracy, *_ in dev), "dev_halfway": middle}
-    return Run(path, read_json(path / "config.json"), models, steps, card, finished)
+    kind = {"M0": "irpo", "SFT": "rft", "RFT": "rft"}.get(models[0]["name"], "reft")
+    return Run(path, read_json(path / "config.json"), models, steps, card, finished, kind)
 
 
 def model_record(rows: list[dict], log: dict) -> dict:
@@ -108,21 +104,17 @@ def model_record(rows: list[dict], log: dict) -> dict:
     return record
 
 
-def method(run: Run) -> str:
-    """Name a run's method as the papers' tables do."""
-    name = run.config.get("method", run.models[-1]["name"])
-    return title(run.kind, "dpo" if run.kind == "irpo" and not run.config["alpha"] else name)
-
-
 def label_runs(runs: list[Run]) -> list[Run]:
     """Label each run with its method and with what tells it from the other runs of that method."""
     unsaid = ("run_dir", "weights", "problems", "pooled")
+    methods = [title(run.kind, "dpo" if run.kind == "irpo" and not run.config["alpha"]
+                     else run.config.get("method", run.models[-1]["name"])) for run in runs]
     labels = []
-    for run in runs:
-        peers = [peer.config for peer in runs if method(peer) == method(run)]
-        flags = [f"{name}={value}" for name, value in run.config.items()
-                 if name not in unsaid and any(peer.get(name) != value for peer in peers)]
-        labels.append(", ".join([method(run), *flags]))
+    for run, method in zip(runs, methods):
+        peers = [peer.config for peer, other in zip(runs, methods) if other == method]
+        labels.append(", ".join([method, *(
+            f"{name}={value}" for name, value in run.config.items()
+            if name not in unsaid and any(peer.get(name) != value for peer in peers))]))
     return [replace(run, label=label if labels.count(label) == 1 else f"{label}, {run.path}")  # labels are keys
             for run, label in zip(runs, labels)]
 
@@ -150,8 +142,7 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
         kinds, order = ["sweep"], [f"alpha{alpha}-beta{beta}" for beta in sorted({*betas}, key=float)
                                    for alpha in sorted({*alphas}, key=float)]
     seeds = sorted({int(path.name[1:]) for path in folders})
-    cells = {cell: {seed: found[path] for seed in seeds if (path := root / cell / f"s{seed}") in found}
-             for cell in order}
+    cells = {cell: {s: found[path] for s in seeds if (path := root / cell / f"s{s}") in found} for cell in order}
     missing = [f"{cell}/s{seed}" if runs else cell for cell, runs in cells.items()
                for seed in (seeds if runs else seeds[:1]) if seed not in runs]
     return kinds[0], {cell: runs for cell, runs in cells.items() if runs}, missing
@@ -182,11 +173,9 @@ def summarize(kind: str, cells: dict) -> dict:
     """Estimate every model of every cell, with the paper's accuracy beside it."""
     summary = {}
     for cell, runs in cells.items():
-        by_model: dict[str, dict[int, dict]] = {}
-        for seed, run in runs.items():
-            for model in run.models:
-                by_model.setdefault(model["name"], {})[seed] = model
-        models = {name: estimates(found) for name, found in by_model.items()}
+        names = dict.fromkeys(model["name"] for run in runs.values() for model in run.models)
+        models = {name: estimates({seed: model for seed, run in runs.items() for model in run.models
+                                   if model["name"] == name}) for name in names}
         for name, accuracy in PAPER[kind].get("accuracy", {}).get(cell, {}).items():
             if name in models:
                 models[name]["accuracy"]["paper"] = accuracy
@@ -211,12 +200,13 @@ def estimate_paths(runs: dict[int, Run]) -> dict[int, dict]:
 def add_letters(cells: dict) -> None:
     """Count right letters of ReFT's greedy answers, too, as the runs that are graded by letter do themselves."""
     choices = max((run.config["num_choices"] for run in cells.get("letters", {}).values()), default=0)
-    for run in cells.get("reft", {}).values() if choices else ():
+    for run in cells.get("reft", {}).values() if choices else []:
         for model in run.models:
             rows = read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl")
             letters = [(letter(row["samples"][0]["answer"], choices), letter(read_number(row["gold"]), choices))
                        for row in rows if "id" in row]
-            model["letter_accuracy"] = fmean(given is not None and given == right for given, right in letters)
+            if letters:
+                model["letter_accuracy"] = fmean(given is not None and given == right for given, right in letters)
 
 
 def find_claims(kind: str, cells: dict) -> list[dict]:
@@ -232,8 +222,7 @@ def find_claims(kind: str, cells: dict) -> list[dict]:
     for text, *sides, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
         high, low = map(values, sides)
         scale = 100 if unit == "points" else 1
-        by_seed = {seed: round(scale * (high[seed] - low[seed]), 9) for seed in sorted(high.keys() & low.keys())}
-        if by_seed:
+        if by_seed := {seed: round(scale * (high[seed] - low[seed]), 9) for seed in sorted(high.keys() & low.keys())}:
             difference = estimate(by_seed)
             found.append({"claim": text, "difference": difference, "unit": unit, "here": verdict(difference),
                           "by_seed": ", ".join(f"{value:+.3g}" for value in by_seed.values())})
@@ -242,19 +231,18 @@ def find_claims(kind: str, cells: dict) -> list[dict]:
 
 def verdict(difference: dict) -> str:
     """Say whether a claimed difference is above 0 by its interval."""
-    if difference["half_width"] is None:
-        return "not shown (one seed)"
-    if abs(difference["mean"]) <= difference["half_width"]:
-        return "not shown"
-    return "shown" if difference["mean"] > 0 else "the other way"
+    mean, half = difference["mean"], difference["half_width"]
+    if half is None or abs(mean) <= half:
+        return "not shown (one seed)" if half is None else "not shown"
+    return "shown" if mean > 0 else "the other way"
 
 
 # --- tables ----------------------------------------------------------------------------------------
 
 def tables_of_runs(runs: list[Run]) -> list[Table]:
-    """Everything that report.md shows of a few runs."""
+    """What the screen shows of a few runs, and then everything that report.md shows."""
     rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
-    names = ("accuracy", "kinds", "samples", "training", "rollouts", "cost")
+    names = ("screen", "accuracy", "kinds", "samples", "training", "rollouts", "cost")
     return [*(make_table(TABLES[name], ["run", "model"], rows) for name in names), paths_table({0: runs[0]})]
 
 
@@ -272,8 +260,8 @@ def tables_of_cells(cells: dict, summary: dict, claims: list[dict]) -> list[Tabl
     rows = [(names, row | {"seeds": row["accuracy"]["n"]}) for names, row in starts + ends]
     shares = [run.models[-1]["train_exclusive"] for run in cells.get("pool", {}).values()]
     pool = [([f"model {m}"], {"share": estimate(dict(enumerate(column)))}) for m, column in enumerate(zip(*shares))]
-    return [make_table(TABLES["models"], ["cell", "model"], rows), make_table(TABLES["rollouts"], ["cell", "model"], rows),
-            paths_table(main_runs(cells)), make_table(TABLES["pool"], ["pooled"], pool),
+    return [*(make_table(TABLES[name], ["cell", "model"], rows) for name in ("models", "rollouts")),
+            paths_table(cells[main_cell(cells)]), make_table(TABLES["pool"], ["pooled"], pool),
             make_table(TABLES["claims"], ["claim"], [([claim["claim"]], claim) for claim in claims])]
 
 
@@ -281,9 +269,9 @@ def paths_table(runs: dict[int, Run]) -> Table:
     return make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in estimate_paths(runs).items()])
 
 
-def main_runs(cells: dict) -> dict[int, Run]:
-    """The runs of RFT's largest k, from whose samples the other cells select."""
-    return cells[max(cells, key=samples_of)]
+def main_cell(cells: dict) -> str:
+    """RFT's largest k, from whose samples the other cells select."""
+    return max(cells, key=samples_of)
 
 
 def samples_of(cell: str) -> int:
@@ -317,8 +305,7 @@ def probe_lines(models: list[dict]) -> dict[str, list[tuple]]:
             for name in sorted(row.keys() - {"step"}):
                 lines.setdefault(name, []).append(point(offset + row["step"], row[name]))
         offset += model.get("train_steps", 0)
-        for points in lines.values():
-            points.append(point(offset, math.nan))
+        lines = {name: [*points, point(offset, math.nan)] for name, points in lines.items()}
     return lines
 
 
@@ -333,22 +320,22 @@ def pictures_of_runs(runs: list[Run]) -> list[Picture]:
             Picture("coverage.png", coverage, "training questions", "iteration", share=True),
             Picture("passk.png", passk, "test questions", "model", share=True),
             *paths_pictures({0: runs[0]}),
-            *batch_pictures({run.label: [run] for run in runs if run.kind == "reft"}, "rollouts.png")]
+            *batch_pictures({run.label: [run.steps] for run in runs if run.kind == "reft"}, "rollouts.png")]
 
 
 def pictures_of_cells(kind: str, cells: dict, summary: dict) -> list[Picture]:
     """Curves over batches of ReFT, accuracy over k of RFT, and over M_t of IRPO (a sweep: a panel per beta)."""
     if kind == "reft":
-        return batch_pictures({title(kind, cell): [*runs.values()] for cell, runs in cells.items()}, "accuracy.png")
+        steps = {title(kind, cell): [run.steps for run in runs.values()] for cell, runs in cells.items()}
+        return batch_pictures(steps, "accuracy.png")
     if kind == "rft":
         accuracy = {cell: [*row["models"].values()][-1]["accuracy"] for cell, row in summary.items()}
-        lines = {"RFT": [point(samples_of(cell), accuracy[cell]) for cell in cells if samples_of(cell)]}
-        for cell in [cell for cell in ("matched", "none", "pool") if cell in cells]:
-            lines[title(kind, cell)] = [point(None, accuracy[cell])]
-        for row in [summary[cell]["models"] for cell in cells if samples_of(cell)]:
-            lines |= {"SFT": [point(None, row["SFT"]["accuracy"])]} if "SFT" in row else {}
+        over_k = [point(samples_of(cell), accuracy[cell]) for cell in cells if samples_of(cell)]
+        across = {title(kind, cell): accuracy[cell] for cell in ("matched", "none", "pool") if cell in cells}
+        across |= {name: row["accuracy"] for name, row in summary[main_cell(cells)]["models"].items() if name == "SFT"}
+        lines = {"RFT": over_k, **{name: [point(None, value)] for name, value in across.items()}}
         return [Picture("accuracy.png", {"": lines}, "test accuracy", "k, samples per question", share=True, log=True),
-                *paths_pictures(main_runs(cells))]
+                *paths_pictures(cells[main_cell(cells)])]
 
     def panels(measure: str) -> dict[str, dict]:
         found: dict[str, dict] = {}
@@ -378,14 +365,14 @@ def paths_pictures(runs: dict[int, Run]) -> list[Picture]:
                     "correct among the samples")]
 
 
-def batch_pictures(runs: dict[str, list[Run]], of_rollouts: str) -> list[Picture]:
+def batch_pictures(steps: dict[str, list[list[dict]]], of_rollouts: str) -> list[Picture]:
     """ReFT's curves over batches of questions: mean and range of the seeds."""
     return [Picture(of_rollouts if key == "accuracy" else f"{key}.png", {
-        label: {name: curve([run.steps for run in group], key) for name, group in runs.items()}}, label, "batches of questions",
+        label: {name: curve(records, key) for name, records in steps.items()}}, label, "batches of questions",
         share=key in ("dev", "accuracy", "eos_rate")) for key, label in PAPER["curves"].items()]
 
 
-# --- page ------------------------------------------------------------------------------------------
+# --- page and commands -----------------------------------------------------------------------------
 
 def findings(runs: list[Run]) -> list[str]:
     """Say what the numbers of a few runs say."""
@@ -402,8 +389,8 @@ def findings(runs: list[Run]) -> list[str]:
                      f"{'that of ' + ' and '.join(close) if close else 'no other'}.")
     if len({run.models[0]["accuracy"] for run in runs}) > 1:
         lines.append("The runs differ in their first models already: not the same base, or not the same questions.")
-    return lines + [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated." for run in runs
-                    if not run.finished]
+    return lines + [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated."
+                    for run in runs if not run.finished]
 
 
 def before_and_after(run: Run) -> list[str]:
@@ -411,24 +398,21 @@ def before_and_after(run: Run) -> list[str]:
     ends = [run.models[0], run.models[-1]]
     first, last = ({row["id"]: row["samples"][0] for row in read_jsonl(
         run.path / f"iter{model['iteration']}" / "eval_samples.jsonl") if "id" in row} for model in ends)
-    changed = [id for id in first if (first[id]["verdict"] == "correct") != (last[id]["verdict"] == "correct")]
-    better = [id for id in changed if last[id]["verdict"] == "correct"]
-    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n"
-             + textwrap.indent(answers[id]["text"].strip(), "    ")
+    right = {id: tuple(answers[id]["verdict"] == "correct" for answers in (first, last)) for id in first if id in last}
+    better, worse = ([id for id in right if right[id] == change] for change in ((False, True), (True, False)))
+    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n{textwrap.indent(answers[id]['text'].strip(), '    ')}"
              for id in better[:3] for model, answers in zip(ends, (first, last))]
     return [*texts, f"From {ends[0]['name']} to {ends[1]['name']}, {len(better):,} questions went from wrong to right "
-            f"and {len(changed) - len(better):,} from right to wrong."] if ends[0] is not ends[1] else []
+            f"and {len(worse):,} from right to wrong."] if ends[0] is not ends[1] else []
 
-
-# --- commands --------------------------------------------------------------------------------------
 
 def report_runs(paths: list[Path], out: Path) -> None:
     """Write report.md, report.html and the pictures of a few runs."""
     runs = label_runs([load_run(path) for path in paths])
-    rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
+    screen, *tables = tables_of_runs(runs)
     cards = [f"{run.label}: " + "; ".join(f"{key} {value}" for key, value in run.card.items()) for run in runs]
-    publish(out, "report", findings(runs) + cards, tables_of_runs(runs), pictures_of_runs(runs),
-            [*before_and_after(runs[0]), plain(make_table(TABLES["screen"], ["run", "model"], rows))])
+    publish(out, "report", findings(runs) + cards, tables, pictures_of_runs(runs),
+            [*before_and_after(runs[0]), plain(screen)])
 
 
 def report_table(root: Path, out: Path) -> None:
@@ -438,7 +422,7 @@ def report_table(root: Path, out: Path) -> None:
     summary, claims = summarize(kind, cells), find_claims(kind, cells)
     name = PAPER[kind]["name"]
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims,
-                                      "paths": estimate_paths(main_runs(cells))})
+                                      "paths": estimate_paths(cells[main_cell(cells)])})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
     facts += [f"Warnings of {cell}/s{seed}: {run.card['warnings']}." for cell, runs in cells.items()
               for seed, run in runs.items() if "warnings" in run.card]
