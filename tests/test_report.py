@@ -1,83 +1,84 @@
-"""report.py on run directories made by hand: the numbers it computes, and what it says of gaps."""
+"""Reports of hand-made run directories: every number is one of the runs', or a mean, difference or interval of them."""
 import base64
 import json
 import math
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from tools import report
+from tools import page, report
 
-CONFIG = {"method": "irpo", "alpha": 1.0, "beta": 0.1, "start_from": "", "seed": 0, "iterations": 2,
-          "run_dir": ""}
+HALF = report.T_975[3] * 0.1 / 3 ** 0.5  # half the interval of three values that are 0.1 apart
 
 
-def test_row(t: int, split: str, accuracy: float) -> dict:
+def measured(name: str, t: int, accuracy: float, dev: float | None = None) -> list[dict]:
     """What evaluate writes of 100 questions; intervals are simply 0.05 to both sides."""
-    return {"name": f"M{t}", "iteration": t, "split": split, "n": 100, "accuracy": accuracy,
-            "ci95": [accuracy - 0.05, accuracy + 0.05], "finished": 1.0, "length": 30.0,
-            "tags": {"style": {"careful": {"share": 0.25, "accuracy": 0.9},
-                               "hasty": {"share": 0.75, "accuracy": 0.4}}},
-            "pass@1": accuracy - 0.1, "pass@2": accuracy, "pass@1_ci95": [0.1, 0.2],
-            "maj@2": accuracy}
+    rows = [{"name": name, "iteration": t, "split": split, "n": 100, "accuracy": value,
+             "ci95": [value - 0.05, value + 0.05], "finished": 1.0, "length": 30.0,
+             "tags": {"style": {"careful": {"share": 0.25, "accuracy": 0.9}}}}
+            for split, value in (("dev", accuracy if dev is None else dev), ("test", accuracy))]
+    rows[1] |= {"pass@1": accuracy - 0.1, "pass@2": accuracy, "pass@1_ci95": [0.1, 0.2], "maj@8": accuracy + 0.01}
+    return rows
 
 
-test_row.__test__ = False  # a helper, whatever its name says
-
-
-def train_row(t: int, fall: float) -> dict:
-    """What the driver writes of an iteration in which the chosen log-prob falls by `fall`."""
-    return {"name": f"M{t}", "iteration": t, "split": "train", "questions": 50, "all_right": 0.2,
-            "mixed": 0.7, "all_wrong": 0.1, "pairs": 140, "steps": 9, "loss": 0.7, "flops": 10**12,
-            "tokens_sampled": 5000, "tokens_trained": 20000,
-            "probe": [{"step": 0, "chosen": -2.0, "rejected": -3.0, "gold": -2.5},
-                      {"step": 8, "chosen": -2.0 - fall, "rejected": -6.0, "gold": -2.0}]}
-
-
-def sample(id: str, text: str, verdict: str) -> str:
-    return json.dumps({"id": id, "samples": [{"text": text, "verdict": verdict}]}) + "\n"
-
-
-def make_run(path: Path, accuracies: list[float], fall: float = 1.0, finished: bool = True,
-             **config) -> Path:
-    """A run directory with a model for each accuracy: M0, M1, ..."""
-    rows = []
-    for t, accuracy in enumerate(accuracies):
-        evaluated = [test_row(t, "dev", 0.33), test_row(t, "test", accuracy)]
-        rows += ([train_row(t, fall)] if t else []) + evaluated
+def write_run(path: Path, rows: list[dict], steps: list[dict] = (), finished: bool = True, **config) -> Path:
+    """A run directory with these rows, and with greedy answers that get better and worse from model to model."""
+    path.mkdir(parents=True)
+    for t in {row["iteration"] for row in rows} - {None}:
         folder = path / f"iter{t}"
-        folder.mkdir(parents=True)
+        folder.mkdir()
+        evaluated = [row for row in rows if row["iteration"] == t and row["split"] != "train"]
         (folder / "eval.json").write_text(json.dumps(evaluated))
-        if t:
-            train = train_row(t, fall)
-            (folder / "probe.jsonl").write_text(
-                "".join(json.dumps(point) + "\n" for point in train["probe"]))
-            coverage = ("questions", "all_right", "mixed", "all_wrong", "pairs")
-            (folder / "coverage.json").write_text(json.dumps({key: train[key] for key in coverage}))
         better, worse = ("correct", "wrong") if t else ("wrong", "correct")
-        verdicts = {"q-0": better, "q-1": worse, "q-2": better}
-        (folder / "eval_samples.jsonl").write_text(sample("q-3", "same", "correct") + "".join(
-            sample(id, f"text {t} of {id}", verdict) for id, verdict in verdicts.items()))
+        verdicts = {"q-0": better, "q-1": worse, "q-2": better, "q-3": "correct"}
+        (folder / "eval_samples.jsonl").write_text('{"settings": {}, "sha256": ""}\n' + "".join(json.dumps(
+            {"id": id, "gold": "3", "samples": [{"text": f"text {t} of {id}", "verdict": verdict, "answer": "5"}]})
+            + "\n" for id, verdict in verdicts.items()))
+        (folder / "train.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     if finished:
         (path / "results.json").write_text(json.dumps(rows))
-    (path / "config.json").write_text(json.dumps({**CONFIG, "run_dir": str(path), **config}))
-    (path / "command.txt").write_text("command  python irpo.py --seed 0\ncommit   abc123\n"
-                                      "machine  two cores\n")
-    (path / "log.jsonl").write_text(
-        '{"event": "evaluate", "iteration": 0, "seconds": 30.0}\n'
-        '{"event": "train", "iteration": 1, "seconds": 999.0, "tokens": 1}\n'
-        '{"event": "train", "iteration": 1, "seconds": 60.0, "tokens": 6000}\n')
+    (path / "config.json").write_text(json.dumps({"run_dir": str(path), "seed": 0, **config}))
+    (path / "command.txt").write_text("command  python irpo.py --seed 0\ncommit   abc123\n\ncommand  a second start\n")
+    (path / "log.jsonl").write_text('{"folder": "iter0", "event": "eval", "seconds": 30.0}\n'
+                                    '{"folder": "iter1", "event": "train", "seconds": 60.0}\n')
     return path
 
 
-def table_cell(text: str, row: str, column: str) -> str:
-    """A cell of a Markdown table, found by its row's beginning and its column's name."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    header = next(line for line in lines if column in line)
-    found = next(line for line in lines[lines.index(header):] if " ".join(line).startswith(row))
-    return found[header.index(column)]
+def irpo_run(path: Path, accuracies: list[float], fall: float = 1.0, finished: bool = True, **config) -> Path:
+    """A run with a model for each accuracy, M0, M1, ..., of which the chosen log-prob falls by `fall`."""
+    rows = []
+    for t, accuracy in enumerate(accuracies):
+        probe = [{"step": 0, "chosen": -2.0, "rejected": -3.0}, {"step": 8, "chosen": -2.0 - fall, "rejected": -6.0}]
+        train = {"name": f"M{t}", "iteration": t, "split": "train", "questions": 50, "all_right": 0.2, "mixed": 0.7,
+                 "all_wrong": 0.1, "pairs": 140, "steps": 9, "loss": 0.7, "flops": 10**12, "probe": probe}
+        rows += [train] if t else []
+        rows += measured(f"M{t}", t, accuracy, dev=0.33)
+    return write_run(path, rows, finished=finished,
+                     **{"method": "irpo", "alpha": 1.0, "beta": 0.1, "start_from": "", **config})
+
+
+def rft_run(path: Path, accuracy: float, sft: float | None = 0.5, exclusive=(1.0,), most=6, kept=10) -> Path:
+    """A run with samples for k = 1 and 6; sft: None for a run whose paths are pooled."""
+    over_k = [{"k": k, "correct_paths": 0.5 * k, "distinct_paths": 0.1 * k, "solved": 0.5,
+               "distinct_paths_and_gold": 1 + 0.1 * k} for k in (1, 6)]
+    train = {"name": "RFT", "iteration": 1, "split": "train", "kept": kept, "steps": 40, "over_k": over_k,
+             "exclusive": list(exclusive), "histogram": {"0": 5, str(most): 7}, "distinct_paths": 0.6}
+    return write_run(path, [*(measured("SFT", 0, sft) if sft else []), train, *measured("RFT", 1, accuracy)],
+                     num_samples=6)
+
+
+def reft_run(path: Path, accuracy: float, warm_up: float = 0.5, seed: int = 0, steps: int = 4, method="reft") -> Path:
+    """A run whose reward and dev accuracy grow."""
+    train = {"name": "ReFT", "iteration": 1, "split": "train", "reward": 0.7, "kl": 1.0 + seed, "steps": steps}
+    records = [{"step": s, "reward": 0.1 * s + seed, "kl": 1.0, "warnings": {"kl": "high"} if s == 3 else {},
+                **({"dev": {"accuracy": 0.2 * s}} if s % 2 else {})} for s in range(steps)]
+    return write_run(path, [*measured("warm-up", 0, warm_up), train, *measured("ReFT", 1, accuracy)], records,
+                     method=method, num_choices=2)
 
 
 def call(monkeypatch, *arguments) -> None:
@@ -85,117 +86,167 @@ def call(monkeypatch, *arguments) -> None:
     report.main()
 
 
-def test_report_shows_the_numbers_of_the_record(tmp_path, monkeypatch, capsys):
-    run = make_run(tmp_path / "run", [0.5, 0.7, 0.9])
+def table(monkeypatch, root: Path, name: str) -> tuple[str, dict]:
+    call(monkeypatch, "--table", root, "--out", root / "out")
+    return (root / "out" / f"{name}.md").read_text(), json.loads((root / "out" / f"{name}.json").read_text())
+
+
+def table_cell(text: str, row: str, column: str) -> str:
+    """A cell of the first Markdown table that has this column, in the row that begins so."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    header = next(line for line in lines if column in line)
+    found = next(line for line in lines[lines.index(header):] if " ".join(line).startswith(row))
+    return found[header.index(column)]
+
+
+def claim(text: str, name: str) -> list[str]:
+    return [cell.strip() for cell in re.search(rf"^\| {re.escape(name)}.*$", text, re.M)[0].strip("|").split("|")][1:]
+
+
+# --- a few runs ------------------------------------------------------------------------------------
+
+def test_report_shows_the_numbers_of_the_run(tmp_path, monkeypatch, capsys):
+    run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
     call(monkeypatch, run)
     text, screen = (run / "report.md").read_text(), capsys.readouterr().out
-    assert table_cell(text, "IRPO M2", "accuracy") == "90.0%"
-    assert table_cell(text, "IRPO M2", "95% interval") == "85.0% to 95.0%"
-    assert table_cell(text, "IRPO M2", "pass@1") == "80.0%"
-    assert table_cell(text, "IRPO M1", "style=careful") == "90.0% of 25%"
-    assert table_cell(text, "IRPO M1", "all wrong") == "10.0%"
-    assert table_cell(text, "IRPO M1", "chosen change") == "-1.00"
-    assert table_cell(text, "IRPO M1", "flops") == "1.00e+12"
-    assert table_cell(text, "IRPO M1", "train tokens/s") == "100", "the last of two lines counts"
-    assert "1.5 minutes" in text and "commit abc123" in text
+    for row, column, shown in [
+            ("IRPO M2", "accuracy", "90.0%"), ("IRPO M2", "95% interval", "85.0% to 95.0%"),
+            ("IRPO M2", "pass@1", "80.0%"), ("IRPO M2", "dev accuracy", "33.0%"),
+            ("IRPO M1", "style=careful", "90.0% of 25%"), ("IRPO M1", "all wrong", "10.0%"),
+            ("IRPO M1", "pairs", "140"), ("IRPO M1", "chosen change", "-1.00"), ("IRPO M1", "flops", "1.00e+12"),
+            ("IRPO M1", "seconds train", "60.0")]:
+        assert table_cell(text, row, column) == shown, (row, column)
+    assert "commit abc123; minutes 1.5" in text and "a second start" not in text
     assert "M2 answers 90.0% of 100 test questions" in screen and "unfinished" not in screen
 
 
 def test_screen_shows_what_changed_between_first_and_last_model(tmp_path, monkeypatch, capsys):
-    call(monkeypatch, make_run(tmp_path / "run", [0.5, 0.7, 0.9]))
+    call(monkeypatch, irpo_run(tmp_path / "run", [0.5, 0.7, 0.9]))
     screen = capsys.readouterr().out
-    shown = re.findall(r"text \d of q-\d", screen)
-    assert shown == ["text 0 of q-0", "text 2 of q-0", "text 0 of q-2", "text 2 of q-2"]
-    assert "same" not in screen
+    assert re.findall(r"text (\d of q-\d)", screen) == ["0 of q-0", "2 of q-0", "0 of q-2", "2 of q-2"]
     assert "From M0 to M2, 2 questions went from wrong to right and 1 from right to wrong" in screen
 
 
+def test_runs_of_the_other_methods_are_recognised(tmp_path, monkeypatch):
+    for run, row, column, shown, picture in [
+            (rft_run(tmp_path / "rft", 0.6), "RFT RFT", "kept", "10", "solved.png"),
+            (reft_run(tmp_path / "reft", 0.8), "ReFT ReFT", "reward", "0.70", "kl.png"),
+            (reft_run(tmp_path / "st", 0.4, method="online_st"), "Online-ST warm-up", "accuracy", "50.0%", "dev.png")]:
+        call(monkeypatch, run)
+        assert table_cell((run / "report.md").read_text(), row, column) == shown
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+
+
 def test_an_unfinished_run_is_shown_and_called_so(tmp_path, monkeypatch, capsys):
-    run = make_run(tmp_path / "run", [0.5, 0.7], finished=False)
+    run = irpo_run(tmp_path / "run", [0.5, 0.7], finished=False)
     (run / "iter2").mkdir()  # under way, not evaluated
     call(monkeypatch, run)
-    assert f"{run} is unfinished: 1 of 2 iterations are evaluated" in capsys.readouterr().out
-    assert table_cell((run / "report.md").read_text(), "IRPO M1", "pairs") == "140"
+    assert f"{run} is unfinished: M1 is the last model evaluated" in capsys.readouterr().out
+    assert table_cell((run / "report.md").read_text(), "IRPO M1", "accuracy") == "70.0%"
 
 
-@pytest.mark.parametrize("files, reason", [([], "no config.json"),
-                                           (["config.json"], "no evaluated model")])
+@pytest.mark.parametrize("files, reason", [([], "no config.json"), (["config.json"], "no evaluated model")])
 def test_what_is_no_run_is_refused_with_the_reason(tmp_path, monkeypatch, files, reason):
     for name in files:
-        (tmp_path / name).write_text(json.dumps(CONFIG))
+        (tmp_path / name).write_text("{}")
     with pytest.raises(SystemExit, match=reason):
         call(monkeypatch, tmp_path)
 
 
+def test_a_torn_line_is_passed_over_and_named(tmp_path, monkeypatch, capsys):
+    run = reft_run(tmp_path / "run", 0.8)
+    for file in (run / "iter1" / "train.jsonl", run / "iter1" / "eval_samples.jsonl", run / "log.jsonl"):
+        with open(file, "a") as torn:
+            torn.write('{"step": 4, "reward": 9')
+    call(monkeypatch, run)
+    assert report.curve([report.load_run(run).steps], "reward")[-1] == (4, *[pytest.approx(0.3)] * 3)
+    assert "train.jsonl: line 5 is cut short" in capsys.readouterr().err
+
+
 def test_labels_name_the_method_and_what_differs(tmp_path):
-    flags = [{}, {"beta": 0.5}, {"alpha": 0.0}, {"method": "sft_gold"},
-             {"method": "sft_chosen", "start_from": "runs/a/iter1/model"}]
-    runs = report.load_runs([make_run(tmp_path / str(i), [0.5], **f) for i, f in enumerate(flags)])
-    assert [run.label for run in runs] == ["IRPO, β=0.1", "IRPO, β=0.5", "DPO only (α=0)",
-                                           "SFT on gold", "SFT on chosen from runs/a/iter1"]
-    twice = report.load_runs([make_run(tmp_path / name, [0.5]) for name in ("same", "again")])
+    flags = [{}, {"beta": 0.5}, {"alpha": 0.0}, {"method": "sft_gold"}, {"method": "sft_chosen"},
+             {"method": "sft_chosen", "start_from": "a"}]
+    runs = report.label_runs([report.load_run(irpo_run(tmp_path / str(i), [0.5], **f)) for i, f in enumerate(flags)])
+    assert [run.label for run in runs] == ["IRPO, beta=0.1", "IRPO, beta=0.5", "DPO", "SFT on gold",
+                                           "SFT on chosen (STaR), start_from=", "SFT on chosen (STaR), start_from=a"]
+    twice = report.label_runs([report.load_run(irpo_run(tmp_path / name, [0.5])) for name in ("same", "again")])
     assert twice[0].label != twice[1].label, "labels are keys: one of the runs would be lost"
 
 
 def test_runs_are_compared_by_their_intervals(tmp_path):
-    best, close, far = report.load_runs([
-        make_run(tmp_path / "a", [0.5, 0.90]), make_run(tmp_path / "b", [0.5, 0.81], alpha=0.0),
-        make_run(tmp_path / "c", [0.5, 0.79], method="sft_gold")])
-    assert ("At M1 IRPO is the most accurate; its interval overlaps that of DPO only (α=0)."
-            in report.findings([far, close, best]))
-    assert "its interval overlaps no other" in " ".join(report.findings([best, far]))
-    assert not any("differ in M0" in line for line in report.findings([best, far]))
-    other = report.load_runs([make_run(tmp_path / "d", [0.6])])
-    assert "most accurate" not in " ".join(report.findings([best, *other])), "M0 is no result"
-    assert any("differ in M0" in line for line in report.findings([best, *other]))
+    paths = [irpo_run(tmp_path / "a", [0.5, 0.90]), irpo_run(tmp_path / "b", [0.5, 0.81], alpha=0.0),
+             irpo_run(tmp_path / "c", [0.5, 0.79], method="sft_gold"), irpo_run(tmp_path / "d", [0.6], beta=1.0)]
+    best, close, far, other = report.label_runs([report.load_run(path) for path in paths])
+    said = " ".join(report.findings([far, close, best]))
+    assert f"At M1 {best.label} is the most accurate; its interval overlaps that of DPO." in said
+    assert "its interval overlaps no other" in " ".join(report.findings([best, far])) and "differ in" not in said
+    said = " ".join(report.findings([best, other]))
+    assert "differ in their first models" in said and "most accurate" not in said, "M0 is no result"
 
+
+# --- the page --------------------------------------------------------------------------------------
 
 def test_html_carries_its_pictures_and_needs_nothing_else(tmp_path, monkeypatch):
-    run = make_run(tmp_path / "run", [0.5, 0.7, 0.9])
+    run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
     call(monkeypatch, run, "--out", tmp_path / "out")
-    page = (tmp_path / "out" / "report.html").read_text()
-    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
+    text = (tmp_path / "out" / "report.html").read_text()
     files = sorted((tmp_path / "out").glob("*.png"))
     assert [path.stem for path in files] == ["accuracy", "coverage", "logps", "passk"]
+    pictures = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     assert {base64.b64decode(data) for data in pictures} == {path.read_bytes() for path in files}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in files)
-    assert page.count("src=") == 4 and not re.search(r"https?://|<link|<script|url\(", page)
+    assert text.count("src=") == 4 and not re.search(r"https?://|<link|<script|url\(", text)
+    for line in re.findall(r"^\| .*$", (tmp_path / "out" / "report.md").read_text(), re.M):  # the same cells
+        assert "---" in line or all(f">{cell.strip()}</t" in text for cell in line.strip("|").split("|"))
 
 
 def test_without_matplotlib_tables_are_written_and_the_remedy_said(tmp_path, monkeypatch, capsys):
-    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # now `import matplotlib` raises
-    run = make_run(tmp_path / "run", [0.5, 0.7, 0.9])
+    run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
     call(monkeypatch, run)
     assert "pip install matplotlib" in capsys.readouterr().out
     assert not list(run.glob("*.png")) and "<img" not in (run / "report.html").read_text()
     assert table_cell((run / "report.md").read_text(), "IRPO M2", "accuracy") == "90.0%"
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "new" / "report.md"
-    report.write(path, "old")
+@pytest.mark.parametrize("cells", [1, 60])  # less than a pipe's buffer, which is seen at the end only, and more
+def test_a_reader_who_leaves_early_is_no_error(tmp_path, cells):
+    """`python -m tools.report ... | head -1`: no traceback, and the files are there all the same."""
+    for i in range(cells):
+        reft_run(tmp_path / "runs" / f"cell{i}" / "s0", 0.8)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen([sys.executable, "-m", "tools.report", "--table", tmp_path / "runs"], env=buffered,
+                               cwd=report.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0 and not re.search("Traceback|BrokenPipe", errors)
+    assert (tmp_path / "runs" / "reft.html").exists() and (tmp_path / "runs" / "reward.png").exists()
 
-    def interrupted(source, target):
-        assert Path(source).read_text() == "half of the new" and path.read_text() == "old"
-        raise KeyboardInterrupt
 
-    monkeypatch.setattr(report.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        report.write(path, "half of the new")
-    assert path.read_text() == "old"
+def test_intervals_of_shares_stay_within_0_and_1_in_pictures():
+    """0.99 ± 0.3 is drawn up to 1, a change of -3 ± 5 as it is; bars (few points), bands (many) and lines across."""
+    for share, value, low, high in ((True, 0.99, 0.69, 1.29), (True, 0.01, -0.29, 0.31), (False, -3.0, -8.0, 2.0)):
+        few = [(x, value, low, high) for x in range(3)]
+        for points in (few, [(x, value, low, high) for x in range(20)], [(None, value, low, high)]):
+            axis = Figure().subplots()
+            page.draw(axis, {"a": points, "b": few}, page.Picture("", {}, "", "", share=share))
+            bars = [segment for lines in axis.collections if hasattr(lines, "get_segments")
+                    for segment in lines.get_segments()]
+            ys = [y for path in bars for _, y in path] + [
+                y for band in axis.collections for path in band.get_paths() for _, y in path.vertices] + [
+                patch.get_bbox().y1 for patch in axis.patches] + [patch.get_bbox().y0 for patch in axis.patches]
+            assert min(ys) == (pytest.approx(max(low, 0)) if share else low)
+            assert max(ys) == (pytest.approx(min(high, 1)) if share else high)
 
+
+# --- estimates -------------------------------------------------------------------------------------
 
 def test_mean_and_interval_over_seeds():
     """0.6, 0.7, 0.9: deviation 0.152753, half-width 4.303 * 0.152753 / sqrt(3) = 0.37949."""
     three = report.estimate({0: 0.6, 1: 0.7, 2: 0.9})
     assert three["mean"] == pytest.approx(2.2 / 3) and three["n"] == 3
     assert three["half_width"] == pytest.approx(0.37949, abs=1e-5)
-    two = report.estimate({0: 0.5, 4: 0.7})  # 12.706 * 0.141421 / sqrt(2)
-    assert two["half_width"] == pytest.approx(1.2706)
-    one = report.estimate({7: 0.6})
-    assert (one["mean"], one["half_width"], one["n"]) == (0.6, None, 1)
+    assert report.estimate({0: 0.5, 4: 0.7})["half_width"] == pytest.approx(1.2706)  # 12.706 * 0.141421 / sqrt(2)
+    assert report.estimate({7: 0.6}) == {"mean": 0.6, "half_width": None, "n": 1, "values": {7: 0.6}}
 
 
 def test_quantiles_are_those_of_student():
@@ -203,45 +254,145 @@ def test_quantiles_are_those_of_student():
     for n, t in report.T_975.items():
         df, steps = n - 1, 2000
         scale = math.gamma((df + 1) / 2) / math.sqrt(df * math.pi) / math.gamma(df / 2)
-        density = [scale * (1 + (i * t / steps) ** 2 / df) ** (-(df + 1) / 2)
-                   for i in range(steps + 1)]
-        area = t / steps / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2])
-                                + 2 * sum(density[2:-1:2]))
+        density = [scale * (1 + (i * t / steps) ** 2 / df) ** (-(df + 1) / 2) for i in range(steps + 1)]
+        area = t / steps / 3 * (density[0] + density[-1] + 4 * sum(density[1:-1:2]) + 2 * sum(density[2:-1:2]))
         assert area == pytest.approx(0.475, abs=2e-5), n
 
 
+# --- cells and seeds -------------------------------------------------------------------------------
+
 def test_table_has_means_the_paper_and_what_is_missing(tmp_path, monkeypatch, capsys):
     for seed, accuracy in enumerate((0.6, 0.7, 0.9)):
-        make_run(tmp_path / "runs" / "irpo" / f"s{seed}", [0.5, accuracy, 0.8], seed=seed)
-    make_run(tmp_path / "runs" / "dpo" / "s1", [0.5, 0.4, 0.3], alpha=0.0, fall=5.0)
-    make_run(tmp_path / "runs" / "dpo" / "s2", [0.5], finished=False, alpha=0.0)
-    call(monkeypatch, "--table", tmp_path / "runs", "--out", tmp_path / "out")
-    text = (tmp_path / "out" / "table.md").read_text()
-    assert table_cell(text, "IRPO ", "M1") == "73.3% ± 37.9% [73.1]"
-    assert table_cell(text, "DPO ", "M1") == "40.0% [61.8]"
-    assert table_cell(text, "DPO ", "M2") == "30.0%"
-    record = json.loads((tmp_path / "out" / "table.json").read_text())
-    m1, seed2 = record["cells"]["irpo"]["models"]["M1"], record["cells"]["irpo"]["runs"]["2"]
-    assert m1["accuracy"]["values"] == {"0": 0.6, "1": 0.7, "2": 0.9}
-    assert m1["chosen_change"]["mean"] == pytest.approx(-1.0)
-    assert seed2["command"] == "python irpo.py --seed 0" and seed2["commit"] == "abc123"
-    assert seed2["machine"] == "two cores" and seed2["minutes"] == 1.5
-    absent = [f"{cell}/s{s}" for cell in report.PAPER.keys() - {"irpo", "dpo"} for s in range(3)]
+        irpo_run(tmp_path / "irpo" / f"s{seed}", [0.5, accuracy, 0.8], seed=seed)
+    irpo_run(tmp_path / "dpo" / "s1", [0.5, 0.4], alpha=0.0, fall=5.0)
+    irpo_run(tmp_path / "dpo" / "s2", [0.5], finished=False, alpha=0.0)
+    text, record = table(monkeypatch, tmp_path, "table")
+    assert table_cell(text, "IRPO M1", "accuracy") == "73.3% ± 37.9% [73.1%]"
+    assert table_cell(text, "DPO M1", "accuracy") == "40.0% (35.0% to 45.0%) [61.8%]"
+    assert table_cell(text, "IRPO M1", "dev accuracy") == "33.0% ± 0.0%"
+    assert table_cell(text, "DPO M1", "chosen change") == "-5.00" and len(re.findall(r"\| M0 \|", text)) == 1
+    cell = record["cells"]["irpo"]
+    assert cell["models"]["M1"]["accuracy"]["values"] == {"0": 0.6, "1": 0.7, "2": 0.9}
+    assert cell["runs"]["2"] == {"command": "python irpo.py --seed 0", "commit": "abc123", "minutes": 1.5}
+    absent = report.PAPER["irpo"]["cells"].keys() - {"irpo", "dpo"}
     assert sorted(record["missing"]) == sorted(["dpo/s0", "dpo/s2", *absent])
-    assert "Missing or unfinished: sft_gold/s0" in capsys.readouterr().out
-    assert (tmp_path / "out" / "accuracy.png").exists()
+    assert "Missing or unfinished: sft_gold, " in capsys.readouterr().out
+    assert claim(text, "the chosen log-prob falls under DPO") == ["+4", "nats", "+4", "not shown (one seed)"]
+    kind, cells, _ = report.load_table(tmp_path)
+    panels = report.pictures_of_cells(kind, cells, report.summarize(kind, cells))[0].panels
+    theirs = panels["the paper: Llama-2-70B-chat on GSM8K"]
+    assert [y for _, y, *_ in theirs["IRPO"]] == [0.556, 0.731, 0.78, 0.811, 0.816]
+    assert [y for _, y, *_ in panels["here"]["IRPO"]] == pytest.approx([0.5, 2.2 / 3, 0.8])
 
 
-def test_sweep_reads_the_grid_from_the_runs_and_names_missing_cells(tmp_path, monkeypatch):
-    for alpha, beta, fall in ((0.0, 0.1, 8.0), (1.0, 0.1, -0.5), (0.0, 0.5, 2.0)):
+def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path, monkeypatch):
+    for alpha, beta, fall in (("0", "0.1", 8.0), ("1", "0.1", -0.5), ("0", "0.05", 2.0)):
         for seed in (0, 1):
-            make_run(tmp_path / "runs" / f"alpha{alpha}-beta{beta}" / f"s{seed}",
-                     [0.5, 0.7 + seed / 10], fall + seed, alpha=alpha, beta=beta, seed=seed)
-    call(monkeypatch, "--sweep", tmp_path / "runs", "--out", tmp_path / "out")
-    text = (tmp_path / "out" / "sweep.md").read_text()
-    assert "Missing or unfinished: alpha1-beta0.5/s0, alpha1-beta0.5/s1." in text
-    assert table_cell(text, "alpha0.0-beta0.1", "M1") == "75.0% ± 63.5%"  # 12.706 * 0.05
-    changes = text[text.index("## Change"):]
-    assert table_cell(changes, "alpha0.0-beta0.1", "M1") == "-8.50 ± 6.35"
-    assert table_cell(changes, "alpha1.0-beta0.1", "M1") == "+0.00 ± 6.35"
-    assert (tmp_path / "out" / "logps.png").exists() and (tmp_path / "out" / "sweep.json").exists()
+            irpo_run(tmp_path / f"alpha{alpha}-beta{beta}" / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
+    text, record = table(monkeypatch, tmp_path, "sweep")
+    assert record["missing"] == ["alpha1-beta0.05"]
+    assert table_cell(text, "alpha0-beta0.1 M1", "accuracy") == "75.0% ± 63.5%"  # 12.706 * 0.05
+    assert table_cell(text, "alpha1-beta0.1 M1", "chosen change") == "+0.00 ± 6.35"
+    assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1") == ["+8.5 ± 0", "nats", "+8.5, +8.5", "shown"]
+    kind, cells, _ = report.load_table(tmp_path)
+    panels = report.pictures_of_cells(kind, cells, report.summarize(kind, cells))[1].panels
+    assert {title: [*lines] for title, lines in panels.items()} == {"β=0.05": ["α=0"], "β=0.1": ["α=0", "α=1"]}
+
+
+def test_rft_over_k_and_the_pool(tmp_path, monkeypatch):
+    for seed, value in enumerate([0.6, 0.7, 0.8]):
+        rft_run(tmp_path / "k50" / f"s{seed}", value, sft=0.5 + 0.01 * seed, kept=10 * seed, most=40 + seed)
+        rft_run(tmp_path / "k1" / f"s{seed}", 0.55, sft=None)
+        rft_run(tmp_path / "pool" / f"s{seed}", 0.9, sft=None, exclusive=(0.2, 0.3 + 0.1 * seed))
+        rft_run(tmp_path / "half" / f"s{seed}", 0.5, sft=0.4)
+    text, record = table(monkeypatch, tmp_path, "rft")
+    assert table_cell(text, "RFT, k = 50 RFT", "accuracy") == f"70.0% ± {HALF:.1%}"
+    assert table_cell(text, "RFT, k = 50 RFT", "kept").startswith("10 ±")
+    assert table_cell(text, "start SFT", "accuracy").startswith("51.0%")
+    assert table_cell(text, "start of 1/2 of the questions, k = 50 SFT", "accuracy") == "40.0% ± 0.0%"
+    assert table_cell(text, "6", "correct paths") == "3.00 ± 0.00"
+    assert table_cell(text, "6", "distinct paths and gold") == "1.60 ± 0.00 [1.74]"
+    assert table_cell(text, "model 1", "share").startswith("40.0%")
+    assert "SFT" not in record["cells"]["pool"]["models"], "a pooled run has no SFT of its own"
+    assert claim(text, "F3: RFT beats SFT") == [f"+19 ± {100 * HALF * 0.9:.3g}", "points", "+10, +19, +28", "not shown"]
+    kind, cells, _ = report.load_table(tmp_path)
+    accuracy, paths, solved = report.pictures_of_cells(kind, cells, report.summarize(kind, cells))
+    assert [x for x, *_ in accuracy.panels[""]["RFT"]] == [1, 50] and accuracy.panels[""]["SFT"][0][0] is None
+    counts = {x: y for x, y, *_ in [*solved.panels[""].values()][0]}  # of k50 alone, a mean over seeds
+    assert {x: y for x, y in counts.items() if y} == {0: 5, 40: pytest.approx(7 / 3), 41: pytest.approx(7 / 3),
+                                                       42: pytest.approx(7 / 3)}
+
+
+def test_claims_follow_from_the_numbers(tmp_path, monkeypatch):
+    """Differences are of runs with the same seed; what is said of a claim turns with them."""
+    for seed in (0, 1, 2):
+        for cell, value in (("reft", 0.5), ("sft", 0.4), ("offline_st", 0.6), ("separate", 0.5)):
+            reft_run(tmp_path / cell / f"s{seed}", value + 0.1 * seed, warm_up=0.9)
+        reft_run(tmp_path / "online_st" / f"s{seed}", 0.6, warm_up=0.9)
+    reft_run(tmp_path / "nokl" / "s1", 0.5, warm_up=0.9)
+    text, record = table(monkeypatch, tmp_path, "reft")
+    assert claim(text, "R1: ReFT beats SFT") == ["+10 ± 0", "points", "+10, +10, +10", "shown"]
+    assert claim(text, "R2: ReFT beats Offline-ST")[3] == "the other way"
+    assert claim(text, "R2: ReFT beats Online-ST") == [f"+0 ± {100 * HALF:.3g}", "points", "-10, +0, +10", "not shown"]
+    assert claim(text, "R7: a critic of its own")[3] == "not shown", "an interval that contains 0"
+    assert claim(text, "R5: without KL it is worse") == ["+10", "points", "+10", "not shown (one seed)"]
+    assert claim(text, "R8: its vote beats SFT's")[0] == "+10 ± 0"
+    assert claim(text, "R11: dev accuracy first dips")[0] == "+70 ± 0"  # 90 to 20
+    assert "R6" not in text, "a claim without its runs"
+    assert "Warnings of nokl/s1: kl at 1 batches." in text and "nokl/s0" in record["missing"]
+
+
+def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path, monkeypatch):
+    for seed, value in enumerate([0.8, 0.9, 1.0]):
+        reft_run(tmp_path / "reft" / f"s{seed}", value, warm_up=0.5 + 0.1 * seed, seed=seed)
+        reft_run(tmp_path / "nokl" / f"s{seed}", 0.3, warm_up=0.5 + 0.1 * seed, seed=seed)
+    row = {"name": "best of 8 by reward", "iteration": None, "split": "test", "accuracy": 0.95, "ci95": [0.9, 1.0]}
+    write_run(tmp_path / "rerank-reft" / "s0", [row])
+    text, _ = table(monkeypatch, tmp_path, "reft")
+    assert table_cell(text, "ReFT ReFT", "accuracy") == f"90.0% ± {HALF:.1%}"
+    assert table_cell(text, "start warm-up", "accuracy").startswith("60.0%")
+    assert len(re.findall(r"\| warm-up \|", text)) == 1, "all cells start from the same models"
+    assert table_cell(text, "ReFT, reranked best of 8", "accuracy") == "95.0% (90.0% to 100.0%)"
+    assert table_cell(text, "ReFT ReFT", "kl") == "2.00 ± 2.48"
+    runs = [run.steps for run in report.load_table(tmp_path)[1]["reft"].values()]
+    assert report.curve(runs, "reward")[0] == (1, 1.0, 0.0, 2.0)
+    assert report.curve(runs[:1], "dev") == [(2, *[0.2] * 3), (4, *[pytest.approx(0.6)] * 3)]
+
+
+def test_cells_are_named_by_their_flags_and_keep_their_warm_ups_apart(tmp_path, monkeypatch):
+    for cell, accuracy, warm_up in (("reft", 0.8, 0.5), ("sft+sft_lr@2e-5", 0.7, 0.5),
+                                    ("reft+lr@1e-4+seed@1", 0.9, 0.6)):
+        reft_run(tmp_path / cell / "s0", accuracy, warm_up)
+    text, record = table(monkeypatch, tmp_path, "reft")
+    assert table_cell(text, "SFT, sft_lr 2e-5 ReFT", "accuracy").startswith("70.0%")
+    assert table_cell(text, "ReFT, lr 1e-4, seed 1 ReFT", "accuracy").startswith("90.0%")
+    assert table_cell(text, "start warm-up", "accuracy").startswith("50.0%")
+    assert table_cell(text, "start of ReFT, lr 1e-4, seed 1 warm-up", "accuracy").startswith("60.0%")
+    assert record["missing"] == []
+
+
+def test_letters_of_whole_numbers_only(tmp_path, monkeypatch):
+    """Gold may be written 203.0 or 1,203; an answer that is missing or no whole number is no letter."""
+    pairs = [("5", "203.0"), ("4", "203.0"), ("7", "1,203"), (None, "2"), ("1/2", "3"), ("-1", "1"), ("1/2", "1.5")]
+    for cell in ("letters", "reft"):
+        run = reft_run(tmp_path / cell / "s0", 0.5)
+        (run / "iter1" / "eval_samples.jsonl").write_text('{"settings": {}}\n' + "".join(json.dumps(
+            {"id": "q", "gold": gold, "samples": [{"answer": answer}]}) + "\n" for answer, gold in pairs))
+    text, record = table(monkeypatch, tmp_path, "reft")
+    assert record["cells"]["reft"]["models"]["ReFT"]["letter_accuracy"]["mean"] == pytest.approx(3 / 7)
+    assert table_cell(text, "ReFT ReFT", "letter accuracy") == "42.9%"
+
+
+def test_dev_accuracy_on_the_way(tmp_path):
+    """Dev is 0.2, 0.6, 1.0 after 2, 4, 6 steps: the lowest, and the first from step 3 on."""
+    last = report.load_run(reft_run(tmp_path / "run", 0.8, steps=6)).models[-1]
+    assert (last["dev_lowest"], last["dev_halfway"]) == (pytest.approx(0.2), pytest.approx(0.6))
+
+
+def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="no finished run"):
+        call(monkeypatch, "--table", tmp_path)
+    rft_run(tmp_path / "k50" / "s0", 0.6)
+    reft_run(tmp_path / "reft" / "s0", 0.6)
+    with pytest.raises(SystemExit, match="runs of reft, rft"):
+        call(monkeypatch, "--table", tmp_path)
