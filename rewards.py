@@ -24,6 +24,7 @@ run to hear that it is missing before the first answer does.
 
 import ast
 import operator
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from fractions import Fraction
 
 from grading import latex
 from grading import sandbox
+from infra.parallel import computed, node_size
 
 require_math_verify = latex.require_math_verify  # for the drivers to call at start
 
@@ -69,6 +71,20 @@ def grade_programs(
         else:
             grades.append(_judge(_one_word(outcome.value), gold, dataset, "python"))
     return grades
+
+
+def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str) -> list[list[Grade]]:
+    """Grade all texts of each question, on all ranks; programs run side by side."""
+    def judge(part: range) -> list[list[Grade]]:
+        pairs = [(text, golds[i]) for i in part for text in texts[i]]
+        if marks == "python":
+            grades = iter(grade_programs(*zip(*pairs), task, workers=max(1, os.cpu_count() // node_size())))
+        else:
+            grades = iter([grade(text, gold, task, marks) for text, gold in pairs])
+        return [[next(grades) for _ in texts[i]] for i in part]
+
+    parts = [range(i, min(i + 64, len(texts))) for i in range(0, len(texts), 64)]
+    return [group for part in computed(parts, judge) for group in part]
 
 
 def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str) -> Grade:

@@ -98,6 +98,6 @@ def default_run_dir(Config: type[Options], flags: dict) -> str:
     asked = [name + ("_".join(map(str, value)) if isinstance(value, tuple) else str(value))
              for name, value in flags.items() if name not in unnamed and "/" not in str(value)]
     script = Path(sys.argv[0]).stem
-    if script == "evaluate" and "model" in flags:
+    if script in ("evaluate", "evaluation") and "model" in flags:
         asked.append("_".join(Path(flags["model"]).parts[-2:]))
     return "runs/" + "-".join([script, *asked, f"s{flags.get('seed', 0)}"])

@@ -4,13 +4,13 @@
     torchrun --standalone --nproc_per_node 8 irpo.py ...
     torchrun --nnodes 4 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 irpo.py ...
 
-All ranks run the same program on the same run directory, on a disk that they share. Work that can be cut
-(sampling, grading, reference log-probs, micro-batches) is dealt out in pieces that do not depend on the
-number of ranks, and all ranks get all results, in one order. So another number of ranks changes the order
-in which gradients are added up, and nothing else. Only rank 0 writes files and prints.
+All ranks run the same program on the same run directory, on a disk that they share. Work that can be split (sampling,
+grading, reference log-probs, micro-batches) is split into pieces that do not depend on the number of ranks, and all
+ranks get all results, in the same order. So another number of ranks changes the order in which gradients are added up,
+and nothing else. Only rank 0 writes files and prints.
 
-Without torchrun there is one rank, and these functions do next to nothing. Left out: pipeline
-parallelism, and every engine but PyTorch's own.
+Without torchrun there is one rank, and these functions do next to nothing. Left out: pipeline parallelism, and every
+engine except PyTorch's own.
 """
 import ctypes
 import dataclasses
@@ -32,6 +32,7 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, Offl
                                     register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from tqdm import tqdm
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: the signal to get when the parent ends
@@ -56,23 +57,23 @@ def node_size() -> int:
 
 
 def start() -> None:
-    """Join the ranks that torchrun has started, if it has started several."""
+    """Join the ranks that torchrun has started, if there are several."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         return
-    if sys.platform == "linux":  # or ranks whose torchrun was killed would wait for each other for half an hour
+    if sys.platform == "linux":  # otherwise ranks whose torchrun was killed wait for each other for half an hour
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == 1:  # it is dead already
             os.kill(os.getpid(), signal.SIGKILL)
     if device() == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Python objects travel by gloo; a rank may have to wait for another's whole share of the samples
+    # Python objects travel by gloo; a rank may have to wait for all of another's share of the samples
     dist.init_process_group("cpu:gloo,cuda:nccl" if device() == "cuda" else "gloo", timeout=timedelta(days=1))
     if rank():
         sys.stdout = open(os.devnull, "w")
 
 
 def finish() -> None:
-    """Part in peace: without these three lines ranks over gloo abort at exit every other time."""
+    """Shut down cleanly; without this, gloo ranks abort at exit about half the time."""
     if dist.is_initialized():
         gc.collect()  # sharded modules must be gone before their process group
         dist.barrier()
@@ -94,13 +95,13 @@ def leave(message: str | int | None) -> NoReturn:
 # --- agreement -----------------------------------------------------------------------------------
 
 def barrier() -> None:
-    """Wait for all ranks: what rank 0 has written before is there for all after."""
+    """Wait for all ranks: after this, all of them see what rank 0 wrote before."""
     if world() > 1:
         dist.barrier()
 
 
 def by_first(act: Callable[[], Result]) -> Result:
-    """What `act` returns on rank 0, on all ranks; what it raises there, SystemExit or OSError, too."""
+    """Run `act` on rank 0 and return its result (or raise its SystemExit or OSError) on every rank."""
     if world() == 1:
         return act()
     outcome: list = [None, None]
@@ -115,18 +116,8 @@ def by_first(act: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
-def missing(path) -> bool:
-    """Whether rank 0 finds no such file or directory; all earlier files of rank 0 are complete after."""
-    return by_first(lambda: not path.exists())
-
-
-def anywhere(flag: bool) -> bool:
-    """Whether the flag is set on any rank."""
-    return any(gather(flag))
-
-
 def gather(value: Result) -> list[Result]:
-    """Every rank's value, in the order of ranks."""
+    """Return every rank's value, in the order of ranks."""
     if world() == 1:
         return [value]
     values: list = [None] * world()
@@ -134,14 +125,14 @@ def gather(value: Result) -> list[Result]:
     return values
 
 
-# --- dealing out work ------------------------------------------------------------------------------
+# --- distributing work -------------------------------------------------------------------------------
 
 def dealt(items: list[Item], hands: int | None = None) -> Iterator[tuple[Item, bool]]:
-    """This rank's items, every world()-th, each with True.
+    """Yield this rank's items, every world()-th, each with True.
 
-    A sharded model computes on all ranks at once, so where the items do not come out even, some ranks get
-    the first item with False: to be computed for company, and not counted. `hands`: deal to so many groups
-    of neighbouring ranks instead, without company.
+    All ranks must take part when a sharded model computes. If items do not divide evenly, the remaining ranks get the
+    first item again, marked False: compute it, ignore the result. hands: deal to this many groups of neighbouring ranks
+    instead, each of which works on its own.
     """
     step = hands or world()
     mine = rank() // (world() // step)
@@ -152,20 +143,21 @@ def dealt(items: list[Item], hands: int | None = None) -> Iterator[tuple[Item, b
 
 
 def collected(mine: list[Result], hands: int | None = None) -> list[Result]:
-    """The results of all ranks, in the order of the items that were dealt; `mine`: of those that count."""
+    """Return the results of all ranks, in the order of the dealt items; `mine`: those of this rank that count."""
     everyone = gather(mine)[::world() // (hands or world())]
     total = sum(map(len, everyone))
     return [everyone[i % len(everyone)][i // len(everyone)] for i in range(total)]
 
 
-def computed(items: list[Item], compute: Callable[[Item], Result]) -> list[Result]:
-    """compute(item) of each item, by one rank or another; for what a sharded model does."""
-    return collected([result for item, counts in dealt(items) for result in [compute(item)] if counts])
+def computed(items: list[Item], compute: Callable[[Item], Result], label: str = "") -> list[Result]:
+    """Compute each item on one rank or another, with a progress bar if it has a label; for what sharded models do."""
+    mine = tqdm(list(dealt(items)), desc=label, unit="part", dynamic_ncols=True, disable=not label or rank() > 0)
+    return collected([result for item, counts in mine for result in [compute(item)] if counts])
 
 
-@functools.cache  # every mesh brings process groups of its own
+@functools.cache  # every mesh creates new process groups
 def mesh(outer: int, inner: int):
-    """All ranks as a grid of `inner` neighbours each."""
+    """Arrange all ranks as a grid with `inner` neighbours per row."""
     return init_device_mesh(device(), (outer, inner), mesh_dim_names=("outer", "inner"))
 
 
@@ -173,23 +165,22 @@ def mesh(outer: int, inner: int):
 
 def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node: bool,
           cpu_offload: bool) -> nn.Module:
-    """Split a module's float32 weights, gradients and moments over all ranks (FSDP2), block by block.
+    """Shard a module's float32 weights, gradients and moments over all ranks (FSDP2), block by block.
 
-    A block's weights are gathered, in bfloat16 if bf16, when it computes; the embedding and the head in
-    float32, which autocast casts as it does without ranks. Gradients are summed, never averaged: the loop
-    divides by the number of items in the whole batch. within_node: shard over the ranks of a node and
-    replicate across nodes, for more memory and less traffic between them.
+    A block's weights are gathered, in bfloat16 if bf16, when it computes; the embedding and the head in float32, which
+    autocast casts as it does without ranks. Gradients are summed, never averaged: the loop divides by the number of
+    items in the global batch. within_node: shard over the ranks of a node and replicate across nodes, for more memory
+    and less traffic between them.
     """
     ranks = mesh(world() // node_size(), node_size()) if within_node else mesh(1, world())["inner"]
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32,
-                               cast_forward_inputs=False)
-    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    full = MixedPrecisionPolicy(cast_forward_inputs=False)
     options = dict(mesh=ranks, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
     for block in blocks:
-        fully_shard(block, mp_policy=low if bf16 else whole, **options)
-    # By default the outermost module stays whole after a forward without a backward, and an optimizer that is
-    # made then would hold weights that never see a gradient.
-    fully_shard(module, mp_policy=whole, reshard_after_forward=True, **options)
+        fully_shard(block, mp_policy=low if bf16 else full, **options)
+    # By default the outermost module stays gathered after a forward without a backward, and an optimizer created
+    # then would hold weights that never see a gradient.
+    fully_shard(module, mp_policy=full, reshard_after_forward=True, **options)
     for part in (*blocks, module):
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no sum with a factor
@@ -198,23 +189,23 @@ def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node
     return module
 
 
-def whole(weight: Tensor) -> Tensor:
-    """A weight that may be sharded, in full; all ranks must ask together."""
+def full_weight(weight: Tensor) -> Tensor:
+    """Gather a weight that may be sharded; all ranks must call this together."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 # --- sampling from models that do not fit one device -----------------------------------------------
 
-# Outputs of the first are cut, by heads or hidden units; inputs of the second are, and their outputs summed.
+# Outputs of the first are split, by heads or hidden units; inputs of the second are split, and their outputs summed.
 PLAN = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"),
                      ColwiseParallel()) | dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), RowwiseParallel())
 
 
-def split(model: nn.Module, ranks: int) -> nn.Module:
-    """Tensor parallelism: a Llama's heads and hidden units over `ranks` neighbouring ranks.
+def split_over_ranks(model: nn.Module, ranks: int) -> nn.Module:
+    """Split a Llama's heads and hidden units over `ranks` neighbouring ranks (tensor parallelism).
 
-    They compute the same tokens together, with two sums over ranks per block and token, which are the same
-    to the bit on all of them (devices must be alike). Every rank's cache holds its own heads only.
+    They compute the same tokens together, with two sums over ranks per block and token, which are equal to the bit on
+    all of them (devices must be alike). Every rank's cache holds only its own heads.
     """
     config = model.config
     if world() % ranks or config.num_key_value_heads % ranks or config.intermediate_size % ranks:
@@ -228,8 +219,8 @@ def split(model: nn.Module, ranks: int) -> nn.Module:
     return model
 
 
-def like(target: Tensor, weight: Tensor) -> Tensor:
-    """A full weight, or the part of it that this rank holds if the target is split."""
+def shard_like(target: Tensor, weight: Tensor) -> Tensor:
+    """Return a full weight, or this rank's part of it if the target is split."""
     if not isinstance(target, DTensor):
         return weight
     return distribute_tensor(weight, target.device_mesh, target.placements, src_data_rank=None)

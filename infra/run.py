@@ -167,22 +167,33 @@ def log(folder: Path, **record) -> None:
 
 # --- steps -----------------------------------------------------------------------------------------
 
-def once(path: Path, make: Callable[[], object], kind: type | None = None, **settings):
+def once(path: Path, make: Callable[[], object], kind: type | None = None, settings: dict | None = None):
     """Return the content of a file; where it is missing, make() it and write it first.
 
     .json holds any value, .jsonl a list of records of the dataclass `kind`. settings: how they were made, for the first
     line of a .jsonl, with a SHA-256 of all that follows. make() is called on all ranks.
     """
     if parallel.by_first(path.exists):
-        return read_records(path, kind)[1] if kind else read_json(path)
+        if not kind:
+            return read_json(path)
+        before, records = read_records(path, kind)
+        refuse_others(path, before, json.loads(json.dumps(settings or {})))
+        return records
     began, value = time.perf_counter(), make()
     if kind:
-        write_records(path, value, settings)
+        write_records(path, value, settings or {})
     else:
         write_json(path, value)
     log(path.parent, event=path.stem, seconds=time.perf_counter() - began)
     parallel.barrier()
     return value
+
+
+def refuse_others(path: Path, before: dict, settings: dict) -> None:
+    changed = [f"  {name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in before | settings
+               if before.get(name) != settings.get(name)]
+    if changed:
+        raise SystemExit("\n".join([f"{path} was made with other settings:", *changed, "Remove it to make it again."]))
 
 
 def write_records(path: Path, records: list, settings: dict) -> None:
@@ -242,6 +253,34 @@ def read_json(path: Path):
 def read_jsonl(path: Path) -> list[dict]:
     with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
+
+
+def fresh_directory(directory: Path) -> Path:
+    """Make an empty directory to fill, which put_in_place gives its name once it is complete."""
+    temporary = directory.with_name(directory.name + ".new.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def put_in_place(directory: Path) -> None:
+    """Give a filled fresh_directory its name; the directory that had it before is removed last."""
+    temporary, old = (directory.with_name(f"{directory.name}.{age}.tmp") for age in ("new", "old"))
+    for path in (*temporary.iterdir(), temporary):
+        flush(path)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    flush(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def derive_seed(*names) -> int:

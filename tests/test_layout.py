@@ -174,13 +174,15 @@ def dry_run(arguments: list[str], makefile: Path) -> subprocess.CompletedProcess
                           capture_output=True, env=environment)
 
 
-@pytest.mark.parametrize("flags, threads", [([], False), (["-j2"], True), (["-k", "-j"], True)])
-def test_bases_side_by_side_have_one_thread_each(flags, threads):
-    """Two with two threads each took ten times as long; one alone is to use all cores."""
-    goal = "runs/base-s98765/model"
-    dry = dry_run([*flags, goal], ROOT / "Makefile")
-    [line] = [line for line in dry.stdout.splitlines() if "train.py --preset base" in line]
-    assert ("OMP_NUM_THREADS=1" in line) == threads
+def test_base_models_are_never_made_side_by_side(tmp_path):
+    """Two with two threads each took ten times as long as one after the other; a -j must not start both."""
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(f"#!/bin/sh\necho start >> {seen}\nsleep 0.3\necho end >> {seen}\n")
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    subprocess.run(["make", "-s", "-j2", "-o", ".venv/runtime", "base", "rft-base", f"PY={python}"], cwd=ROOT,
+                   check=True, env=environment)
+    assert seen.read_text().split() == ["start", "end"] * 2
 
 
 def make_faults(arguments: list[str], makefile: Path) -> list[str]:
@@ -253,11 +255,12 @@ def test_make_refuses_a_task_without_a_model_and_a_model_without_a_task(argument
 
 
 @pytest.mark.parametrize("arguments, programs", [
-    ("irpo TASK=gsm8k MODEL=dir", ["irpo", "tools.report"]), ("rft TASK=gsm8k MODEL=dir", ["rft", "tools.report_rft"]),
-    ("reft TASK=gsm8k MODEL=dir", ["reft", "tools.report_reft"]), ("eval TASK=gsm8k MODEL=dir", ["evaluate"]),
+    *((f"{name} TASK=gsm8k MODEL=dir", [name, "tools.report"]) for name in ("irpo", "rft", "reft")),
+    *((f"{name} SEED=3 JOBS=2", ["train", "tools.sweep"]) for name in ("rft", "reft")),
+    ("tables", ["tools.sweep"] * 3), ("eval TASK=gsm8k MODEL=dir", ["evaluate"]),
     ("eval MODEL=dir", ["evaluate"]), ("data TASK=gsm8k", ["data.download"])])
-def test_make_runs_a_task_with_its_own_report(arguments, programs):
-    """Beside the environment, which this machine may still have to make."""
+def test_make_runs_the_right_programs(arguments, programs):
+    """Besides those that make the environment, if it is missing."""
     dry = dry_run(arguments.split(), ROOT / "Makefile")
     assert not dry.returncode, dry.stderr
     assert [name for name in re.findall(r"python (?:-m )?(\S+?)(?:\.py)? ", dry.stdout)

@@ -1,0 +1,52 @@
+"""What must hold before a run spends hours: the model, its tokenizer, the prompt and the graders fit together."""
+from pathlib import Path
+
+import data
+from checkpoint import load_config
+from infra.run import read_json
+from rewards import grade_all
+
+
+def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[data.Problem] = ()) -> None:
+    """Check before spending hours: prompts fit and have exactly one BOS, and gold solutions are graded correct.
+
+    others: problems of other splits, which will only be asked.
+    """
+    if others and Path(config.path).is_file():
+        raise SystemExit(f"--path {config.path}: give the folder with the data set's files, since train, dev and test "
+                         "are different files")
+    shape, prompts = load_config(config.model), [config.prompt_ids(tokenizer, p) for p in [*problems, *others]]
+    golds = [(ids, p.answer) for p in problems if (ids := config.gold_ids(tokenizer, p))]
+    longest, last = max(map(len, prompts)), max(max(ids) for ids in [*prompts, *(ids for ids, _ in golds)])
+    if longest + config.max_new_tokens > shape.max_length:
+        raise SystemExit(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
+                         f"it exceeds the model's {shape.max_length} positions")
+    if last >= shape.vocab_size:
+        raise SystemExit(f"the tokenizer gives token {last}, and the model knows {shape.vocab_size}: they do not "
+                         "belong together")
+    one_bos = sum(tokenizer.bos_id is None or prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
+    if one_bos < len(prompts):
+        raise SystemExit(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "
+                         "text, or the tokenizer adds another")
+    texts = [tokenizer.decode(ids) for ids, _ in golds]
+    grades = [group[0] for group in grade_all([[text] for text in texts], [gold for _, gold in golds], config.task,
+                                              config.marks)]
+    right = sum(verdict.verdict == "correct" for verdict in grades)
+    print(f"check: {len(prompts)} prompts fit, and {right} of {len(golds)} gold solutions are graded correct")
+    if right < len(golds):
+        i = next(i for i, verdict in enumerate(grades) if verdict.verdict != "correct")
+        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task. The first gold "
+                         f"solution that fails, as the tokenizer decodes it:\n{texts[i]}\nverdict {grades[i].verdict}, "
+                         f"answer {grades[i].answer}, gold answer {golds[i][1]}")
+    warn_if_trained_otherwise(config)
+
+
+def warn_if_trained_otherwise(config) -> None:
+    """Warn if a run of this project trained the model to be asked in another way."""
+    folder = Path(config.model).resolve().parent  # the run's, or that of one of its iterations
+    path = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
+    before = read_json(path) if path else {}
+    other = [f"--{name} {before[name] or repr('')}" for name in ("prompt", "chat", "answer_format")
+             if name in before and before[name] != getattr(config, name)]
+    if other:
+        print(f"warning: {config.model} was trained with {' '.join(other)}, and is asked otherwise here")

@@ -1,0 +1,106 @@
+"""The saved states of a training run, from which it resumes to the bit.
+
+FOLDER/step-00000040/ holds weights and moments (safetensors, one file per rank, written and read by
+torch.distributed.checkpoint, so that a run can resume on another number of ranks), records.jsonl with the record of
+every step so far, and state.json with what the run is made of and the SHA-256 of the other files. The last two states
+are kept: where one is damaged, the run resumes from the other.
+"""
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+
+from infra.parallel import by_first, gather, rank, world
+from infra.run import fresh_directory, hash_of, put_in_place, read_json, read_jsonl
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank does not need it
+
+
+def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict],
+               made_of: str) -> None:
+    """Write the state after len(records) steps, completely or not at all."""
+    target = folder / f"step-{len(records):08}"
+
+    def finish() -> None:
+        (temporary / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        hashes["records.jsonl"] = hash_of(temporary / "records.jsonl")
+        (temporary / "state.json").write_text(json.dumps({"made_of": made_of, "sha256": hashes}, indent=1) + "\n")
+        put_in_place(target)
+        for old in states(folder)[2:]:
+            shutil.rmtree(old)
+
+    try:
+        temporary = by_first(lambda: fresh_directory(target))
+        dcp.save(tensors(module, optimizer), no_dist=world() == 1,
+                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        files = by_first(lambda: sorted(path.name for path in temporary.glob("*.safetensors")))
+        hashes = {}
+        for part in gather({name: hash_of(temporary / name) for name in files[rank()::world()]}):
+            hashes |= part
+        by_first(finish)
+    except (OSError, CheckpointException) as error:
+        failures = getattr(error, "failures", {})
+        reason = next((failure for failure, _ in failures.values()), error)
+        raise SystemExit(f"{target} cannot be written: {reason}. The states before it in {folder} are intact: free "
+                         "some space, then run the same command again to resume from the newest.") from None
+
+
+def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, made_of: str) -> list[dict]:
+    """Restore the newest intact state; return the records of the steps until then, [] if there is none."""
+    found = by_first(lambda: states(folder))
+    for path in found:
+        if fault := fault_of(path):
+            if rank() == 0:
+                print(f"warning: {path} is damaged and is skipped: {fault}")
+            continue
+        if read_json(path / "state.json")["made_of"] != made_of:
+            raise SystemExit(f"{path} is the state of another training run: its model, its data or its steps were "
+                             f"others. Remove {folder} to start this run from its beginning.")
+        dcp.load(tensors(module, optimizer), no_dist=world() == 1,
+                 storage_reader=HuggingFaceStorageReader(str(path)))
+        return read_jsonl(path / "records.jsonl")
+    if found:
+        raise SystemExit(f"{folder} holds no intact state. Remove it to start this run from its beginning.")
+    return []
+
+
+def drop_states(folder: Path) -> None:
+    """Remove the states of a training run that is over, and of the trial runs before it."""
+    if rank() == 0:
+        for state in list(folder.rglob("state")):
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def states(folder: Path) -> list[Path]:
+    """List the states in a folder, newest first."""
+    return sorted((path for path in folder.glob("step-*") if path.suffix != ".tmp"), reverse=True)
+
+
+def fault_of(path: Path) -> str:
+    """Say what is wrong with the files of a state, or nothing; every rank checks some of them."""
+    try:
+        hashes = read_json(path / "state.json")["sha256"]
+    except (SystemExit, KeyError, TypeError) as error:
+        return f"state.json: {error}"
+    faults = [f"{name} is missing" if not (path / name).is_file() else f"{name} has changed"
+              for name in sorted(hashes)[rank()::world()]
+              if not (path / name).is_file() or hash_of(path / name) != hashes[name]]
+    return "; ".join(fault for part in gather(faults) for fault in part)
+
+
+def tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Name weights and AdamW's moments and step counts; moments that do not exist yet become zeros."""
+    named = {}
+    for name, weight in module.named_parameters():
+        state = optimizer.state[weight]
+        if not state:
+            state |= {"step": torch.zeros((), dtype=torch.float32, device=weight.device),
+                      "exp_avg": torch.zeros_like(weight), "exp_avg_sq": torch.zeros_like(weight)}
+        named |= {name: weight.detach()} | {f"{name}.{part}": value for part, value in state.items()}
+    return named

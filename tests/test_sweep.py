@@ -1,0 +1,178 @@
+"""Tables of many runs: which commands, in which order, and what happens when one fails."""
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from test_layout import command_faults
+
+from tools import sweep
+
+
+class Process:
+    """Stands for a run: it has written its last file at the first look, and ends at the second."""
+    log: list[tuple[str, str]] = []  # ("start" or "end" or "stop", run)
+    failing: set[str] = set()
+
+    def __init__(self, words, env, start_new_session, **options):
+        assert words[0] == sys.executable and start_new_session  # in the same one it would hear of Ctrl-C twice
+        self.run, self.env, self.looks, self.returncode = words[words.index("--run_dir") + 1], env, 0, None
+        self.log.append(("start", self.run))
+
+    def poll(self):
+        self.looks += 1
+        if self.run not in self.failing:
+            write(self.run, "eval_samples.jsonl" if "labelled" in self.run else
+                  "model" if "base" in self.run else "results.json")
+        if self.looks == 2:
+            self.log.append(("end", self.run))
+            self.returncode = int(self.run in self.failing)
+        return self.returncode
+
+    def terminate(self):
+        self.log.append(("stop", self.run))
+
+    def wait(self):
+        pass
+
+
+def write(run: str, name: str, text: str = "") -> None:
+    Path(run, name).parent.mkdir(parents=True, exist_ok=True)
+    Path(run, name).write_text(text)
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch) -> list:
+    """A folder without runs, and processes that are not real."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Process, "log", [])
+    monkeypatch.setattr(Process, "failing", set())
+    monkeypatch.setattr(sweep.subprocess, "Popen", Process)
+    monkeypatch.setattr(sweep.subprocess, "call", lambda words: Process.log.append(("report", words[-1])) or 0)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sweep.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sweep, "copy_shared", lambda run: None)
+    return Process.log
+
+
+def call(monkeypatch, *arguments: str):
+    """The exit status of the command line."""
+    monkeypatch.setattr(sys, "argv", ["sweep", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        sweep.main()
+    return stop.value.code
+
+
+@pytest.mark.parametrize("run, words", [
+    ("runs/base-s1", "train.py --preset base --seed 1 --run_dir runs/base-s1"),
+    ("runs/rft-base-w96-s2", "train.py --preset rft_base --hidden_size 96 --seed 12 --run_dir runs/rft-base-w96-s2"),
+    ("runs/table/dpo_from_sft_chosen/s0", "irpo.py --preset toy --model runs/base-s0/model --seed 0 --run_dir "
+     "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --iterations 1 --start_from runs/table/sft_chosen/s0/iter1/model"),
+    ("runs/sweep/alpha0.25-beta1/s0", "irpo.py --preset toy --model runs/base-s0/model --seed 0 --run_dir "
+     "runs/sweep/alpha0.25-beta1/s0 --iterations 3 --num_questions 500 --max_pairs 1000 --lr 1e-4 "
+     "--eval_questions 400 --eval_samples 0 --alpha 0.25 --beta 1"),
+    ("runs/rft/pool/s1", "rft.py --preset toy --model runs/rft-base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
+     "--pool runs/rft/k50/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
+    ("runs/reft-tune/sft+sft_lr@2e-5+sft_epochs@10/s0", "reft.py --preset toy --model runs/base-s0/model --seed 0 "
+     "--run_dir runs/reft-tune/sft+sft_lr@2e-5+sft_epochs@10/s0 --method sft --sft_lr 2e-5 --sft_epochs 10"),
+    ("runs/reft/rerank-sft/s2", "-m tools.rerank --preset toy --model runs/reft/sft/s2/iter1/model --labelled "
+     "runs/labelled-s2/eval_samples.jsonl --candidates runs/reft/sft/s2/iter1/eval_sampled.jsonl --seed 2 "
+     "--run_dir runs/reft/rerank-sft/s2")])
+def test_commands(run, words):
+    assert sweep.command(run) == words
+
+
+def test_every_command_parses(tmp_path, monkeypatch):
+    """A flag that is renamed in a script and not in a table would be seen only after an hour of other cells."""
+    runs = [f"runs/{folder}/{cell}/s0" for folder, cells in sweep.FOLDERS.items() for cell in cells]
+    monkeypatch.chdir(tmp_path)
+    commands = {sweep.command(run) for run in sweep.missing(runs)}
+    assert {command: fault for command in commands if (fault := command_faults(command))} == {}
+
+
+@pytest.mark.parametrize("run, others", [
+    ("rft/pool/s2", {"rft-base-s2", "rft-base-w96-s2", "rft-base-w160-s2", "rft/k50/s2", "rft/w96/s2", "rft/w160/s2"}),
+    ("table/irpo_from_sft_chosen/s0", {"base-s0", "table/irpo/s0", "table/sft_chosen/s0"}),
+    ("reft/rerank-sft/s1", {"base-s1", "reft/reft/s1", "reft/sft/s1", "labelled-s1"}),
+    ("reft-sweep/reft+gae_lambda@0/s0", {"base-s0", "reft/reft/s0"}),
+    ("reft-sweep/reft+warmup_epochs@1/s0", {"base-s0"})])
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_runs_start_after_those_that_they_need(run, others, jobs, log):
+    """Without whatever is done, and never more than --jobs at a time."""
+    runs = sweep.missing([f"runs/{run}"])
+    assert sweep.work(runs, jobs) == [] == sweep.missing([f"runs/{run}"])
+    assert sorted(log) == sorted((what, f"runs/{name}") for name in others | {run} for what in ("start", "end"))
+    for i, (what, started) in enumerate(log):
+        assert what == "end" or all(("end", other) in log[:i] for other in sweep.needs(started))
+    counts = [sum({"start": 1, "end": -1}[what] for what, _ in log[:i]) for i in range(len(log))]
+    assert max(counts) <= jobs
+
+
+def test_a_failing_run_stops_only_those_that_need_it(log, monkeypatch, capsys):
+    Process.failing.add("runs/rft/k50/s0")
+    status = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k50", "k1", "pool", "half")
+    assert status == "no report, since these are missing: runs/rft/k50/s0 runs/rft/k1/s0 runs/rft/pool/s0"
+    assert {run for what, run in log if what == "start"} == {f"runs/{name}" for name in (
+        "rft-base-s0", "rft/k50/s0", "rft/half/s0", "rft-base-w96-s0", "rft/w96/s0", "rft-base-w160-s0", "rft/w160/s0")}
+    assert "FAILED  runs/rft/k50/s0, 0.0 minutes, see runs/rft/k50/s0/output.txt\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("cells, out", [((), "results/rft"), (("--cells", "k1"), "runs/rft-report"),
+                                        (("--seeds", "0"), "runs/rft-report")])
+def test_done_runs_are_not_run_again_and_a_part_is_reported_elsewhere(cells, out, log, monkeypatch):
+    for cell in sweep.FOLDERS["rft"]:
+        for seed in range(3):
+            write(f"runs/rft/{cell}/s{seed}", "results.json")
+    assert call(monkeypatch, "rft", *cells) == 0
+    assert log == [("report", out)]
+
+
+def test_unknown_cells_are_refused(log, monkeypatch, capsys):
+    assert call(monkeypatch, "rft", "--cells", "k51") == 2
+    assert "--cells k51: choose from k50" in capsys.readouterr().err and not log
+
+
+@pytest.mark.parametrize("jobs, threads", [(1, os.environ["OMP_NUM_THREADS"] + "0"), (2, "1")])
+def test_runs_at_the_same_time_have_one_thread_each(jobs, threads, log, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ["OMP_NUM_THREADS"] + "0")
+    assert sweep.start("runs/base-s0", jobs, 1).env["OMP_NUM_THREADS"] == threads
+
+
+def test_ctrl_c_stops_every_run_once(log, monkeypatch):
+    """A second signal would not let them save."""
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(sweep.time, "sleep", interrupt)
+    assert call(monkeypatch, "irpo", "--jobs", "2") == "\nstopped; the same command resumes"
+    assert log == [(what, f"runs/base-s{seed}") for what in ("start", "stop") for seed in (0, 1)]
+
+
+@pytest.mark.parametrize("complete", [0, 1])
+def test_shared_files_are_copied_only_when_complete(complete, tmp_path, monkeypatch):
+    """A copy that is cut off must not look like a file of the run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("iter0/eval.json", "iter1/pairs.jsonl", "iter1/samples.jsonl"):
+        write("runs/table/irpo/s0", name, name)
+    copyfile, copied, count = sweep.shutil.copyfile, Path("runs/table/dpo/s0"), iter(range(9))
+
+    def cut(source, target, **options):
+        if next(count) == complete:
+            Path(target).write_text("half")
+            raise KeyboardInterrupt
+        return copyfile(source, target, **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sweep.shutil, "copyfile", cut)
+        sweep.copy_shared(str(copied))
+    assert (copied / "iter0").exists() == bool(complete) and not (copied / "iter1/samples.jsonl").exists()
+
+    sweep.copy_shared(str(copied))
+    assert {str(file.relative_to(copied)): file.read_text() for file in copied.rglob("*") if file.is_file()} == {
+        name: name for name in ("iter0/eval.json", "iter1/samples.jsonl")}
+
+
+@pytest.mark.parametrize("run", ["table/irpo/s0", "reft-sweep/reft+warmup_epochs@1/s0", "base-s0", "rft/k1/s0"])
+def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
+    """Another length of the warm-up makes another model in iter0."""
+    monkeypatch.chdir(tmp_path)
+    sweep.copy_shared(f"runs/{run}")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,84 @@
+"""Measure a model directory on a task, or grade the texts of a file of samples again.
+
+    python evaluate.py --preset toy --model runs/base-s0/model     # the same as python -m tools.evaluation
+    python evaluate.py --task gsm8k --model DIR --num_samples 8 --temperature 0.7
+    python evaluate.py --rescore runs/evaluate-s0/eval_samples.jsonl    # by the rule in the file's first line
+"""
+import re
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import data
+from checkpoint import model_hash
+from data.check import check_inputs
+from data.tokenizer import load_tokenizer
+from evaluate import Answered, SampleOptions, answer_once, summarize
+from infra.config import option, parse_config
+from infra.run import hash_of, open_run, read_records, run_script, write_json
+from rewards import grade_all, require_math_verify
+
+
+@dataclass(frozen=True)
+class Config(SampleOptions):
+    model: str = option("", "model directory")
+    split: str = option("test", "train, dev or test", data.SPLITS)
+    limit: int = option(0, "only the first problems, this many; 0: all", low=0)
+    num_samples: int = option(1, "responses per question", low=1)
+    temperature: float = option(0.0, "0: always the most likely token", low=0)
+    seed: int = option(0, "same seed, same responses")
+    run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a name made of the "
+                          "flags")
+    rescore: str = option("", "grade the samples of this file again, and do nothing else")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ignored = [f"--{field.name}" for field in fields(self) if field.name not in ("rescore", "run_dir")
+                   and getattr(self, field.name) != field.default]
+        if self.rescore and ignored:
+            raise ValueError(f"--rescore takes all settings from its file: leave {' '.join(ignored)} out")
+        if not self.rescore and not self.model:
+            raise ValueError("--model is missing: give a model directory")
+
+
+def rescore(path: Path) -> None:
+    """Grade the texts of a file again, and show where a verdict has changed."""
+    settings, before = read_records(path, Answered)
+    task, marks = settings["task"], settings["marks"]
+    if task == "math":
+        require_math_verify()
+    grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], task, marks)
+    after = [replace(question, samples=[replace(sample, **asdict(verdict)) for sample, verdict in zip(
+        question.samples, group)]) for question, group in zip(before, grades)]
+    for old, new in zip(before, after):
+        for a, b in zip(old.samples, new.samples):
+            if a.verdict != b.verdict:
+                print(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, gold {old.gold}")
+    print(f"{path}: {task}, answers marked as {marks}")
+    print_summary(summarize(after, task))
+
+
+def print_summary(found: dict) -> None:
+    print("accuracy {:.1%}, 95 % interval {:.1%} to {:.1%}, {} questions".format(
+        found["accuracy"], *found["ci95"], found["n"]))
+    if "num_samples" in found:
+        print(", ".join(f"{name} {value:.1%}" for name, value in found.items()
+                        if re.fullmatch(r"(pass|maj)@\d+", name)))
+
+
+def main() -> None:
+    config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=96)}, __doc__)
+    if config.rescore:
+        return rescore(Path(config.rescore))
+    tokenizer, problems = load_tokenizer(config.model), config.problems(config.split, config.limit)
+    check_inputs(config, tokenizer, problems)
+    run = open_run(config, weights=model_hash(config.model), problems=hash_of(*problems))
+    answered = answer_once(run / "eval_samples.jsonl", config.model, problems, config, split=config.split,
+                           num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
+                           label="evaluate")
+    write_json(run / "eval.json", found := summarize(answered, config.task))
+    print_summary(found)
+    print(f"everything is in {run}")
+
+
+if __name__ == "__main__":
+    run_script(main)

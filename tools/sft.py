@@ -1,0 +1,64 @@
+"""Fine-tuning on gold solutions (SFT): of a model on a task, or of a fresh model on the toy world's corpus.
+
+    python train.py --model DIR --task gsm8k --run_dir runs/sft    # the same as python -m tools.sft
+    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, for IRPO and ReFT
+    python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import data
+from checkpoint import model_hash
+from data import toy
+from data.fresh import fresh_model
+from data.task import TaskOptions
+from data.tokenizer import load_tokenizer
+from infra.config import option, parse_config
+from infra.parallel import by_first
+from infra.run import hash_of, open_run, run_script
+from model import Llama
+from train import Example, TrainOptions, fit_sft, load_trained, trained
+
+
+@dataclass(frozen=True)
+class Config(TrainOptions, TaskOptions):
+    model: str = option("", "model directory to start from; empty: fresh weights and a new tokenizer")
+    run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
+    seed: int = option(0, "of fresh weights, batch order and the toy corpus")
+    prompt_weight: float = option(0.0, "weight of a prompt token in the loss; a response token has 1", low=0)
+    vocab_size: int = option(288, "tokens of a new tokenizer", low=1)
+    hidden_size: int = option(128, "width of a fresh model", low=8)
+    num_layers: int = option(4, "layers of a fresh model", low=1)
+    max_positions: int = option(256, "longest sequence of a fresh model", low=1)
+
+
+BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
+            prompt_weight=0.1)
+PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths")}
+
+
+def main() -> None:
+    config = parse_config(Config, PRESETS, __doc__)
+    if config.task == "toy" and not config.model:
+        problems = [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution")))
+                    for row in toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world)]
+    else:
+        problems = config.problems("train")
+    if not all(problem.solution for problem in problems):
+        raise SystemExit(f"{config.task} has no gold solutions in these files to learn from")
+    run = open_run(config, weights=model_hash(config.model) if config.model else "", problems=hash_of(*problems))
+
+    def train() -> tuple[Llama, list[dict]]:
+        tokenizer, model = load_tokenizer(start), load_trained(start, config)
+        examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
+        return model, fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
+
+    start = config.model or str(run / "start")
+    if not by_first(Path(start).exists):
+        fresh_model([f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size,
+                    config.hidden_size, config.num_layers, config.max_positions, config.seed)
+    print(f"{trained(run, start, train)} is complete")
+
+
+if __name__ == "__main__":
+    run_script(main)
