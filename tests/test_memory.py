@@ -1,14 +1,12 @@
 """What tools.memory says is compared with the tensors themselves."""
 import weakref
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
 
 import model as model_file
 from checkpoint import save_model
@@ -103,8 +101,7 @@ def test_the_peak_of_a_step_is_below_the_bound(shape, again, monkeypatch):
                                               is_causal=True)
     monkeypatch.setattr(model_file, "causal_attention", fused)
     model, tokens = Llama(shape), torch.ones(8, 129, dtype=torch.long)
-    for layer in model.model.layers if again else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+    model.model.checkpoint_activations = again
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     with Peak([x for p in model.parameters() for x in (p, p.grad)]) as measured:
@@ -116,7 +113,7 @@ def test_the_peak_of_a_step_is_below_the_bound(shape, again, monkeypatch):
     bound = (needed[CHECKPOINTED if again else "to train"] - needed["training state"]) * 1e9
     norms = 2 * (1 if again else shape.num_hidden_layers)  # each keeps one more float32 tensor on a CPU than on CUDA
     bound += norms * config.micro_batch_tokens * 4 * shape.hidden_size
-    assert 0.6 * bound < measured.peak < bound
+    assert 0.5 * bound < measured.peak < bound
 
 
 def test_table_and_page_are_printed(monkeypatch, capsys, tmp_path):
