@@ -197,15 +197,18 @@ def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
 # --- a model's record ------------------------------------------------------------------------------
 
 def evaluate_model(name: str, iteration: int, directory: str, config, folder: Path,
-                   temperature: float = 1.0) -> list[dict]:
-    """Measure a model: a row for dev and one for test, both greedy; test also with eval_samples at a temperature."""
+                   temperature: float = 1.0, **notes) -> list[dict]:
+    """Measure a model: a row for dev and one for test, both greedy; test also with eval_samples at a temperature.
+
+    notes are added to both rows.
+    """
     def measured(file: str, split: str, num_samples: int, temperature: float) -> dict:
         answered = answer_once(folder / file, directory, config.problems(split, config.eval_questions), config,
                                split=split, num_samples=num_samples, temperature=temperature, seed=config.seed,
                                label=f"{name} {split}")
         return summarize(answered, config.task)
 
-    rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0)}
+    rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
     if config.eval_samples:
         rows[-1] = measured("eval_sampled.jsonl", "test", config.eval_samples, temperature) | rows[-1]

@@ -300,7 +300,7 @@ def main() -> None:
     check_inputs(config, tokenizer, problems + dev, others)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))
 
-    M = config.model  # the directory of M_{t-1}
+    M, notes = config.model, {"dev_was_trained_on": True} if config.select_every else {}  # M: the directory of M_{t-1}
     rows = evaluate_model("M0", 0, M, config, run / "iter0")
     for t in range(1, config.iterations + 1):
         folder, seed = run / f"iter{t}", derive_seed(config.seed, t)
@@ -321,7 +321,7 @@ def main() -> None:
         M = trained(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
 
         rows.append(training_row(t, folder, answered, made, pairs, config))
-        rows += evaluate_model(f"M{t}", t, M, config, folder)  # step 6
+        rows += evaluate_model(f"M{t}", t, M, config, folder, **notes)  # step 6
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is complete; python -m tools.report {run} draws it")
 
