@@ -58,7 +58,8 @@ def run_main(monkeypatch, *flags) -> None:
 
 def test_the_fastest_settings_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsys):
     """A mean, the best of each side, another clock or a slower setting of one of them would flatter the other."""
-    asked, speeds = [], {"ours": iter([9, 9] + [400, 1000, 500]), "trl": iter([5, 1, 1, 8] + [90, 800, 100])}
+    asked, speeds = [], {"ours": iter([9, 5, 4, 3] + [400, 1000, 500]),
+                          "trl": iter([5, 1, 1, 2, 1, 1, 1, 8] + [90, 800, 100])}
 
     def fake(python: str, job: dict) -> dict:
         asked.append((job["engine"], python, job["setting"]))
@@ -68,7 +69,7 @@ def test_the_fastest_settings_take_turns_and_medians_are_printed(monkeypatch, tm
     monkeypatch.setattr(bench, "measure_elsewhere", fake)
     monkeypatch.setattr(bench, "pythons_of", lambda half, peer: {"ours": sys.executable, "trl": peer})
     run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--peer_python", "/bin/true", "--out", tmp_path)
-    assert asked[6:] == 3 * [("ours", sys.executable, "fp32"), ("trl", "/bin/true", "bf16 eager")]
+    assert asked[12:] == 3 * [("ours", sys.executable, "fp32"), ("trl", "/bin/true", "bf16 eager")]
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
     assert "| toy |  | ours | fp32 | 500 (400 to 1,000) | 500 | 70 | **1.0** | 1.0 |" in text
