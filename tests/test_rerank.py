@@ -4,15 +4,24 @@ import math
 
 import pytest
 import torch
-from test_drivers import call, refusal
 from tiny import random_tokens, tiny_model
 
 from tools import rerank
 from checkpoint import save_model
-from evaluate import Answered, Sample, SampleOptions, save_answered
+from evaluate import Answered, Sample
+from infra.run import write_records
 from tools.rerank import Config, Labelled, RewardModel, best, classification_loss, label, scores
 
 FILES = dict(model="m", labelled="l", candidates="c", run_dir="r", precision="fp32")
+
+
+def call(monkeypatch, *flags) -> None:
+    monkeypatch.setattr("sys.argv", ["rerank.py", *map(str, flags)])
+    rerank.main()
+
+
+def settings(split: str) -> dict:
+    return {"task": "toy", "marks": "hash", "split": split}
 
 
 def sample(ids: list[int], right: bool, answer: str | None = "1") -> Sample:
@@ -40,7 +49,7 @@ def test_the_head_reads_the_last_token_of_each_response():
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
     for r, value in zip(responses, scores(model, responses, Config(**FILES, micro_batch_tokens=16))):
         tokens = torch.tensor([r.prompt + r.response])
-        logits = model.head(model.model(tokens, None)[0, -1])
+        logits = model.head(model.model(tokens)[0, -1])
         assert value == pytest.approx(float(logits.detach().softmax(-1)[1]), abs=1e-5)
         other = classification_loss(model, [r])["loss"].item()
         assert other == pytest.approx(-math.log(value if r.right else 1 - value), rel=1e-3)
@@ -55,7 +64,7 @@ def test_only_samples_with_an_answer_are_picked():
     assert best(question("1", "2", "3"), [0.5, 0.7, 0.7]) == 1
 
 
-def test_reranking_finds_a_visible_difference(tmp_path, capsys):
+def test_reranking_finds_a_visible_difference(tmp_path, capsys, monkeypatch):
     """Right responses begin with token 7: a reward model that learns so picks right ones in nearly every
     question, where one sample in four is right."""
     save_model(tiny_model(), tmp_path / "m")
@@ -63,35 +72,32 @@ def test_reranking_finds_a_visible_difference(tmp_path, capsys):
         rows = [sample([7 if n == i % 4 else 8, *random_tokens(100 * i + n, 3).tolist(), 2], n == i % 4)
                 for n in range(4)]
         return Answered(f"q{i}", "p", [1, *random_tokens(i, 4).tolist()], "1", rows)
-    save_answered(tmp_path / "train.jsonl", [question(i) for i in range(60)], SampleOptions(), split="train",
-                  weights="a")
-    save_answered(tmp_path / "test.jsonl", [question(i) for i in range(100, 140)], SampleOptions(),
-                  split="test", weights="b")
+    write_records(tmp_path / "train.jsonl", [question(i) for i in range(60)], settings("train"))
+    write_records(tmp_path / "test.jsonl", [question(i) for i in range(100, 140)], settings("test"))
     flags = ["--preset", "toy", "--model", tmp_path / "m", "--labelled", tmp_path / "train.jsonl",
              "--candidates", tmp_path / "test.jsonl", "--run_dir", tmp_path / "run", "--lr", "1e-3"]
-    call(rerank, *flags)
+    call(monkeypatch, *flags)
     [row] = json.loads((tmp_path / "run" / "results.json").read_text())
     assert row["pass@1"] == 0.25 and row["accuracy"] > 0.9 and row["n"] == 40
     assert "best of 4 by reward" in capsys.readouterr().out
+    before = (tmp_path / "run" / "picked.jsonl").stat().st_mtime_ns
+    call(monkeypatch, *flags)  # shows the same, and trains nothing
+    assert "best of 4 by reward" in capsys.readouterr().out
+    assert (tmp_path / "run" / "picked.jsonl").stat().st_mtime_ns == before
     picked = [json.loads(line) for line in (tmp_path / "run" / "picked.jsonl").read_text().splitlines()]
     assert sum(p["picked"] == (i + 100) % 4 for i, p in enumerate(picked)) == row["accuracy"] * 40
 
 
-def test_labels_that_are_all_alike_are_refused(tmp_path, capsys):
-    save_model(tiny_model(), tmp_path / "m")
-    save_answered(tmp_path / "x.jsonl", [Answered("a", "p", [1], "1", [sample([3], True)])], SampleOptions(),
-                  split="train", weights="a")
-    assert "nothing to tell apart" in refusal(
-        capsys, rerank, "--model", tmp_path / "m", "--labelled", tmp_path / "x.jsonl", "--candidates",
-        tmp_path / "x.jsonl", "--run_dir", tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_reward_model_is_never_trained_on_test_samples(tmp_path, capsys):
-    """The two files swapped: labels of test questions would pick among answers to them."""
+def test_what_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
+    """Before anything is written: labels that are all alike; and the two files swapped, where labels of test questions
+    would pick among answers to them."""
     save_model(tiny_model(), tmp_path / "m")
     rows = [Answered("a", "p", [1], "1", [sample([3], True), sample([4], False)])]
-    save_answered(tmp_path / "x.jsonl", rows, SampleOptions(), split="test", weights="a")
-    assert "must be train" in refusal(
-        capsys, rerank, "--model", tmp_path / "m", "--labelled", tmp_path / "x.jsonl", "--candidates",
-        tmp_path / "x.jsonl", "--run_dir", tmp_path / "run")
+    write_records(tmp_path / "alike.jsonl", [Answered("a", "p", [1], "1", [sample([3], True)])], settings("train"))
+    write_records(tmp_path / "train.jsonl", rows, settings("train"))
+    write_records(tmp_path / "test.jsonl", rows, settings("test"))
+    for labelled, candidates, said in (("alike", "test", "nothing to tell apart"), ("test", "train", "must be train")):
+        with pytest.raises(SystemExit, match=said):
+            call(monkeypatch, "--model", tmp_path / "m", "--labelled", tmp_path / f"{labelled}.jsonl",
+                 "--candidates", tmp_path / f"{candidates}.jsonl", "--run_dir", tmp_path / "run")
+        assert not (tmp_path / "run").exists()

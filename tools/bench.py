@@ -1,305 +1,319 @@
-"""Tokens per second and memory of this repository's sampler beside transformers' `generate`.
+"""Compare speed and memory with other programs: sampling with transformers' `generate`, a DPO + NLL step with TRL.
 
-Same random weights, same prompts (90 to 110 % of --prompt_tokens), same number of new tokens for every
-response, since EOS is ruled out on both sides. Each measurement is a process of its own, so that its
-peak memory is its own; a round of measurements takes both sides in turn, and the table holds medians over
-rounds. Each side runs in the dtype that was fastest for it with N = 16 in a first round, `generate` also with
-the batch size, of 64 and 256 rows; it is timed on one such batch, ours on --rows responses. Also measured: what
-the machine can do (a matrix product, a copy), and how cost grows with the lengths of prompt and response.
+All engines get the same random weights and work: prompts of 90 to 110 % of --prompt_tokens and --new_tokens for
+every response (EOS is ruled out), or the same pairs. One thing differs: TRL's `sft` term is a mean over the tokens of
+the batch, eq. 1's over sequences. No engine's step computes reference log-probabilities, and tokens are those of prompt
++ chosen + prompt + rejected without padding, so the ratio is that of pairs per second. Each measurement is a process of
+its own, so that its peak memory is its own. Engines try their settings twice, then the fastest ones take turns.
 
-    python -m tools.bench --out results/bench            # all of it; make bench
-    python -m tools.bench --shapes toy --rounds 1        # a first impression
+    python -m tools.bench --peer_python /path/to/python                # one that has trl; about 30 minutes
+    python -m tools.bench --halves sampling --shapes toy --rounds 1    # a first impression
+    python -m tools.bench --preset gpu
 
-On a machine that others use too, --clock cpu counts the processor's seconds instead of the wall's.
+On a machine that others use too, compare tokens per CPU second, with --threads 1: threads that wait count as work.
 """
-import argparse
+import importlib.metadata
 import json
 import os
 import platform
+import random
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from infra.experiment import run_script, write_json, write_text
+import irpo
+from checkpoint import load_model, save_model
+from data.fresh import initialize
+from infra.config import Options, option, parse_config
+from infra.parallel import device
+from infra.run import run_card, run_script, write_json, write_text
+from irpo import Pair, preference_loss
 from model import Llama, ModelConfig
 from sample import generate
+from train import fit
 
 SHAPES = {  # random weights
     "toy": ModelConfig(288, 128, 336, 4, 4, 2, 32),
-    "5m": ModelConfig(4096, 256, 704, 6, 8, 4, 32),
-    "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True),  # Llama 3.2's
-}
-SAMPLES = (1, 4, 16, 32)
-SIDES = ("ours", "transformers")
+    "6.5m": ModelConfig(4096, 256, 704, 6, 8, 4, 32),
+    "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's
+POINTS = {"sampling": [{"num_samples": n} for n in (1, 4, 16, 32)], "training": [{"num_samples": ""}]}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BATCH, STEPS = 32, 8  # pairs of a training step, steps of an epoch
+BOS, EOS = 1, 2
+Tick = Callable[[], None]
 
 
-# --- one measurement, in a process of its own -----------------------------------------------------
+# --- sampling engines -------------------------------------------------------------------------------
 
 def random_prompts(job: dict) -> list[list[int]]:
-    """Rows / N prompts of random tokens; number i is the same on both sides."""
-    prompts = []
+    """Draw rows / N prompts of random tokens; number i does not depend on how many there are."""
+    prompts, mean = [], job["prompt_tokens"]
     for i in range(job["rows"] // job["num_samples"]):
-        generator = torch.Generator().manual_seed(i)
-        low, high = int(0.9 * job["prompt_tokens"]), int(1.1 * job["prompt_tokens"]) + 1
-        length = int(torch.randint(low, high, (1,), generator=generator))
-        prompts.append(torch.randint(3, SHAPES[job["shape"]].vocab_size, (length,), generator=generator).tolist())
+        draw = random.Random(i)
+        prompts.append(draw.choices(range(3, SHAPES[job["shape"]].vocab_size),
+                                    k=draw.randint(int(0.9 * mean), int(1.1 * mean))))
     return prompts
 
 
-def run_ours(job: dict, model: Llama):
-    def run(new_tokens: int) -> int:
-        groups = generate(model, random_prompts(job), num_samples=job["num_samples"], max_new_tokens=new_tokens,
-                          eos_id=-1, seed=0)
-        return sum(len(response.ids) for group in groups for response in group)
-    return run
+def sample_ours(job: dict, tick: Tick) -> int:
+    model = load_model(job["model"], device(), DTYPES[job["dtype"]])
+    tick()
+    for _ in range(2):
+        groups = generate(model, random_prompts(job), num_samples=job["num_samples"],
+                          max_new_tokens=job["new_tokens"], eos_id=-1, seed=0)
+        tick()
+    return sum(len(response.ids) for group in groups for response in group)
 
 
-def run_transformers(job: dict, model: Llama):
-    from transformers import LlamaConfig, LlamaForCausalLM  # a development package
-    c = model.config
-    theirs = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, rms_norm_eps=c.rms_norm_eps,
-        max_position_embeddings=c.max_position_embeddings, tie_word_embeddings=c.tie_word_embeddings))
-    weight = model.lm_head.weight
-    theirs.load_state_dict(model.state_dict())
-    theirs = theirs.to(device=weight.device, dtype=weight.dtype).eval()
+def sample_transformers(job: dict, tick: Tick) -> int:
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]]).to(device()).eval()
     prompts = random_prompts(job)
     longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=weight.device)  # padded on the left
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=weight.device)
+    padding = [longest - len(prompt) for prompt in prompts]  # on the left
+    tokens = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)], device=device())
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device())
+    tick()
+    for _ in range(2):
+        out = model.generate(tokens, attention_mask=mask, num_return_sequences=job["num_samples"], do_sample=True,
+                             temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+                             min_new_tokens=job["new_tokens"], max_new_tokens=job["new_tokens"])
+        tick()
+    return out[:, longest:].numel()
 
-    @torch.no_grad()
-    def run(new_tokens: int) -> int:
-        out = theirs.generate(tokens, attention_mask=mask, num_return_sequences=job["num_samples"],
-                              do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
-                              min_new_tokens=new_tokens, max_new_tokens=new_tokens)
-        return out[:, longest:].numel()
-    return run
 
+# --- training engines -------------------------------------------------------------------------------
+
+def random_pairs(job: dict) -> list[Pair]:
+    """Draw pairs of random tokens: prompts of 60 to 100, responses of 20 to 40 where --prompt_tokens is 100."""
+    draw, scale = random.Random(0), max(1, job["prompt_tokens"] // 100)
+
+    def ids(low: int, high: int) -> list[int]:
+        return draw.choices(range(3, SHAPES[job["shape"]].vocab_size), k=scale * draw.randint(low, high))
+
+    return [Pair(str(i), [BOS, *ids(59, 99)], [*ids(19, 39), EOS], [*ids(19, 39), EOS], 0.0, 0.0)
+            for i in range(BATCH * STEPS)]
+
+
+def tokens_of_a_step(pairs: list[Pair]) -> float:
+    return sum(2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected) for pair in pairs) / STEPS
+
+
+def train_ours(job: dict, tick: Tick) -> float:
+    """`fit` on preference_loss, as irpo.py does."""
+    pairs = random_pairs(job)
+    config = irpo.Config(model=job["model"], batch_size=BATCH, epochs=2, precision=job["dtype"],
+                         micro_batch_tokens=job["micro_batch_tokens"])
+    model = load_model(job["model"], device())
+    with tempfile.TemporaryDirectory() as folder:
+        fit(model, pairs, lambda model, part: preference_loss(model, part, config), config, 0, Path(folder),
+            after_step=lambda step: tick() or {})
+    return tokens_of_a_step(pairs)
+
+
+def train_trl(job: dict, tick: Tick) -> float:
+    """DPOTrainer on the same pairs as text, which its tokenizer reads word by word."""
+    import datasets
+    import tokenizers
+    import transformers
+    from trl import DPOConfig, DPOTrainer
+    model = transformers.AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32,
+                                                              attn_implementation=job["attention"])
+    words = {f"t{i}": i for i in range(model.config.vocab_size)}
+    words["t2"], words["</s>"] = len(words), EOS
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="t0"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", pad_token="t0")
+
+    def text(ids: list[int]) -> str:
+        return "".join(f"t{i} " for i in ids if i != EOS)
+
+    class Ticks(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs) -> None:
+            tick()
+
+    pairs = random_pairs(job)
+    rows = datasets.Dataset.from_list([{name: text(getattr(pair, name)) for name in ("prompt", "chosen", "rejected")}
+                                       for pair in pairs])
+    with tempfile.TemporaryDirectory() as folder:
+        options = DPOConfig(
+            output_dir=folder, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
+            precompute_ref_log_probs=True, per_device_train_batch_size=BATCH, num_train_epochs=2, learning_rate=1e-6,
+            bf16=job["dtype"] == "bf16", gradient_checkpointing=False, max_length=2048, use_cpu=device() == "cpu",
+            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
+        trainer = DPOTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[Ticks()])
+        for pair, row in zip(pairs, trainer.train_dataset):
+            if [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] != [pair.prompt, pair.chosen, pair.rejected]:
+                raise SystemExit("TRL was given other tokens than ours")
+        trainer.train()
+    return tokens_of_a_step(pairs)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A program to compare. run(job, tick) has a process of its own: it calls tick when it is ready and after each of
+    several equal pieces of work, of which the first is a warm-up, and returns the tokens of one piece."""
+    run: Callable[[dict, Tick], float]
+    settings: list[dict]  # what it tries
+    packages: tuple[str, ...] = ()  # that a Python must have to run it
+
+
+ENGINES = {
+    "sampling": {
+        "ours": Engine(sample_ours, [{"dtype": dtype} for dtype in DTYPES]),
+        "transformers": Engine(sample_transformers, [{"dtype": dtype, "rows": rows} for dtype in DTYPES
+                                                     for rows in (64, 256)], ("transformers",))},
+    "training": {
+        "ours": Engine(train_ours, [{"dtype": dtype} for dtype in DTYPES]),
+        "trl": Engine(train_trl, [{"dtype": dtype, "attention": attention} for dtype in DTYPES
+                                  for attention in ("sdpa", "eager")], ("trl", "transformers", "datasets"))}}
+
+
+# --- measuring --------------------------------------------------------------------------------------
 
 def measure(job: dict) -> dict:
-    """Seconds (wall and processor), tokens and memory (MB: at most, and before the work) of one job."""
-    device = torch.device(job["device"])
-    if device.type == "cpu":
+    """Do a job here: tokens and seconds of a piece of work, and the process's peak memory in MB."""
+    ticks, engine = [], ENGINES[job["half"]][job["engine"]]
+    if device() == "cpu":
         torch.set_num_threads(job["threads"])
-    model = Llama(SHAPES[job["shape"]]).initialize(0).to(device, getattr(torch, job["dtype"]))
-    run = {"ours": run_ours, "transformers": run_transformers}[job["side"]](job, model)
-    run(job["new_tokens"])  # the first time, memory is fetched and kernels are chosen
-    wall, cpu = time.perf_counter(), time.process_time()
-    tokens = run(job["new_tokens"])
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    seconds = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    assert tokens == job["rows"] // job["num_samples"] * job["num_samples"] * job["new_tokens"]
-    return {**job, "tokens": tokens, "seconds": seconds, "peak_mb": peak_memory(device)}
+
+    def tick() -> None:
+        if device() == "cuda":
+            torch.cuda.synchronize()
+        ticks.append((time.perf_counter(), time.process_time()))
+
+    tokens = engine.run(job, tick)
+    if job["half"] == "sampling" and tokens != len(random_prompts(job)) * job["num_samples"] * job["new_tokens"]:
+        raise SystemExit(f"{job['engine']} sampled {tokens} tokens, not what was asked for")
+    wall, cpu = (median(after[i] - before[i] for before, after in pairwise(ticks[1:])) for i in range(2))
+    versions = {name: importlib.metadata.version(name) for name in ("torch", *engine.packages)}
+    return {**job, "tokens": tokens, "wall": wall, "cpu": cpu, "peak_mb": peak_memory(), "versions": versions}
 
 
-def peak_memory(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated() / 1e6 if device.type == "cuda" else process_memory("VmHWM")
-
-
-def process_memory(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process in MB. (ru_maxrss begins at the peak of the parent process.)"""
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field)]
+def peak_memory() -> float:
+    """Read the peak of this process in MB: of GPU memory, or VmHWM (ru_maxrss begins at the parent's peak)."""
+    if device() == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) * 1024 / 1e6
 
 
-def measure_limits(job: dict) -> dict:
-    """Measured rates of the machine: matrix products in FLOP/s, by dtype, and a copy in bytes/s (read and
-    written), by the clock of job."""
-    device = torch.device(job["device"])
-    if device.type == "cpu":
-        torch.set_num_threads(job["threads"])
-    size = 8192 if device.type == "cuda" else 1536
-
-    def best(work) -> float:
-        times = []
-        for _ in range(8):
-            start = CLOCKS[job["clock"]]()
-            work()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(CLOCKS[job["clock"]]() - start)
-        return min(times)
-    rates = {}
-    for dtype in ("float32", "bfloat16"):
-        a = torch.randn(size, size, device=device).to(getattr(torch, dtype))
-        rates[dtype] = 2 * size ** 3 / best(lambda a=a: a @ a)
-    source = torch.zeros(2 ** 28, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    return {**job, "flops": rates, "copy": 2 * source.numel() / best(lambda: target.copy_(source))}
-
-
-CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-def work_of(job: dict) -> tuple[float, float]:
-    """(FLOPs, bytes) that a sampler with shared prompts must spend on a job: matrix products of every token
-    with the weights and of every query with its keys and values; weights and caches read once a step."""
-    c, dtype = SHAPES[job["shape"]], getattr(torch, job["dtype"])
-    D, L, width = c.hidden_size, c.num_hidden_layers, c.num_attention_heads * c.head_dim
-    kv = c.num_key_value_heads * c.head_dim
-    layers = L * D * (2 * width + 2 * kv + 3 * c.intermediate_size)  # weights
-    head = D * c.vocab_size
-    P, T, rows = job["prompt_tokens"], job["new_tokens"], job["rows"]
-    questions = rows // job["num_samples"]
-    steps = T - 1  # the first token comes with the prompt
-    flops = 2 * layers * (questions * P + rows * steps) + 2 * head * (questions + rows * steps)
-    flops += 4 * L * width * (questions * P * P / 2 + rows * steps * (P + T / 2))
-    moved = steps * (layers + head + 2 * L * kv * (questions * P + rows * T / 2))
-    return flops, moved * dtype.itemsize
-
-
-# --- the whole table --------------------------------------------------------------------------------
-
-def in_process(task: str, job: dict) -> dict:
-    """The result of measure or measure_limits in a new Python process."""
-    done = subprocess.run([sys.executable, "-m", "tools.bench", "--measure", json.dumps([task, job])], text=True,
-                          stdout=subprocess.PIPE)
+def measure_elsewhere(python: str, job: dict) -> dict:
+    """Do a job in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(job["threads"]), "HF_HUB_OFFLINE": "1",
+                                "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run([python, "-m", "tools.bench", "--job", json.dumps(job)], capture_output=True, text=True,
+                          env=environment)
     if done.returncode:
-        raise SystemExit(f"the measurement {job} ended with status {done.returncode}")
+        raise SystemExit(f"the measurement {job} failed: {done.stderr[-2000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
-    if "tokens" in result:
-        print(f"{result['side']:12} {result['shape']} {result['dtype']:8} N={result['num_samples']:<3} "
-              f"{result['tokens'] / result['seconds']['wall']:8,.0f} tok/s  {result['peak_mb']:6,.0f} MB", flush=True)
+    print(*(result[name] for name in ("shape", "engine", "setting", "num_samples")),
+          f"{speed(result):,.0f} tokens/s, {result['peak_mb']:,.0f} MB", flush=True)
     return result
 
 
-def bench_sampling(args: argparse.Namespace, common: dict) -> dict:
-    """Both sides for every N, ours for other lengths; raw measurements, what was chosen, machine limits."""
-    limits = in_process("limits", {**common, "clock": args.clock})
-    chosen, runs, growth = {}, [], []
-    for shape in args.shapes:
-        base = {**common, "shape": shape, "prompt_tokens": args.prompt_tokens, "new_tokens": args.new_tokens}
-        for side in SIDES:
-            tried = [in_process("sampling", {**base, "side": side, "dtype": dtype, "rows": rows, "num_samples": 16})
-                     for dtype in ("float32", "bfloat16")
-                     for rows in ((64, 256) if side == "transformers" else (args.rows,))]
-            best = min(tried, key=lambda run: run["seconds"][args.clock] / run["tokens"])
-            chosen[shape, side] = {**base, "side": side, "dtype": best["dtype"], "rows": best["rows"]}
-    for _ in range(args.rounds):
-        runs += [in_process("sampling", {**chosen[shape, side], "num_samples": n})
-                 for shape in args.shapes for n in SAMPLES for side in SIDES]
-    for shape in args.shapes:
-        growth += [in_process("sampling", {**chosen[shape, "ours"], "num_samples": 16, name: value})
-                   for name, factors in (("prompt_tokens", (0.5, 2, 4)), ("new_tokens", (0.5, 2, 4)))
-                   for value in (int(factor * getattr(args, name)) for factor in factors)]
-    return {"limits": limits, "runs": runs, "growth": growth}
+def speed(result: dict, clock: str = "wall") -> float:
+    return result["tokens"] / result[clock]
 
 
-def rates(runs: list[dict], clock: str, key) -> dict:
-    """key(run) -> medians over rounds: tokens per second, peak memory and share of the machine's limits."""
-    groups: dict = {}
-    for run in runs:
-        groups.setdefault(key(run), []).append(run)
-    return {name: {"rate": median(run["tokens"] / run["seconds"][clock] for run in group),
-                   "low": min(run["tokens"] / run["seconds"][clock] for run in group),
-                   "high": max(run["tokens"] / run["seconds"][clock] for run in group),
-                   "peak_mb": median(run["peak_mb"] for run in group),
-                   "seconds": median(run["seconds"][clock] for run in group),
-                   "job": group[0]} for name, group in groups.items()}
+def pythons_of(half: str, peer_python: str) -> dict[str, str]:
+    """Find for each engine a Python that has its packages; say which engines are left out."""
+    found = {}
+    for name, engine in ENGINES[half].items():
+        for python in filter(None, (peer_python, sys.executable)):  # the latter where both have them
+            imports = "import " + ", ".join(("torch", *engine.packages))
+            if subprocess.run([python, "-c", imports], capture_output=True).returncode == 0:
+                found[name] = python
+        if name not in found:
+            print(f"{name} is left out: no Python with {', '.join(engine.packages)} (see --peer_python)")
+    return found
 
 
-def shares(result: dict, limits: dict) -> tuple[float, float]:
-    """Least time for the matrix products, and for reading weights and caches, over the time it took."""
-    flops, moved = work_of(result["job"])
-    return (flops / limits["flops"][result["job"]["dtype"]] / result["seconds"],
-            moved / limits["copy"] / result["seconds"])
+def bench(half: str, shape: str, config: "Config") -> list[dict]:
+    """Try all settings (of sampling with N = 16), then measure the fastest of each engine in turns."""
+    pythons, points, chosen = pythons_of(half, config.peer_python), POINTS[half], {}
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(initialize(Llama(SHAPES[shape]), 0), Path(folder) / "model")
+        for name, python in pythons.items():
+            jobs = [asdict(config) | {"half": half, "shape": shape, "model": f"{folder}/model", "engine": name,
+                                      "setting": " ".join(map(str, setting.values())), **setting}
+                    for setting in ENGINES[half][name].settings]
+            tried = [(speed(measure_elsewhere(python, job | points[len(points) // 2])), i)
+                     for _ in range(2) for i, job in enumerate(jobs)]  # twice: a busy minute must not decide
+            chosen[name] = jobs[max(tried)[1]]
+        return [measure_elsewhere(python, chosen[name] | point)
+                for _ in range(config.rounds) for point in points for name, python in pythons.items()]
 
 
-def sampling_table(result: dict, clock: str) -> str:
-    """Markdown: both sides by shape and N, then the growth of cost."""
-    by_n = rates(result["runs"], clock, lambda run: (run["shape"], run["num_samples"], run["side"]))
-    limits = result["limits"]
-    lines = ["| model | N | ours, tok/s | transformers, tok/s | ratio | ours, MB | transformers, MB | of products "
-             "| of bandwidth |", "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]
-    for shape, n in dict.fromkeys((shape, n) for shape, n, _ in by_n):
-        ours, theirs = (by_n[shape, n, side] for side in SIDES)
-        products, bandwidth = shares(ours, limits)
-        lines.append(f"| {shape} | {n} | {ours['rate']:,.0f} ({ours['low']:,.0f} to {ours['high']:,.0f}) "
-                     f"| {theirs['rate']:,.0f} ({theirs['low']:,.0f} to {theirs['high']:,.0f}) "
-                     f"| **{ours['rate'] / theirs['rate']:.1f}** | {ours['peak_mb']:,.0f} | {theirs['peak_mb']:,.0f} "
-                     f"| {products:.0%} | {bandwidth:.0%} |")
-    used = {(run["shape"], run["side"]): f"{run['shape']}, {run['side']}: {run['dtype']}, {run['rows']} rows"
-            for run in result["runs"]}
-    lines += ["", "Fastest setting: " + "; ".join(used.values()) + ".", "",
-              "Limits measured: matrix product " + ", ".join(f"{rate / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, rate
-                                                           in limits["flops"].items())
-              + f"; copy {limits['copy'] / 1e9:,.0f} GB/s. MB: peak of the whole process.", "",
-              "| model, N = 16 | prompt | response | ours, tok/s | ms per response |", "|---|---:|---:|---:|---:|"]
-    grown = rates([run for run in result["runs"] if run["side"] == "ours" and run["num_samples"] == 16]
-                  + result["growth"], clock, lambda run: (run["shape"], run["prompt_tokens"], run["new_tokens"]))
-    for (shape, prompt, new), row in sorted(grown.items()):
-        lines.append(f"| {shape} | {prompt} | {new} | {row['rate']:,.0f} | {1000 * new / row['rate']:.2f} |")
+def table(results: list[dict]) -> str:
+    """Write Markdown: medians over rounds, and how many times as fast ours is."""
+    groups: dict[tuple, list[dict]] = {}
+    for result in results:
+        groups.setdefault((result["shape"], result["num_samples"], result["engine"]), []).append(result)
+    medians = {key: [median(speed(result, clock) for result in group) for clock in ("wall", "cpu")]
+               for key, group in groups.items()}
+    lines = ["| model | N | engine | setting | tokens/s (lowest to highest) | tokens per CPU second | peak MB "
+             "| ours is faster by | in CPU seconds |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
+    for (shape, n, engine), group in groups.items():
+        wall, cpu = medians[shape, n, engine]
+        by_wall, by_cpu = (ours / other for ours, other in zip(medians[shape, n, "ours"], (wall, cpu)))
+        low, high = (choose(map(speed, group)) for choose in (min, max))
+        lines.append(f"| {shape} | {n} | {engine} | {group[0]['setting']} | {wall:,.0f} ({low:,.0f} to {high:,.0f}) "
+                     f"| {cpu:,.0f} | {median(result['peak_mb'] for result in group):,.0f} "
+                     f"| **{by_wall:.1f}** | {by_cpu:.1f} |")
     return "\n".join(lines) + "\n"
 
 
-def plot(result: dict, clock: str, path: Path) -> None:
-    import matplotlib  # optional: requirements-extras.txt
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    by_n = rates(result["runs"], clock, lambda run: (run["shape"], run["side"], run["num_samples"]))
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for shape, style in zip(dict.fromkeys(shape for shape, _, _ in by_n), ("-", "--", ":")):
-        for side, color in zip(SIDES, ("tab:blue", "tab:gray")):
-            axes.plot(SAMPLES, [by_n[shape, side, n]["rate"] for n in SAMPLES], style, color=color, marker="o",
-                      label=f"{shape}, {side}")
-    axes.set(xscale="log", yscale="log", xlabel="responses to each prompt, N", ylabel="sampled tokens per second",
-             xticks=SAMPLES, xticklabels=SAMPLES)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
-def hardware(device: str) -> str:
-    if device == "cuda":
+def hardware() -> str:
+    if device() == "cuda":
         return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
+@dataclass(frozen=True)
+class Config(Options):
+    halves: tuple[str, ...] = option(tuple(ENGINES), "what is compared", choices=ENGINES)
+    shapes: tuple[str, ...] = option(("toy", "6.5m"), "sizes of the random models", choices=SHAPES)
+    rows: int = option(1024, "responses in one measurement of our sampling", low=32)
+    prompt_tokens: int = option(100, "mean length of a prompt", low=10)
+    new_tokens: int = option(64, "length of a response", low=1)
+    micro_batch_tokens: int = option(4096, "of our training", low=1)
+    rounds: int = option(3, "measurements behind each median", low=1)
+    threads: int = option(os.cpu_count(), "on a CPU", low=1)
+    peer_python: str = option("", "a Python that has what this one lacks, like trl")
+    out: str = option("results/bench", "folder of bench.md and bench.json")
+
+
+PRESETS = {"gpu": dict(shapes=("1b",), prompt_tokens=512, new_tokens=512, micro_batch_tokens=16384)}
+
+
 def main() -> None:
-    cuda = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results/bench"), help="folder of table, JSON and plot")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b"] if cuda else ["toy", "5m"],
-                        help="sizes of the random models")
-    parser.add_argument("--rows", type=int, default=1024, help="responses in one measurement of ours")
-    parser.add_argument("--prompt_tokens", type=int, default=512 if cuda else 100, help="tokens of a prompt")
-    parser.add_argument("--new_tokens", type=int, default=512 if cuda else 64, help="tokens of a response")
-    parser.add_argument("--rounds", type=int, default=3, help="measurements behind each median")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="on a CPU")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="seconds of the wall or of the processor")
-    parser.add_argument("--measure", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.measure:
-        task, job = json.loads(args.measure)
-        print(json.dumps({"sampling": measure, "limits": measure_limits}[task](job)))
-        return
-    if min(args.rows // max(SAMPLES), args.rounds, args.threads, args.new_tokens - 1, args.prompt_tokens - 4) < 1:
-        parser.error(f"--rows must be at least {max(SAMPLES)}, --rounds and --threads 1, --new_tokens 2, "
-                     "--prompt_tokens 5")
-    if args.clock == "cpu" and (cuda or args.threads > 1):
-        parser.error("--clock cpu adds up the seconds of threads and sees none of a GPU's: use it with --threads 1")
-    common = {"device": "cuda" if cuda else "cpu", "threads": args.threads}
-    result = {"hardware": hardware(common["device"]), "torch": torch.__version__, "command": sys.argv[1:],
-              "clock": args.clock, "threads": args.threads, "load": os.getloadavg()}
-    args.out.mkdir(parents=True, exist_ok=True)
-    result["sampling"] = bench_sampling(args, common)
-    write_json(args.out / "bench.json", result)
-    text = (f"# Benchmark\n\n{result['hardware']}; torch {result['torch']}, {args.threads} threads; prompts of about "
-            f"{args.prompt_tokens} tokens, {args.new_tokens} new tokens; medians (lowest to highest) of {args.rounds} "
-            f"rounds by the {args.clock} clock; load of the machine at the start {result['load'][0]:.1f}.\n\n")
-    write_text(args.out / "bench.md", text + sampling_table(result["sampling"], args.clock))
-    plot(result["sampling"], args.clock, args.out / "bench.png")
-    print(f"\n{(args.out / 'bench.md').read_text()}")
+    if sys.argv[1:2] == ["--job"]:  # in a process of measure_elsewhere
+        return print(json.dumps(measure(json.loads(sys.argv[2]))))
+    config = parse_config(Config, PRESETS, __doc__)
+    if config.peer_python and not shutil.which(config.peer_python):
+        raise SystemExit(f"--peer_python {config.peer_python}: there is no such program")
+    record = {"hardware": hardware(), "threads": config.threads, "load": os.getloadavg()[0],
+              **dict(line.split(None, 1) for line in run_card().splitlines())}
+    text = (f"# Benchmark\n\n{record['hardware']}, {config.threads} threads, torch {torch.__version__}; commit "
+            f"{record['commit']}; {config.rounds} rounds; load of the machine at the start {record['load']:.1f}.\n")
+    for half in config.halves:
+        record[half] = [result for shape in config.shapes for result in bench(half, shape, config)]
+        text += f"\n## {half.capitalize()}\n\n{table(record[half])}"
+    write_json(Path(config.out) / "bench.json", record)
+    write_text(Path(config.out) / "bench.md", text)
+    print(f"\n{text}")
 
 
 if __name__ == "__main__":

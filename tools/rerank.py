@@ -1,14 +1,12 @@
-"""Reranking: a reward model picks one of k responses (ReFT, arXiv 2401.08967, section 4.3 and App. B).
+"""Rerank: a reward model picks one of k responses (ReFT, arXiv 2401.08967, section 4.3 and App. B).
 
     1. label samples of the warm-up model on training questions by their verdicts; equal ones count once
-    2. put a 2-way head in the place of a model's LM head and train it, from the last token of a response,
-       to tell right from wrong
-    3. of the k responses that a policy gives to a test question, take the one with the highest P(right)
-       among those that give an answer at all
+    2. replace a model's LM head by a 2-way head, and train it to tell right from wrong at a response's last token
+    3. of the k responses that a policy gives to a test question, take the one with the highest P(right) among those
+       that give an answer at all
 
-Both inputs are files of samples that evaluate.py writes. Voting over the same k responses and the
-accuracy of a single one stand beside the result. Left out: choosing the reward model's epoch (the
-authors choose it on test).
+Both inputs are files of samples that evaluate.py writes. The result also has the vote over the same k responses and the
+accuracy of a single one. Left out: choosing the reward model's epoch (the authors choose it on test).
 
     python evaluate.py --preset toy --model WARMUP --split train --num_samples 20 --temperature 1 --run_dir A
     python evaluate.py --preset toy --model POLICY --num_samples 20 --temperature 1 --run_dir B
@@ -22,31 +20,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import drop, file_hash, weights_hash
-from evaluate import Answered, read_answered, summarize_samples, wilson
-from infra.experiment import derive_seed, open_run, option, parse_config, run_script, write_json, write_jsonl
+from checkpoint import model_hash
+from evaluate import Answered, summarize, wilson
+from infra.config import option, parse_config
+from infra.parallel import computed, device
+from infra.run import derive_seed, hash_of, once, open_run, read_records, run_script, write_jsonl
+from infra.state import drop_states
 from model import Llama, pad
-from infra.parallel import computed, device, missing
 from train import Example, TrainOptions, autocast, fit, load_trained, micro_batches
 
 
 @dataclass(frozen=True)
 class Config(TrainOptions):
     """Defaults are the paper's values."""
-    model: str = option("", "directory of the model that the reward model starts from")
-    labelled: str = option("", "file of samples of training questions, the warm-up model's")
-    candidates: str = option("", "file of k samples of each test question, the policy's")
+    model: str = option("", "directory of the model that the reward model starts from", required=True)
+    labelled: str = option("", "file of samples of training questions, the warm-up model's", required=True)
+    candidates: str = option("", "file of k samples of each test question, the policy's", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of batch order")
-    lr: float = option(1e-6, "peak learning rate of AdamW")
-    batch_size: int = option(48, "responses of one optimizer step (24 in the authors' code)")
-    epochs: int = option(3, "passes over the labelled responses")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("model", "labelled", "candidates"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name}: give one; rerank.py --help says what it is")
+    lr: float = option(1e-6, "peak learning rate of AdamW", above=0)
+    batch_size: int = option(48, "responses of one optimizer step (24 in the authors' code)", low=1)
+    epochs: int = option(3, "passes over the labelled responses", low=1)
 
 
 PRESETS = {"toy": dict(lr=1e-4, lr_schedule="linear", warmup_steps=10, batch_size=32)}
@@ -65,7 +59,7 @@ def label(answered: list[Answered]) -> list[Labelled]:
 
 
 class RewardModel(nn.Module):
-    """Step 2: a Llama that says (wrong, right) where it said which token comes next; its head begins at zero."""
+    """Step 2: a Llama with two logits (wrong, right) in place of those of the next token; its head begins at zero."""
 
     def __init__(self, model: Llama) -> None:
         super().__init__()
@@ -73,19 +67,16 @@ class RewardModel(nn.Module):
         self.head = nn.Linear(model.config.hidden_size, 2, bias=False, device=model.lm_head.weight.device)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """tokens (B, T) -> (B, 2) float32 logits of wrong and right, from the last token of each response."""
-        last = self.model(tokens, None)[torch.arange(len(tokens)), lengths - 1]  # (B, D)
+    def forward(self, responses: list[Example]) -> Tensor:
+        """B responses -> (B, 2) float32 logits of wrong and right, from the last token of each."""
+        tokens, lengths = pad([r.prompt + r.response for r in responses], device())
+        last = self.model(tokens)[torch.arange(len(tokens)), lengths - 1]  # (B, D)
         with torch.autocast(tokens.device.type, enabled=False):  # in bfloat16 close scores would be ties
             return self.head(last.float())
 
 
-def judgements(model: RewardModel, responses: list[Example]) -> Tensor:
-    return model(*pad([r.prompt + r.response for r in responses], device()))
-
-
 def classification_loss(model: RewardModel, responses: list[Labelled]) -> dict[str, Tensor]:
-    logits = judgements(model, responses)
+    logits = model(responses)
     labels = torch.tensor([int(r.right) for r in responses], device=logits.device)
     return {"loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (logits.argmax(-1) == labels).float()}
@@ -94,13 +85,14 @@ def classification_loss(model: RewardModel, responses: list[Labelled]) -> dict[s
 @torch.no_grad()
 def scores(model: RewardModel, responses: list[Example], config: Config) -> list[float]:
     """P(right) of each response."""
-    def score(batch: list[int]) -> list[tuple[int, float]]:
+    def score(part: list[Example]) -> list[float]:
         with autocast(config.precision):
-            right = judgements(model, [responses[i] for i in batch]).softmax(-1)[:, 1]
-        return list(zip(batch, right.tolist()))
+            return model(part).softmax(-1)[:, 1].tolist()
 
-    batches = micro_batches(range(len(responses)), lambda i: responses[i].tokens, config.micro_batch_tokens)
-    return [right for _, right in sorted(row for batch in computed(batches, score) for row in batch)]
+    parts = micro_batches(responses, config.micro_batch_tokens)
+    found = {id(response): right for part, rights in zip(parts, computed(parts, score))
+             for response, right in zip(part, rights)}
+    return [found[id(response)] for response in responses]
 
 
 def best(question: Answered, score: list[float]) -> int:
@@ -109,45 +101,48 @@ def best(question: Answered, score: list[float]) -> int:
     return max(answers or range(len(score)), key=lambda i: (score[i], -i))
 
 
-def main() -> None:
-    config = parse_config(Config, PRESETS, __doc__)
-    train, answered = read_answered(Path(config.labelled))
-    test, candidates = read_answered(Path(config.candidates))
+def read_inputs(config: Config) -> tuple[list[Labelled], list[Answered], str]:
+    """Read what is learned from, the candidates and their split; refuse files that do not belong together."""
+    train, answered = read_records(Path(config.labelled), Answered)
+    test, candidates = read_records(Path(config.candidates), Answered)
     labelled = label(answered)
-    if train.get("split") != "train" or any(train[name] != test[name] for name in ("task", "marks")):
-        raise SystemExit(f"{config.labelled} has samples of {train['task']} {train.get('split')} questions and "
-                         f"{config.candidates} of {test['task']}: the first must be train, of the same task")
-    if not labelled or not candidates:
-        raise SystemExit(f"{config.labelled} or {config.candidates} has no samples")
-    shares = fmean(response.right for response in labelled)
-    if shares in (0.0, 1.0):
-        raise SystemExit(f"{config.labelled}: all responses are {'right' if shares else 'wrong'}, and there "
-                         "is nothing to tell apart")
-    model = load_trained(config.model, config, RewardModel)
-    run = open_run(config, config.run_dir, weights=weights_hash(model), labelled_hash=file_hash(config.labelled),
-                   candidates_hash=file_hash(config.candidates))
-    if not missing(run / "results.json"):
-        print(f"all of it is in {run}, from an earlier call")
-        return
-    print(f"{len(labelled):,} labelled responses, {shares:.0%} of them right")
-    records = fit(model, labelled, classification_loss, lambda response: response.tokens, config,
-                  derive_seed(config.seed, "rerank"), "reward model", run)
-    write_jsonl(run / "train.jsonl", records)
+    if train.get("split") != "train" or any(train.get(name) != test.get(name) for name in ("task", "marks")):
+        raise SystemExit(f"{config.labelled} has samples of {train.get('task')} {train.get('split')} questions and "
+                         f"{config.candidates} of {test.get('task')}: the first must be train, of the same task")
+    if not candidates or len({response.right for response in labelled}) < 2:
+        raise SystemExit(f"{config.candidates} has {len(candidates)} questions and {config.labelled} {len(labelled)} "
+                         "responses: there must be right and wrong ones, or there is nothing to tell apart")
+    return labelled, candidates, test["split"]
 
-    flat = iter(scores(model, [Example(q.id, q.prompt_ids, s.ids) for q in candidates for s in q.samples],
-                       config))
+
+def rerank(labelled: list[Labelled], candidates: list[Answered], config: Config, run: Path) -> dict:
+    """Steps 2 and 3: the figures of results.json."""
+    model = load_trained(config.model, config, RewardModel)
+    records = fit(model, labelled, classification_loss, config, derive_seed(config.seed, "rerank"), run)
+    flat = iter(scores(model, [Example(q.id, q.prompt_ids, s.ids) for q in candidates for s in q.samples], config))
     by_question = [[next(flat) for _ in question.samples] for question in candidates]
     picked = [best(question, score) for question, score in zip(candidates, by_question)]
-    write_jsonl(run / "picked.jsonl", [{"id": q.id, "picked": i, "scores": score}
-                                       for q, i, score in zip(candidates, picked, by_question)])
-    right = sum(question.samples[i].right for question, i in zip(candidates, picked))
-    k, n = len(candidates[0].samples), len(candidates)
-    row = {"name": f"best of {k} by reward", "split": test.get("split"), "n": n, "accuracy": right / n,
-           "ci95": wilson(right, n), **summarize_samples(candidates, "")}
-    write_json(run / "results.json", [row])
-    drop(run / "state")
-    print(f"one sample {row['pass@1']:.1%}, vote of {k} {row[f'maj@{k}']:.1%}, best of {k} by reward "
-          f"{row['accuracy']:.1%}, of {n} questions; all of it in {run}")
+    write_jsonl(run / "train.jsonl", records)
+    write_jsonl(run / "picked.jsonl", [{"id": question.id, "picked": i, "scores": score}
+                                       for question, i, score in zip(candidates, picked, by_question)])
+    right, n = sum(question.samples[i].right for question, i in zip(candidates, picked)), len(candidates)
+    return {"n": n, "accuracy": right / n, "ci95": wilson(right, n)}
+
+
+def main() -> None:
+    config = parse_config(Config, PRESETS, __doc__)
+    labelled, candidates, split = read_inputs(config)
+    print(f"{len(labelled):,} labelled responses, {fmean(response.right for response in labelled):.0%} of them right")
+    run = open_run(config, weights=model_hash(config.model), labelled_hash=hash_of(Path(config.labelled)),
+                   candidates_hash=hash_of(Path(config.candidates)))
+    k = len(candidates[0].samples)
+    of_samples = {name: value for name, value in summarize(candidates, "").items()
+                  if name.startswith(("pass@", "maj@", "num_samples", "sampled_tags"))}
+    [row] = once(run / "results.json", lambda: [{"name": f"best of {k} by reward", "split": split, **of_samples,
+                                                 **rerank(labelled, candidates, config, run)}])
+    drop_states(run)
+    others = ", ".join(f"{name} {value:.1%}" for name, value in row.items() if name in ("pass@1", f"maj@{k}"))
+    print(f"best of {k} by reward {row['accuracy']:.1%}, {others}, of {row['n']} questions; everything is in {run}")
 
 
 if __name__ == "__main__":
