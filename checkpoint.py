@@ -2,8 +2,8 @@
 
 Llama 1 to 3, CodeLlama, TinyLlama, SmolLM2, Mistral and Qwen2 load as they are downloaded, and what is saved here loads
 in transformers as it is. Anything that model.py cannot compute is rejected by name; otherwise such a model would load
-and silently produce nonsense. Left out: quantised weights, and pickled ones, since a pickle can run code
-(tools/convert_meta.py reads plain tensors from Meta's own .pth files).
+and silently produce nonsense. Left out: quantised weights, and pickled ones, since a pickle can run code (transformers
+converts Meta's own .pth files).
 """
 import dataclasses
 import gc
@@ -45,7 +45,7 @@ def load_config(directory: str | Path) -> ModelConfig:
     if not path.is_file():
         meta = (path.parent / "params.json").is_file()
         raise SystemExit(f"{path} does not exist: give a directory with config.json and weights" + (
-            f". This one is Meta's: python -m tools.convert_meta {directory} NEW" if meta else ""))
+            ". This one is Meta's: transformers' convert_llama_weights_to_hf writes such a directory" if meta else ""))
     raw = read_json(path)
     if not isinstance(raw, dict):
         raise SystemExit(f"{path} holds a JSON {type(raw).__name__}, not an object")
