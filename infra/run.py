@@ -89,9 +89,13 @@ def open_run(config, **inputs: str) -> Path:
             run.mkdir(parents=True, exist_ok=True)
             lock(run)
             if (run / "config.json").exists():
-                refuse_changes(run, values, free)
+                if changed := differences(read_json(run / "config.json"), values, free):
+                    raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
+                                     "Give another --run_dir, or remove that directory.")
+            elif (run / "model").exists():
+                raise SystemExit(f"{run / 'model'} was not made by a run (there is no config.json next to it). Give "
+                                 "another --run_dir.")
             else:
-                refuse_foreign(run)
                 shutil.copytree(ROOT, run / "source", dirs_exist_ok=True, ignore=not_source)
                 write_json(run / "config.json", values)
             with open(run / "command.txt", "a", encoding="utf-8") as file:
@@ -103,20 +107,10 @@ def open_run(config, **inputs: str) -> Path:
     return run
 
 
-def refuse_changes(run: Path, values: dict, free: set[str]) -> None:
-    before = read_json(run / "config.json")
-    changed = [f"  {name}: {before.get(name)!r} there, {values.get(name)!r} now" for name in before | values
-               if name not in free and before.get(name) != values.get(name)]
-    if changed:
-        raise SystemExit("\n".join([f"{run} holds a run with another config or other inputs:", *changed,
-                                    "Give another --run_dir, or remove that directory."]))
-
-
-def refuse_foreign(run: Path) -> None:
-    """Refuse a directory whose model this run would take for its own."""
-    if (run / "model").exists():
-        raise SystemExit(f"{run / 'model'} was not made by a run (there is no config.json beside it). Give another "
-                         "--run_dir.")
+def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
+    """List the values that have changed, a line each; "" if none has."""
+    return "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in before | now
+                     if name not in free and before.get(name) != now.get(name))
 
 
 def not_source(folder: str, names: list[str]) -> list[str]:
@@ -177,7 +171,8 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
         if not kind:
             return read_json(path)
         before, records = read_records(path, kind)
-        refuse_others(path, before, json.loads(json.dumps(settings or {})))
+        if changed := differences(before, json.loads(json.dumps(settings or {}))):
+            raise SystemExit(f"{path} was made with other settings:\n{changed}\nRemove it to make it again.")
         return records
     began, value = time.perf_counter(), make()
     if kind:
@@ -187,13 +182,6 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
     log(path.parent, event=path.stem, seconds=time.perf_counter() - began)
     parallel.barrier()
     return value
-
-
-def refuse_others(path: Path, before: dict, settings: dict) -> None:
-    changed = [f"  {name}: {before.get(name)!r} there, {settings.get(name)!r} now" for name in before | settings
-               if before.get(name) != settings.get(name)]
-    if changed:
-        raise SystemExit("\n".join([f"{path} was made with other settings:", *changed, "Remove it to make it again."]))
 
 
 def write_records(path: Path, records: list, settings: dict) -> None:
