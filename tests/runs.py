@@ -17,9 +17,6 @@ SMALL = ["--preset", "smoke", "--num_questions", "10", "--num_samples", "3", "--
          "--eval_questions", "6", "--eval_samples", "2", "--batch_size", "8", "--lr", "1e-3"]
 
 
-SMALL_WORLD = {"train": 12, "dev": 6, "test": 6}  # questions; the first ones of the full world are the same
-
-
 @pytest.fixture(scope="session")
 def base(tmp_path_factory) -> Path:
     """A model directory: one layer, trained for a few seconds on a few hundred documents."""
@@ -37,9 +34,12 @@ def base(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture
-def small_world(monkeypatch):
-    monkeypatch.setattr(toy, "SIZES", SMALL_WORLD)
+@pytest.fixture(scope="module")
+def small_world():
+    """A dozen questions, from here on in the module; the first questions of the full world are the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(toy, "SIZES", {"train": 12, "dev": 6, "test": 6})
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 import data
 import irpo
 from checkpoint import load_model, load_sampler, model_hash, save_model
-from data import toy
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions
 from infra.run import derive_seed, read_json, read_records, write_jsonl
 from irpo import (TOY, Config, Pair, check_start, chosen_loss, kept_pairs, make_pairs, minimise, preference_loss,
                   preference_pairs, probe, right_and_wrong, training_items, training_row, with_reference)
-from runs import SMALL, SMALL_WORLD, call, read_lines, settings
+from runs import SMALL, call, read_lines, settings
 from sample import generate
 from tiny import random_tokens, slow_logps, tiny_model
 from train import Example, batch_at
@@ -304,12 +303,10 @@ TEMPERATURES = {1: 0.9, 2: 1.2, 3: 1.2}  # the last one repeats
 
 
 @pytest.fixture(scope="module")
-def run(base, tmp_path_factory) -> Path:
+def run(base, small_world, tmp_path_factory) -> Path:
     """A finished run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "SIZES", SMALL_WORLD)
-        call(irpo, *FLAGS, "--model", base, "--run_dir", folder)
+    call(irpo, *FLAGS, "--model", base, "--run_dir", folder)
     return folder
 
 
@@ -328,7 +325,7 @@ HEADERS = [("eval_dev.jsonl", (0, 1, 2, 3), 0, "dev", 6, lambda t: 0.0, 1, lambd
 @pytest.mark.parametrize("name, iterations, back, split, questions, temperature, num_samples, seed", HEADERS,
                          ids=[row[0] for row in HEADERS])
 def test_every_file_of_samples_is_made_as_it_must(name, iterations, back, split, questions, temperature, num_samples,
-                                                  seed, run, base, small_world):
+                                                  seed, run, base):
     """Which model answers which questions, at which temperature, with which seed: as the first line says, and as the
     same call gives again."""
     problems, tokenizer = data.load_problems("toy", split)[:questions], load_tokenizer(base)
@@ -372,7 +369,7 @@ def slow_means(model, pairs: list[Pair], golds: dict[str, list[int]]) -> dict[st
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_pairs_come_from_the_samples_and_their_reference_is_the_last_model(t, run, base, small_world):
+def test_pairs_come_from_the_samples_and_their_reference_is_the_last_model(t, run, base):
     """Token in, token out: what is trained on was sampled or is gold, id by id."""
     folder, before, tokenizer = run / f"iter{t}", model_of(run, base, t - 1), load_tokenizer(base)
     assert settings(folder / "pairs.jsonl") == {"reference": model_hash(before)}
@@ -387,7 +384,7 @@ def test_pairs_come_from_the_samples_and_their_reference_is_the_last_model(t, ru
 
 
 @pytest.mark.parametrize("t", [1, 2, 3])
-def test_each_iteration_trains_the_last_model_on_its_pairs(t, run, base, small_world):
+def test_each_iteration_trains_the_last_model_on_its_pairs(t, run, base):
     """From the first record, the weights are M_{t-1}'s, and at the last they are those that were saved. Batches follow
     from the seed; learning rate, alpha and beta are the run's."""
     folder, golds = run / f"iter{t}", golds_of(base)
@@ -468,7 +465,7 @@ def test_fine_tuning_on_winners(base, tmp_path, small_world):
 
 
 @pytest.mark.parametrize("method", ["irpo", "sft_gold"])
-def test_start_from_another_model(method, base, run, tmp_path, small_world):
+def test_start_from_another_model(method, base, run, tmp_path):
     """IRPO from a fine-tuned model: pairs from M_0, reference and first weights from the other one; in iteration 2 all
     is M_1's. SFT on gold sees every question once, not its pairs."""
     other, M1 = run / "iter3" / "model", tmp_path / "run" / "iter1" / "model"
