@@ -124,25 +124,19 @@ def test_pairs_of_all_questions_and_what_the_row_counts(tiny_dirs, tmp_path):
     without = preference_pairs(QUESTIONS, golds, replace(config, gold=False))  # as for ARC
     assert [pair.id for pair in without] == ["mixed"] * 3 + ["long"] * 3
     assert not any(pair.chosen == GOLD for pair in without)
-    twice = preference_pairs(QUESTIONS[:1], {}, replace(config, dedupe=False))
-    assert [pair.chosen for pair in twice] == [[5, 2]] * 3
+    twice = answered("twice", *[sample([i, 2], i > 5) for i in (7, 7, 8, 5)])
+    for dedupe, chosen in ((True, [[7, 2], [8, 2], [7, 2]]), (False, [[7, 2], [7, 2], [8, 2]])):
+        assert [pair.chosen for pair in preference_pairs([twice], {}, replace(config, dedupe=dedupe))] == chosen
 
 
-def test_what_fits_a_model_and_a_micro_batch():
-    """Micro-batches are made by the tokens of a pair's row, whose prompt is there once and its last token again. What
-    must fit the model is the longer sequence."""
-    pair = Pair("q", [1, 5, 6], [7, 8, 9, 2], [7, 2])
-    assert pair.tokens == 10 and pair.longest == 7
-    assert Pair("q", [1, 5, 6], [7, 2], [7, 8, 9, 2]).longest == 7
-
-
-@pytest.mark.parametrize("length, fits", [(18, True), (19, False)])
-def test_a_pair_fits_if_both_of_its_sequences_do(length, fits, tiny_dirs):
-    """The limit is the model's 20 positions, which the longer sequence may fill. No pairs at all is an error with a
-    remedy: training on nothing would give the last model again, and a table that says so."""
-    config = replace(Config(**FP32), model=str(tiny_dirs[0]))
-    pair = Pair("q", [1, 9], [5] * length, [2])
-    if fits:
+@pytest.mark.parametrize("chosen, rejected", [(18, 1), (1, 18), (19, 1), (1, 19)])
+def test_a_pair_fits_if_both_of_its_sequences_do(chosen, rejected, tiny_dirs):
+    """The limit is the model's 20 positions, which the longer sequence may fill, and not the tokens of the pair's row:
+    the prompt, its last token again, and both responses. No pairs at all is an error with a remedy: training on nothing
+    would give the last model again, and a table that says so."""
+    config, pair = Config(model=str(tiny_dirs[0])), Pair("q", [1, 9], [5] * chosen, [6] * rejected)
+    assert pair.tokens == 3 + chosen + rejected
+    if chosen + rejected == 19:
         assert kept_pairs([pair], config, 3) == [pair]
     else:
         with pytest.raises(SystemExit, match="iteration 3 has no pairs.*1 pairs of more than 20 tokens.*--temperature"):
@@ -315,39 +309,30 @@ def model_of(run: Path, base: Path, t: int) -> Path:
     return run / f"iter{t}" / "model" if t else base
 
 
-# file, iterations, iteration of its model - its own, split, questions, temperature, samples, seed
-HEADERS = [("eval_dev.jsonl", (0, 1, 2, 3), 0, "dev", 6, lambda t: 0.0, 1, lambda t: 3),
-           ("eval_samples.jsonl", (0, 1, 2, 3), 0, "test", 6, lambda t: 0.0, 1, lambda t: 3),
-           ("eval_sampled.jsonl", (0, 1, 2, 3), 0, "test", 6, lambda t: 1.0, 2, lambda t: 3),
-           ("samples.jsonl", (1, 2, 3), -1, "train", 10, TEMPERATURES.get, 3, lambda t: derive_seed(3, t, "sample"))]
-
-
-@pytest.mark.parametrize("name, iterations, back, split, questions, temperature, num_samples, seed", HEADERS,
-                         ids=[row[0] for row in HEADERS])
+# file, iterations, iteration of its model relative to its own, split, questions, temperature, samples, seed
+@pytest.mark.parametrize("name, iterations, back, split, questions, temperature, num_samples, seed", [
+    ("eval_dev.jsonl", (0, 1, 2, 3), 0, "dev", 6, lambda t: 0.0, 1, lambda t: 3),
+    ("eval_samples.jsonl", (0, 1, 2, 3), 0, "test", 6, lambda t: 0.0, 1, lambda t: 3),
+    ("eval_sampled.jsonl", (0, 1, 2, 3), 0, "test", 6, lambda t: 1.0, 2, lambda t: 3),
+    ("samples.jsonl", (1, 2, 3), -1, "train", 10, TEMPERATURES.get, 3, lambda t: derive_seed(3, t, "sample"))])
 def test_every_file_of_samples_is_made_as_it_must(name, iterations, back, split, questions, temperature, num_samples,
                                                   seed, run, base):
     """Which model answers which questions, at which temperature, with which seed: as the first line says, and as the
-    same call gives again."""
+    same call gives again. A setting that the first line leaves out could change unnoticed when a run is resumed."""
     problems, tokenizer = data.load_problems("toy", split)[:questions], load_tokenizer(base)
+    options = {field.name for field in fields(SampleOptions) if not field.metadata["free"]}
     for t in iterations:
         path, directory = run / f"iter{t}" / name, model_of(run, base, t + back)
         said, questions_answered = read_records(path, Answered)
         wanted = dict(weights=model_hash(directory), split=split, temperature=temperature(t), num_samples=num_samples,
                       seed=seed(t), max_new_tokens=24, task="toy", prompt="plain")
-        assert {key: said[key] for key in wanted} == wanted, path
+        assert {key: said[key] for key in wanted} == wanted and options < said.keys(), path
 
         assert [q.id for q in questions_answered] == [problem.id for problem in problems]
         assert [q.prompt for q in questions_answered] == [f"{problem.question}\n" for problem in problems]
         again = generate(load_sampler(directory), [q.prompt_ids for q in questions_answered], num_samples=num_samples,
                          max_new_tokens=24, temperature=temperature(t), eos_id=tokenizer.eos_id, seed=seed(t))
         assert [[s.ids for s in q.samples] for q in questions_answered] == [[r.ids for r in group] for group in again]
-
-
-def test_the_first_line_holds_every_setting_of_the_samples(run):
-    """A setting that it leaves out could change when a run is resumed, and nobody would see it."""
-    free = {field.name for field in fields(SampleOptions) if field.metadata["free"]}
-    names = {field.name for field in fields(SampleOptions)} - free
-    assert names < settings(run / "iter1" / "samples.jsonl").keys()
 
 
 def config_of(run: Path) -> Config:
@@ -403,7 +388,7 @@ def test_each_iteration_trains_the_last_model_on_its_pairs(t, run, base):
     for record, step, iteration in ((first, 0, t - 1), (last, len(steps), t)):
         expected = slow_means(load_model(model_of(run, base, iteration)), pairs, golds)
         assert record == pytest.approx({"step": step, **expected}, abs=1e-2)
-    assert last["chosen"] > first["chosen"] + 0.1
+    assert model_hash(model_of(run, base, t)) != model_hash(model_of(run, base, t - 1))
 
 
 def right_samples(path: Path) -> list[bool]:
