@@ -36,9 +36,9 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def small_world():
-    """A dozen questions, from here on in the module; the first questions of the full world are the same."""
+    """A few questions, from here on in the module; the first questions of the full world are the same."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "SIZES", {"train": 12, "dev": 6, "test": 6})
+        patch.setattr(toy, "SIZES", {"train": 12, "dev": 8, "test": 8})
         yield
 
 

@@ -292,7 +292,7 @@ def test_the_probe_sees_few_pairs_from_all_over(tiny_dirs, tmp_path, monkeypatch
 # --- a run, from its files -------------------------------------------------------------------------
 
 FLAGS = [*SMALL, "--seed", "3", "--iterations", "3", "--temperature", "0.9", "1.2", "--alpha", "0.5", "--beta", "0.2",
-         "--precision", "fp32"]
+         "--precision", "fp32", "--save_every", "2"]
 TEMPERATURES = {1: 0.9, 2: 1.2, 3: 1.2}  # the last one repeats
 
 
@@ -314,7 +314,8 @@ def model_of(run: Path, base: Path, t: int) -> Path:
     ("eval_dev.jsonl", (0, 1, 2, 3), 0, "dev", 6, lambda t: 0.0, 1, lambda t: 3),
     ("eval_samples.jsonl", (0, 1, 2, 3), 0, "test", 6, lambda t: 0.0, 1, lambda t: 3),
     ("eval_sampled.jsonl", (0, 1, 2, 3), 0, "test", 6, lambda t: 1.0, 2, lambda t: 3),
-    ("samples.jsonl", (1, 2, 3), -1, "train", 10, TEMPERATURES.get, 3, lambda t: derive_seed(3, t, "sample"))])
+    ("samples.jsonl", (1, 2, 3), -1, "train", 10, TEMPERATURES.get, 3, lambda t: derive_seed(3, t, "sample"))],
+    ids=["dev", "test", "sampled", "train"])
 def test_every_file_of_samples_is_made_as_it_must(name, iterations, back, split, questions, temperature, num_samples,
                                                   seed, run, base):
     """Which model answers which questions, at which temperature, with which seed: as the first line says, and as the
@@ -488,7 +489,7 @@ def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path,
 
     folder, dev = tmp_path / "run" / "iter1", {problem.id for problem in data.load_problems("toy", "dev")}
     trial, last = trials
-    assert len(dev) == 6 and not dev & set(trial) and dev & set(last)
+    assert len(dev) == 8 and not dev & set(trial) and dev & set(last)
     assert trial == [id for id in last if id not in dev]
     assert last == [pair["id"] for pair in read_lines(folder / "pairs.jsonl")]
     curve = read_json(folder / "select.json")
