@@ -1,5 +1,6 @@
 """Scripts end to end on a tiny base model: what they write, interrupted or not, and what they refuse."""
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -21,7 +22,7 @@ from data.fresh import fresh_model
 from data.prompts import TEMPLATES
 from evaluate import Answered
 from infra.config import parse_config
-from infra.run import derive_seed, once, open_run, read_json, read_records, run_script, write_records
+from infra.run import derive_seed, once, open_run, read_json, read_records, run_script, write_json, write_records
 from irpo import Config, Pair
 from runs import SMALL, call, read_lines, refusal, settings
 from tools import chat, evaluation, sft
@@ -142,6 +143,21 @@ def test_once_makes_a_file_once_and_refuses_one_with_other_settings(tmp_path):
         with pytest.raises(SystemExit, match=rf"pairs.jsonl was made with other settings:\n  {said}"):
             get(**other)
     assert len(made) == 1 and once(tmp_path / "x.json", lambda: {"a": 1}) == once(tmp_path / "x.json", dict) == {"a": 1}
+
+
+@pytest.mark.parametrize("before", [None, {"a": 1}])
+def test_a_file_that_cannot_be_written_is_as_it_was(before, tmp_path, monkeypatch):
+    """A full disk: half a file under its name would be taken for a complete one when the run is resumed."""
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "eval.json"
+    if before:
+        write_json(path, before)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match="eval.json cannot be written: No space left on device.*same command again"):
+        write_json(path, {"a": 2})
+    assert [*tmp_path.iterdir()] == ([path] if before else []) and (not before or read_json(path) == before)
 
 
 # --- a run that is resumed -------------------------------------------------------------------------
