@@ -12,9 +12,8 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 
 def tiny_model(seed: int = 0, sharpness: float = 1.5, **overrides) -> Llama:
     """Weights large enough that attention and positions matter: errors show in the logits."""
-    shape = dict(vocab_size=24, hidden_size=32, intermediate_size=40, num_hidden_layers=2,
-                 num_attention_heads=4, num_key_value_heads=2, head_dim=8,
-                 max_position_embeddings=128, rope_theta=100.0)
+    shape = dict(vocab_size=24, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, max_position_embeddings=128, rope_theta=100.0)
     model = Llama(ModelConfig(**{**shape, **overrides}))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -62,8 +61,7 @@ def slow_rotate(config: ModelConfig, x: list[float], position: int) -> list[floa
 
 @torch.no_grad()
 def slow_logits(model: Llama, tokens: list[int]) -> Tensor:
-    """(T, V) in float64: Llama position by position and head by head, from the published
-    equations."""
+    """Compute logits (T, V) in float64: Llama position by position and head by head, from the published equations."""
     config, half = model.config, model.config.head_dim
     w = {name: weight.double() for name, weight in model.state_dict().items()}
 
@@ -82,16 +80,14 @@ def slow_logits(model: Llama, tokens: list[int]) -> Tensor:
     for layer in range(config.num_hidden_layers):
         at = f"model.layers.{layer}."
         normed = [norm(x, at + "input_layernorm") for x in xs]
-        q, k = ([heads(x, f"{at}self_attn.{name}_proj", t) for t, x in enumerate(normed)]
-                for name in "qk")
+        q, k = ([heads(x, f"{at}self_attn.{name}_proj", t) for t, x in enumerate(normed)] for name in "qk")
         v = [heads(x, at + "self_attn.v_proj", None) for x in normed]
         for t in range(len(xs)):
             mixed = []
             for j in range(config.num_attention_heads):
                 scores = [float(q[t][j] @ k[s][j // group]) / math.sqrt(half) for s in range(t + 1)]
                 total = sum(math.exp(score) for score in scores)
-                mixed.append(sum(math.exp(score) / total * v[s][j // group]
-                                 for s, score in enumerate(scores)))
+                mixed.append(sum(math.exp(score) / total * v[s][j // group] for s, score in enumerate(scores)))
             x = xs[t] + w[at + "self_attn.o_proj.weight"] @ torch.cat(mixed)
             y = norm(x, at + "post_attention_layernorm")
             gate = w[at + "mlp.gate_proj.weight"] @ y
@@ -112,8 +108,7 @@ def slow_logps(model: Llama, prompt: list[int], response: list[int]) -> list[flo
 
 
 def chi_square_p(observed: list[int], expected: list[float]) -> float:
-    """Chance that counts drawn from `expected` are at least this far off; cells below 5 are
-    pooled."""
+    """Chance that counts drawn from `expected` are at least this far off; cells below 5 are pooled."""
     cells, rest = [], [0.0, 0.0]
     for o, e in zip(observed, expected, strict=True):
         if e >= 5:
