@@ -219,7 +219,7 @@ def check_names(directory: Path, model: Llama, files: list[Path]) -> None:
             faults.append(f"{name} has shape {weight.get_shape()} and should have {wanted[name]}")
         found.add(name)
     spare = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    for fault, names in (("unexpected", found.keys() - wanted - spare), ("missing", wanted.keys() - found)):
+    for fault, names in (("unexpected", found - wanted.keys() - spare), ("missing", wanted.keys() - found)):
         if names:
             faults.insert(0, f"{fault}: {listed(sorted(names))}")
     if faults:
