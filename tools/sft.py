@@ -5,7 +5,6 @@
     python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import data
 from checkpoint import model_hash
@@ -31,6 +30,11 @@ class Config(TrainOptions, TaskOptions):
     num_layers: int = option(4, "layers of a fresh model", low=1)
     max_positions: int = option(256, "longest sequence of a fresh model", low=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % 8:
+            raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of 8, for 4 heads of even width")
+
 
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
             prompt_weight=0.1)
@@ -54,7 +58,8 @@ def main() -> None:
         return model, fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
 
     start = config.model or str(run / "start")
-    if not by_first(Path(start).exists):
+    # a run that was killed early may have left a tokenizer there, without a model
+    if not config.model and not by_first((run / "start" / "config.json").exists):
         fresh_model([f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size,
                     config.hidden_size, config.num_layers, config.max_positions, config.seed)
     print(f"{trained(run, start, train)} is complete")
