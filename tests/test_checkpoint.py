@@ -92,7 +92,7 @@ def write_shards(directory, model, shards: int = 3) -> None:
         part = {key: weights[key] for key in sorted(weights)[i::shards]}
         save_file(part, directory / name)
         index |= dict.fromkeys(part, name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (directory / checkpoint.INDEX).write_text(json.dumps({"weight_map": index}))
 
 
 def rewrite(directory: Path, change) -> None:
@@ -152,52 +152,37 @@ def test_models_that_cannot_be_computed_are_refused(fields, named, tmp_path):
     assert str(path) in said and named in said
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_broken_json_is_refused_by_name(name, text, tmp_path):
-    write_shards(tmp_path / "model", tiny_model())
-    (tmp_path / "model" / name).write_text(text, encoding="latin-1")
-    assert str(tmp_path / "model" / name) in refusal(tmp_path / "model")
+INDEX, SECOND = checkpoint.INDEX, "model-00002-of-00003.safetensors"
+BROKEN = {  # what happens to a directory of three files and an index, and what the message names
+    "no config.json": (lambda model: (model / "config.json").unlink(), ["config.json"]),
+    "a file is missing": (lambda model: (model / SECOND).unlink(), [SECOND]),
+    "no index": (lambda model: (model / INDEX).unlink(), [INDEX, SECOND]),
+    "no weights": (lambda model: [path.unlink() for path in model.glob("model*")], ["model.safetensors"]),
+    "a file is cut": (lambda model: os.truncate(model / SECOND, 900), [SECOND, "not a complete"]),
+    "the index leads elsewhere": (lambda model: edit(model / INDEX, weight_map={"x": "../other/model.safetensors"}),
+                                  [INDEX, "weight_map"]),
+    "a second model": (lambda model: shutil.copyfile(model / SECOND, model / "model.safetensors"), ["two models"]),
+    "only a pickle": (lambda model: [path.rename(model / f"{i}.bin") for i, path in enumerate(model.glob("model*"))],
+                      ["pickle", "save_pretrained"])}
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model-00002-of-00003.safetensors",
-                                     "model.safetensors.index.json"])
-def test_a_directory_with_a_file_missing_is_refused(missing, tmp_path):
-    """A download that broke off: some weights would keep whatever memory held."""
-    write_shards(tmp_path / "model", tiny_model())
-    (tmp_path / "model" / missing).unlink()
-    said = refusal(tmp_path / "model")
-    assert str(tmp_path / "model") in said and missing in said
-
-
-def test_a_cut_file_is_refused_by_name(tmp_path):
-    save_model(tiny_model(), tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert str(path) in refusal(tmp_path / "model")
-
-
-def test_an_index_cannot_lead_out_of_its_directory(tmp_path):
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_directory_is_refused_by_name(fault, tmp_path):
+    """A download that broke off would leave weights with whatever memory held, and unpickling can run code."""
     save_model(tiny_model(), tmp_path / "other")
     write_shards(tmp_path / "model", tiny_model())
-    index = tmp_path / "model" / "model.safetensors.index.json"
-    edit(index, weight_map={"lm_head.weight": "../other/model.safetensors"})
-    assert str(index) in refusal(tmp_path / "model")
-
-
-def test_two_models_in_one_directory_are_refused(tmp_path):
-    """An index and a model.safetensors that is not in it: which of them is meant?"""
-    write_shards(tmp_path / "model", tiny_model())
-    save_file({"x": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
-    assert "model.safetensors.index.json" in refusal(tmp_path / "model")
-
-
-def test_pickled_weights_are_never_loaded(tmp_path):
-    """Unpickling can run code; the message says how to come by safetensors."""
-    save_model(tiny_model(), tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    spoil, named = BROKEN[fault]
+    spoil(tmp_path / "model")
     said = refusal(tmp_path / "model")
-    assert "pickle" in said and "save_pretrained" in said
+    assert all(name in said for name in [str(tmp_path / "model"), *named])
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_broken_json_is_refused_by_name(name, text, tmp_path):
+    write_shards(tmp_path, tiny_model())
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    assert str(tmp_path / name) in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -402,7 +387,7 @@ def test_a_large_model_is_saved_in_files_of_limited_size(limit, tmp_path, monkey
     if limit == 10**9:
         assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     else:
-        index = json.loads((tmp_path / "model" / checkpoint.INDEX).read_text())
+        index = json.loads((tmp_path / "model" / INDEX).read_text())
         assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in tiny_model().parameters())
         assert index["weight_map"] == {name: file for file, weights in files.items() for name in weights}
 
@@ -414,13 +399,8 @@ def one_bit(weights: dict) -> None:
     last.copy_(torch.nextafter(last, last + 1))
 
 
-def swap_layers(weights: dict) -> None:
-    a, b = (f"model.layers.{i}.mlp.up_proj.weight" for i in range(2))
-    weights[a], weights[b] = weights[b], weights[a]
-
-
 @pytest.mark.parametrize("change", [
-    lambda model: rewrite(model, one_bit), lambda model: rewrite(model, swap_layers),
+    lambda model: rewrite(model, one_bit),
     lambda model: edit(model / "config.json", rope_theta=101.0),
     lambda model: (model / "tokenizer.model").write_bytes(b"another"),
     lambda model: edit(model / "tokenizer_config.json", eos_token="<end>"),
@@ -449,14 +429,10 @@ def test_the_hash_sees_every_file_of_a_large_model(tmp_path):
     assert len(seen) == 4
 
 
-@pytest.mark.parametrize("path, files, hint", [
-    ("nowhere", [], ""), ("empty", [], ""), ("meta", ["params.json"], "convert_llama_weights_to_hf")])
-def test_a_directory_that_is_no_model_is_refused_by_name(path, files, hint, tmp_path):
+def test_a_directory_that_is_no_model_is_refused_by_name(tmp_path):
     """A typo in --model must say what was looked for, and where; Meta's own format, who converts it."""
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "meta").mkdir()
-    for name in files:
-        (tmp_path / path / name).write_text("{}")
-    said = refusal(tmp_path / path)
-    assert str(tmp_path / path / "config.json") in said and hint in said
-    assert ("convert" in said) == bool(hint)
+    for path in (tmp_path / "nowhere", tmp_path):
+        said = refusal(path)
+        assert str(path / "config.json") in said and "convert" not in said
+    (tmp_path / "params.json").write_text("{}")
+    assert "convert_llama_weights_to_hf" in refusal(tmp_path)
