@@ -114,24 +114,24 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
     if world() > 1:
         gc.collect()  # a sharded model that is no longer needed refers to itself
     directory, config = Path(directory), load_config(directory)
-    files = weight_files(directory)
-    with torch.device("meta"):
-        model = Llama(config)
+    model, files, spare_head = without_weights(config, ranks), weight_files(directory), None
     check_names(directory, model, files)
-    if ranks > 1:
-        split_over_ranks(model, ranks)
-    spare_head = None
     for name, file in stored(files):
         if name == "lm_head.weight" and config.tie_word_embeddings:
             spare_head = file.get_tensor(name)
         else:
             set_weight(model, name, file.get_tensor(name).to(device, dtype))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-        if spare_head is not None and not torch.equal(spare_head.to(device, dtype), model.lm_head.weight):
-            raise SystemExit(f"{directory}: tie_word_embeddings is true in config.json, and lm_head.weight differs "
-                             "from model.embed_tokens.weight")
+    if spare_head is not None and not torch.equal(spare_head.to(device, dtype), model.lm_head.weight):
+        raise SystemExit(f"{directory}: tie_word_embeddings is true in config.json, and lm_head.weight differs from "
+                         "model.embed_tokens.weight")
     return model
+
+
+def without_weights(config: ModelConfig, ranks: int = 1) -> Llama:
+    """Make a model on the meta device, split over this many ranks."""
+    with torch.device("meta"):
+        model = Llama(config)
+    return split_over_ranks(model, ranks) if ranks > 1 else model
 
 
 def set_weight(model: Llama, name: str, weight: Tensor) -> None:
@@ -139,6 +139,8 @@ def set_weight(model: Llama, name: str, weight: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     part = shard_like(model.get_parameter(name), weight)
     setattr(model.get_submodule(module), leaf, nn.Parameter(part))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def sampling_dtype() -> torch.dtype:
@@ -157,14 +159,9 @@ def sampler_of(model: Llama, ranks: int = 1) -> Llama:
     """Turn a model in training into one to sample from: a copy, unless it is one already."""
     if ranks == 1 and world() == 1 and model.lm_head.weight.dtype == sampling_dtype():
         return model
-    with torch.device("meta"):
-        copy = Llama(model.config)
-    if ranks > 1:
-        split_over_ranks(copy, ranks)
+    copy = without_weights(model.config, ranks)
     for name, weight in model.named_parameters():
         set_weight(copy, name, full_weight(weight.detach()).to(device(), sampling_dtype()))
-    if model.config.tie_word_embeddings:
-        copy.lm_head.weight = copy.model.embed_tokens.weight
     return copy
 
 
@@ -232,8 +229,7 @@ def listed(names: list[str], comma: str = ", ") -> str:
 
 def num_parameters(directory: str | Path) -> int:
     """Count the parameters of a directory's model from its config.json; tied weights count once."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in Llama(load_config(directory)).parameters())
+    return sum(weight.numel() for weight in without_weights(load_config(directory)).parameters())
 
 
 def model_hash(directory: str | Path) -> str:

@@ -105,11 +105,13 @@ def test_the_flags_of_the_corpus_reach_it(preset, world, tmp_path, monkeypatch):
 
 def test_a_given_model_is_tuned_on_the_training_questions(base, tmp_path, monkeypatch):
     """It starts from that model (its weights at a learning rate of almost nothing, its tokenizer), not from a fresh
-    one, and learns the task's own solutions, not the corpus."""
-    asked, load = [], sft.Config.problems
+    one, and learns the task's own solutions, not the corpus, with the seed and the weights that were asked for."""
+    asked, given, load, fit = [], [], sft.Config.problems, sft.fit_sft
     monkeypatch.setattr(sft.Config, "problems", lambda *args: asked.append(args[1:]) or load(*args)[:20])
-    tuned = call(tmp_path / "run", "--model", base, "--max_steps", 1, "--lr", 1e-9)
-    assert asked == [("train",)]
+    monkeypatch.setattr(sft, "fit_sft", lambda *args: given.extend(args) or fit(*args))
+    tuned = call(tmp_path / "run", "--model", base, "--max_steps", 1, "--lr", 1e-9, "--seed", 5, "--prompt_weight", 0.3)
+    assert asked == [("train",)] and len(given[1]) == 20
+    assert given[3:] == [5, tmp_path / "run", 0.3]
     for weight, before in zip(load_model(tuned).parameters(), load_model(base).parameters(), strict=True):
         torch.testing.assert_close(weight, before, rtol=0, atol=1e-6)
     assert (tuned / "tokenizer.model").read_bytes() == (base / "tokenizer.model").read_bytes()
