@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TELL_THE_TIME = ("log.jsonl", "command.txt", "lock")
-TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--num_kv_heads", "1"]
+TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1"]
 RUNS = {  # the work that is killed; a state is saved every step or every few
     "sft": ["train.py", *TINY, "--max_steps", "60", "--save_every", "3"],
     "irpo": ["irpo.py", "--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48"],

@@ -13,7 +13,6 @@ from data.fresh import fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.config import option, parse_config
-from infra.parallel import by_first
 from infra.run import hash_of, open_run, run_script
 from model import Llama
 from train import Example, TrainOptions, fit_sft, load_trained, trained
@@ -57,11 +56,9 @@ def main() -> None:
         examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
         return model, fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
 
-    start = config.model or str(run / "start")
-    # a run that was killed early may have left a tokenizer there, without a model
-    if not config.model and not by_first((run / "start" / "config.json").exists):
-        fresh_model([f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size,
-                    config.hidden_size, config.num_layers, config.max_positions, config.seed)
+    start = config.model or fresh_model(
+        [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
+        config.num_layers, config.max_positions, config.seed)
     print(f"{trained(run, start, train)} is complete")
 
 
