@@ -17,8 +17,6 @@ def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: in
     """Make a model directory, unless it is complete, with 4 attention heads on 2 key-value heads; return its name."""
     if by_first((folder / "config.json").exists):  # save_model writes it last
         return str(folder)
-    if hidden_size % 8:
-        raise SystemExit(f"--hidden_size {hidden_size}: must be a multiple of 8, for 4 heads of even width")
     folder.mkdir(parents=True, exist_ok=True)
     by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, SYMBOLS))
     shape = ModelConfig(vocab_size=load_tokenizer(folder).vocab_size, hidden_size=hidden_size,

@@ -29,6 +29,11 @@ class Config(TrainOptions, TaskOptions):
     num_layers: int = option(4, "layers of a fresh model", low=1)
     max_positions: int = option(256, "longest sequence of a fresh model", low=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % 8:
+            raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of 8, for 4 heads of even width")
+
 
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
             prompt_weight=0.1)
