@@ -21,10 +21,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TELL_THE_TIME = ("log.jsonl", "command.txt", "lock")
 TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1"]
+SMALL = ["--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48", "--num_questions", "16",
+         "--eval_questions", "8"]
 RUNS = {  # the work that is killed; a state is saved every step or every few
     "sft": ["train.py", *TINY, "--max_steps", "60", "--save_every", "3"],
-    "irpo": ["irpo.py", "--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48"],
-    "ppo": ["reft.py", "--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48"]}
+    "irpo": ["irpo.py", *SMALL],
+    "ppo": ["reft.py", *SMALL]}
 
 
 @dataclass
@@ -105,7 +107,7 @@ def main() -> None:
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
     base = args.out / "base"
-    finish(start(["train.py", *TINY, "--max_steps", "200"], base, 1), base)
+    finish(start(["train.py", *TINY, "--max_steps", "60"], base, 1), base)
     bad = False
     print("| method | ranks | kills | whole runs | files compared | seconds uninterrupted | differences |")
     print("|---|---|---|---|---|---|---|")
