@@ -1,4 +1,4 @@
-"""One thread, so that results are the same to the bit, and the repository root on the path."""
+"""One thread, so that results are the same to the bit, the repository root on the path, and shared fixtures."""
 import os
 import sys
 from pathlib import Path
@@ -9,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
+
+from runs import base, small_world  # noqa: E402, F401 (fixtures of several files)
 
 torch.set_num_threads(1)
 tqdm.monitor_interval = 0  # no thread of its own: a test that kills a driver forks this process
