@@ -14,6 +14,7 @@ import torch
 import torture
 from infra.run import StopAsked
 from infra.state import load_state, save_state, states
+from runs import base  # noqa: F401 (a fixture)
 from test_train import FP32, examples, nll
 from tiny import tiny_model
 from train import TrainOptions, fit, new_optimizer
@@ -219,10 +220,10 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_if_asked(tmp_path):
     assert all(bool(weight.isfinite().all()) for weight in model.parameters())
 
 
-def test_a_killed_driver(tmp_path, capsys, monkeypatch):
+def test_a_killed_driver(base, tmp_path, capsys, monkeypatch):  # noqa: F811
     """One of the kills of `make torture`, at a moment drawn from the length of the run."""
     monkeypatch.setattr(sys, "argv", ["torture.py", "--out", str(tmp_path / "out"), "--kills", "1",
-                                      "--methods", "irpo"])
+                                      "--methods", "irpo", "--model", str(base)])
     with pytest.raises(SystemExit) as ended:
         torture.main()
     printed = capsys.readouterr().out
