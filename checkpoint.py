@@ -7,10 +7,8 @@ converts Meta's own .pth files).
 """
 import dataclasses
 import gc
-import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -18,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from infra.parallel import barrier, device, full_weight, rank, shard_like, split_over_ranks, world
-from infra.run import fresh_directory, hash_of, put_in_place, read_json
+from infra.parallel import barrier, by_first, device, full_weight, rank, shard_like, split_over_ranks, world
+from infra.run import fresh_directory, hash_of, put_in_place, read_json, write_json
 from model import Llama, ModelConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -116,26 +114,24 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
     if world() > 1:
         gc.collect()  # a sharded model that is no longer needed refers to itself
     directory, config = Path(directory), load_config(directory)
-    files = weight_files(directory)
+    model, files, spare_head = without_weights(config, ranks), weight_files(directory), None
+    check_names(directory, model, files)
+    for name, file in stored(files):
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            spare_head = file.get_tensor(name)
+        else:
+            set_weight(model, name, file.get_tensor(name).to(device, dtype))
+    if spare_head is not None and not torch.equal(spare_head.to(device, dtype), model.lm_head.weight):
+        raise SystemExit(f"{directory}: tie_word_embeddings is true in config.json, and lm_head.weight differs from "
+                         "model.embed_tokens.weight")
+    return model
+
+
+def without_weights(config: ModelConfig, ranks: int = 1) -> Llama:
+    """Make a model on the meta device, split over this many ranks."""
     with torch.device("meta"):
         model = Llama(config)
-    check_names(directory, model, files)
-    if ranks > 1:
-        split_over_ranks(model, ranks)
-    spare_head = None
-    for path in files:
-        with open_weights(path) as file:
-            for name in file.keys():
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    spare_head = file.get_tensor(name)
-                elif not name.endswith(ROTARY_TABLE):
-                    set_weight(model, name, file.get_tensor(name).to(device, dtype))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-        if spare_head is not None and not torch.equal(spare_head.to(device, dtype), model.lm_head.weight):
-            raise SystemExit(f"{directory}: tie_word_embeddings is true in config.json, and lm_head.weight differs "
-                             "from model.embed_tokens.weight")
-    return model
+    return split_over_ranks(model, ranks) if ranks > 1 else model
 
 
 def set_weight(model: Llama, name: str, weight: Tensor) -> None:
@@ -143,6 +139,8 @@ def set_weight(model: Llama, name: str, weight: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     part = shard_like(model.get_parameter(name), weight)
     setattr(model.get_submodule(module), leaf, nn.Parameter(part))
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
 
 
 def sampling_dtype() -> torch.dtype:
@@ -161,72 +159,66 @@ def sampler_of(model: Llama, ranks: int = 1) -> Llama:
     """Turn a model in training into one to sample from: a copy, unless it is one already."""
     if ranks == 1 and world() == 1 and model.lm_head.weight.dtype == sampling_dtype():
         return model
-    with torch.device("meta"):
-        copy = Llama(model.config)
-    if ranks > 1:
-        split_over_ranks(copy, ranks)
+    copy = without_weights(model.config, ranks)
     for name, weight in model.named_parameters():
         set_weight(copy, name, full_weight(weight.detach()).to(device(), sampling_dtype()))
-    if model.config.tie_word_embeddings:
-        copy.lm_head.weight = copy.model.embed_tokens.weight
     return copy
 
 
 def weight_files(directory: Path) -> list[Path]:
     """List the safetensors files that an index names, or the only one there is."""
-    index, single = directory / INDEX, directory / "model.safetensors"
-    if index.is_file():
-        weight_map = read_json(index).get("weight_map")
-        names = sorted(set(weight_map.values()), key=str) if isinstance(weight_map, dict) else []
-        if not names or any(Path(str(name)).name != name for name in names):
-            raise SystemExit(f"{index} has no weight_map from tensors to files of its directory")
-        missing = [name for name in names if not (directory / name).is_file()]
-        if missing:
-            raise SystemExit(f"{index} names {listed(missing)}, which do not exist: fetch the missing files")
-        if single.is_file() and single.name not in names:
-            raise SystemExit(f"{directory} has {INDEX} and a model.safetensors that it does not name: "
-                             "remove one of the two models")
-        return [directory / name for name in names]
-    files = sorted(directory.glob("model*.safetensors"))
-    if len(files) > 1:
-        raise SystemExit(f"{directory} has {listed([f.name for f in files])}, and no {INDEX} that says which "
-                         "of them belong together: fetch it")
-    if not files and list(directory.glob("*.bin")):
-        raise SystemExit(f"{directory} has only pickled weights (*.bin), which are never loaded, since a pickle can "
-                         "run code. Where you trust it, transformers writes safetensors: "
-                         f"AutoModelForCausalLM.from_pretrained('{directory}').save_pretrained(NEW)")
-    if not files:
-        raise SystemExit(f"{directory} has neither model.safetensors nor {INDEX}")
-    return files
+    index, files = directory / INDEX, [path.name for path in sorted(directory.glob("model*.safetensors"))]
+    if not index.is_file():
+        if not files and list(directory.glob("*.bin")):
+            raise SystemExit(f"{directory} has only pickled weights (*.bin), which are never loaded: a pickle can run "
+                             "code. Where you trust it, transformers writes safetensors: "
+                             f"AutoModelForCausalLM.from_pretrained('{directory}').save_pretrained(NEW)")
+        if len(files) != 1:
+            raise SystemExit(f"{directory} has {listed(files) or 'no model.safetensors'}, and no {INDEX} that says "
+                             "which files belong together: fetch what is missing")
+        return [directory / files[0]]
+
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise SystemExit(f"{index} has no weight_map from tensors to files of its directory")
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise SystemExit(f"{index} names {listed(missing)}, which do not exist: fetch the missing files")
+    if "model.safetensors" in set(files) - set(names):
+        raise SystemExit(f"{directory} has {INDEX} and a model.safetensors that it does not name: remove one of the "
+                         "two models")
+    return [directory / name for name in names]
 
 
-def open_weights(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise SystemExit(f"{path} is not a complete safetensors file: {error}. Fetch it again") from None
+def stored(files: list[Path]) -> Iterator[tuple[str, safe_open]]:
+    """Yield the name of every weight with the open file that holds it."""
+    for path in files:
+        try:
+            file = safe_open(path, framework="pt")
+        except SafetensorError as error:
+            raise SystemExit(f"{path} is not a complete safetensors file: {error}. Fetch it again") from None
+        with file:
+            yield from ((name, file) for name in file.keys() if not name.endswith(ROTARY_TABLE))
 
 
 def check_names(directory: Path, model: Llama, files: list[Path]) -> None:
     """Refuse missing, unexpected, doubled or misshapen tensors before anything is read."""
     wanted = {name: list(weight.shape) for name, weight in model.named_parameters()}  # a tied head once
+    found, faults = set(), []
+    for name, file in stored(files):
+        weight = file.get_slice(name)
+        if name in found:
+            faults.append(f"{name} is in two files")
+        elif weight.get_dtype() not in ("F32", "BF16", "F16"):
+            faults.append(f"{name} is stored as {weight.get_dtype()}, not as F32, BF16 or F16")
+        elif weight.get_shape() != wanted.get(name, weight.get_shape()):
+            faults.append(f"{name} has shape {weight.get_shape()} and should have {wanted[name]}")
+        found.add(name)
     spare = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    found, faults = {}, []
-    for path in files:
-        with open_weights(path) as file:
-            for name in file.keys():
-                weight = file.get_slice(name)
-                if name in found:
-                    faults.append(f"{name} is in two files")
-                elif weight.get_dtype() not in ("F32", "BF16", "F16"):
-                    faults.append(f"{name} is stored as {weight.get_dtype()}, not as F32, BF16 or F16")
-                elif name in wanted and weight.get_shape() != wanted[name]:
-                    faults.append(f"{name} has shape {weight.get_shape()} and should have {wanted[name]}")
-                found[name] = path
-    missing = [name for name in wanted if name not in found]
-    surplus = [name for name in found if name not in wanted and name not in spare and not name.endswith(ROTARY_TABLE)]
-    faults = ([f"missing: {listed(missing)}"] if missing else []) \
-        + ([f"unexpected: {listed(surplus)}"] if surplus else []) + faults
+    for fault, names in (("unexpected", found - wanted.keys() - spare), ("missing", wanted.keys() - found)):
+        if names:
+            faults.insert(0, f"{fault}: {listed(sorted(names))}")
     if faults:
         raise SystemExit(f"{directory}: the weights are not those of its config.json: {listed(faults, '; ')}")
 
@@ -237,15 +229,14 @@ def listed(names: list[str], comma: str = ", ") -> str:
 
 def num_parameters(directory: str | Path) -> int:
     """Count the parameters of a directory's model from its config.json; tied weights count once."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in Llama(load_config(directory)).parameters())
+    return sum(weight.numel() for weight in without_weights(load_config(directory)).parameters())
 
 
 def model_hash(directory: str | Path) -> str:
-    """Tell which model a directory holds: SHA-256 over its weights and the files of its tokenizer."""
+    """Tell which model a directory holds: SHA-256 over its config, its weights and the files of its tokenizer."""
     directory = Path(directory)
     tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    return hash_of(*weight_files(directory), *tokenizer)
+    return hash_of(load_config(directory), *weight_files(directory), *tokenizer)
 
 
 # --- saving ----------------------------------------------------------------------------------------
@@ -257,15 +248,11 @@ def save_model(model: Llama, directory: str | Path, source: str | Path | None = 
     and the files of its tokenizer are copied.
     """
     directory, source = Path(directory), Path(source) if source else None
-    weights = ((name, full_weight(weight.detach())) for name, weight in model.named_parameters())
-    if rank() > 0:
-        for _ in weights:  # a sharded weight is gathered by all ranks
-            pass
-    else:
-        config = config_json(model.config, model.lm_head.weight.dtype, source)
-        temporary = fresh_directory(directory)
-        write_weights(weights, temporary)
-        (temporary / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    config = config_json(model.config, model.lm_head.weight.dtype, source)
+    temporary = by_first(lambda: fresh_directory(directory))
+    write_weights(model, temporary)
+    write_json(temporary / "config.json", config)
+    if rank() == 0:
         for name in TOKENIZER_FILES:
             if source and (source / name).is_file():
                 shutil.copyfile(source / name, temporary / name)
@@ -273,35 +260,30 @@ def save_model(model: Llama, directory: str | Path, source: str | Path | None = 
     barrier()
 
 
-def write_weights(weights: Iterable[tuple[str, Tensor]], folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write one file, or several of at most shard_bytes and their index; only one file's weights are in memory."""
-    weight_map, total, count = {}, 0, 0
-    for part in in_shards(weights, shard_bytes):
-        count += 1
+def write_weights(model: Llama, folder: Path) -> None:
+    """Write one file, or several of at most SHARD_BYTES and their index; only one file's weights are gathered."""
+    parts, size = [{}], 0
+    for name, weight in model.named_parameters():  # a tied head once
+        if parts[-1] and size + weight.nbytes > SHARD_BYTES:
+            parts.append({})
+            size = 0
+        parts[-1][name] = weight.detach()
+        size += weight.nbytes
+
+    weight_map = {}
+    for i, part in enumerate(parts, 1):
+        file = f"model-{i:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else "model.safetensors"
+        weight_map |= dict.fromkeys(part, file)
+        full = {}
+        for name, weight in part.items():
+            gathered = full_weight(weight)  # by all ranks
+            if rank() == 0:
+                full[name] = gathered.contiguous()
         try:
-            save_file(part, folder / f"{count}.safetensors", metadata={"format": "pt"})
+            if rank() == 0:
+                save_file(full, folder / file, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
             raise SystemExit(f"{folder} cannot be written: {error}. Free some space and run it again") from None
-        weight_map |= dict.fromkeys(part, count)
-        total += sum(weight.nbytes for weight in part.values())
-        part.clear()
-    if count == 1:
-        os.rename(folder / "1.safetensors", folder / "model.safetensors")
-        return
-    names = {i: f"model-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)}
-    for i, name in names.items():
-        os.rename(folder / f"{i}.safetensors", folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: names[i] for name, i in weight_map.items()}}
-    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-
-
-def in_shards(weights: Iterable[tuple[str, Tensor]], shard_bytes: int) -> Iterator[dict[str, Tensor]]:
-    """Group weights into dictionaries of at most shard_bytes."""
-    part, size = {}, 0
-    for name, weight in weights:
-        if part and size + weight.nbytes > shard_bytes:
-            yield part
-            part, size = {}, 0
-        part[name] = weight.contiguous()
-        size += weight.nbytes
-    yield part
+    if len(parts) > 1:
+        total = sum(weight.nbytes for weight in model.parameters())
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

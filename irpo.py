@@ -300,7 +300,8 @@ def main() -> None:
     check_inputs(config, tokenizer, problems + dev, others)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))
 
-    M, notes = config.model, {"dev_was_trained_on": True} if config.select_every else {}  # M: the directory of M_{t-1}
+    notes = {"dev_was_trained_on": True} if config.select_every else {}
+    M = config.model  # the directory of M_{t-1}
     rows = evaluate_model("M0", 0, M, config, run / "iter0")
     for t in range(1, config.iterations + 1):
         folder, seed = run / f"iter{t}", derive_seed(config.seed, t)

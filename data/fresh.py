@@ -14,9 +14,9 @@ SYMBOLS = ["\n", "=<<", ">>", "####", *map(str, range(100))]  # tokens of their 
 
 def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: int, num_layers: int, max_positions: int,
                 seed: int) -> str:
-    """Make a model directory with 4 attention heads on 2 key-value heads; return its name."""
-    if hidden_size % 8:
-        raise SystemExit(f"--hidden_size {hidden_size}: must be a multiple of 8, for 4 heads of even width")
+    """Make a model directory, unless it is complete, with 4 attention heads on 2 key-value heads; return its name."""
+    if by_first((folder / "config.json").exists):  # save_model writes it last
+        return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, SYMBOLS))
     shape = ModelConfig(vocab_size=load_tokenizer(folder).vocab_size, hidden_size=hidden_size,

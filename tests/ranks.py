@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint  # noqa: E402
-from infra import parallel  # noqa: E402
 import reft  # noqa: E402
-from checkpoint import load_model, load_state, sampler_of, save_model, save_state, weights_hash  # noqa: E402
-from infra.parallel import rank, whole, world  # noqa: E402
+from checkpoint import load_model, sampler_of, save_model  # noqa: E402
+from infra import parallel  # noqa: E402
+from infra.parallel import full_weight, rank, world  # noqa: E402
+from infra.state import load_state, save_state  # noqa: E402
 from sample import generate  # noqa: E402
 from test_reft import config_of, some_rollouts  # noqa: E402
 from test_train import examples, nll  # noqa: E402
@@ -25,27 +26,23 @@ from tiny import random_prompts, random_tokens  # noqa: E402
 from train import TrainOptions, accumulate, descend, load_trained, micro_batches, new_optimizer  # noqa: E402
 
 FP32 = TrainOptions(lr=1e-2, batch_size=7, precision="fp32", micro_batch_tokens=20)
-MADE_OF = {"weights": "the same", "items": "the same"}
+MADE_OF = "the same"
 TRAINED_FOR = 3
 
 
 def keep(folder: Path, name: str, tensors: dict) -> None:
     """Full tensors of a sharded module, in a file."""
-    full = {key: whole(x.detach()).contiguous().clone() for key, x in tensors.items()}
+    full = {key: full_weight(x.detach()).contiguous().clone() for key, x in tensors.items()}
     if rank() == 0:
         save_file(full, folder / f"{name}.safetensors")
-
-
-def tokens(example) -> int:
-    return example.tokens
 
 
 def gradients(folder: Path, model_dir: str, **options) -> list[float]:
     """Of one batch in micro-batches, none of whose numbers is a multiple of 2 or 4; and all losses."""
     module = load_trained(model_dir, dataclasses.replace(FP32, **options))
-    batches = micro_batches(examples(), tokens, FP32.micro_batch_tokens)
+    batches = micro_batches(examples(), FP32.micro_batch_tokens)
     assert len(batches) % 2 and len(batches) > 4, len(batches)
-    values = accumulate(module, batches, "fp32", nll)
+    values = accumulate(module, batches, nll, "fp32")
     keep(folder, "-".join(["gradients", *options]), {name: p.grad for name, p in module.named_parameters()})
     return values["loss"]
 
@@ -57,20 +54,20 @@ def trained(folder: Path, model_dir: str) -> tuple[str, list[dict]]:
         nll(module, examples())
     optimizer = new_optimizer(module, FP32)
     records = load_state(folder / "state", module, optimizer, MADE_OF)
-    with torch.no_grad():  # a forward without a backward must not leave weights whole
+    with torch.no_grad():  # a forward without a backward must not leave weights gathered
         nll(module, examples())
     started = len(records)
     while len(records) < 5:
-        batches = micro_batches(examples(seed=len(records)), tokens, FP32.micro_batch_tokens)
-        values, figures = descend(module, optimizer, batches, nll, FP32, None, "test")
-        records.append({"loss": sum(values["loss"]), **figures})
+        batches = micro_batches(examples(seed=len(records)), FP32.micro_batch_tokens)
+        values = descend(module, optimizer, batches, nll, FP32)
+        records.append({"loss": sum(values["loss"]), "grad_norm": values["grad_norm"][0]})
         if len(records) == TRAINED_FOR and not started:
             save_state(folder / "state", module, optimizer, records, MADE_OF)
     keep(folder, f"trained-from-{started}", dict(module.named_parameters()))
     return records
 
 
-def skipped(model_dir: str) -> tuple[bool, dict]:
+def skipped(model_dir: str) -> tuple[bool, float]:
     """A loss that is infinite on one rank only: all must leave the step out together."""
     def loss(model, batch):
         found = nll(model, batch)
@@ -79,16 +76,18 @@ def skipped(model_dir: str) -> tuple[bool, dict]:
 
     options = dataclasses.replace(FP32, skip_nonfinite=True)
     module = load_trained(model_dir, options)
-    before, batches = weights_hash(module), micro_batches(examples(), tokens, FP32.micro_batch_tokens)
-    _, figures = descend(module, new_optimizer(module, options), batches, loss, options, None, "test")
-    return weights_hash(module) == before, figures["skipped"]
+    before = [full_weight(weight.detach()).clone() for weight in module.parameters()]
+    batches = micro_batches(examples(), FP32.micro_batch_tokens)
+    values = descend(module, new_optimizer(module, options), batches, loss, options)
+    after = [full_weight(weight.detach()) for weight in module.parameters()]
+    return all(map(torch.equal, before, after)), values["skipped"][0]
 
 
 def ppo(folder: Path, model_dir: str) -> dict:
     """A batch of PPO, with a reference of other weights, a critic and whitened advantages."""
     config = config_of(micro_batch_tokens=20, value_init="random", lr=1e-3)
     policy = load_trained(model_dir, config, lambda model: reft.Policy(model, config))
-    reference = reft.load_reference(f"{model_dir}-reference", config)
+    reference = load_trained(f"{model_dir}-reference", config).requires_grad_(False)
     optimizer = new_optimizer(policy, config)
     record = reft.train_on(policy, reference, optimizer, some_rollouts(), [], config, 0)
     keep(folder, "ppo", dict(policy.named_parameters()))
@@ -109,8 +108,7 @@ def sampled(model_dir: str) -> dict:
 
 
 def agreements() -> dict:
-    found = {"seen": parallel.gather(rank()), "anywhere": parallel.anywhere(rank() == world() - 1),
-             "nowhere": parallel.anywhere(False), "first": parallel.by_first(lambda: f"rank {rank()}"), "dealt": {}}
+    found = {"seen": parallel.gather(rank()), "first": parallel.by_first(lambda: f"rank {rank()}"), "dealt": {}}
     for count in (1, 2, 3, 4, 5, 8):
         done: list[int] = []
         results = parallel.computed(list(range(count)), lambda i, done=done: done.append(i) or i * i)
@@ -131,7 +129,7 @@ def main() -> None:
         gradients(folder, model_dir, shard_within_node=True)
         return parallel.finish()
     found = {"records": trained(folder, model_dir)}
-    if parallel.missing(folder / "trained-from-3.safetensors"):  # this run did not go on from another's state
+    if not parallel.by_first((folder / "trained-from-3.safetensors").exists):  # it did not resume from a state
         found |= everything(folder, model_dir)
     if rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
@@ -142,7 +140,7 @@ def everything(folder: Path, model_dir: str) -> dict:
     module = load_trained(model_dir, FP32)
     save_model(module, folder / "saved", source=model_dir)
     return {"agreements": agreements(), "losses": gradients(folder, model_dir), "skipped": skipped(model_dir),
-            "ppo": ppo(folder, model_dir), "samples": sampled(model_dir), "hash": weights_hash(module)}
+            "ppo": ppo(folder, model_dir), "samples": sampled(model_dir)}
 
 
 if __name__ == "__main__":

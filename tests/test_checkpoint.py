@@ -1,5 +1,8 @@
-"""A model directory is there whole or not at all, and gives back the same bits."""
+"""A model directory is complete or absent, and gives back the same bits."""
+import functools
+import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoint
-from checkpoint import load_config, load_model, load_sampler, sampler_of, save_model, weights_hash
+from checkpoint import load_config, load_model, load_sampler, model_hash, num_parameters, sampler_of, save_model
 from model import Llama, ModelConfig
 from tiny import LLAMA3, random_tokens, tiny_model
 
@@ -25,8 +28,7 @@ def same_bits(a, b) -> bool:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip(shape, tmp_path):
-    """Weights to the bit and every field of the config: a default in place of one changes the
-    logits."""
+    """Weights to the bit and every field of the config: a default in place of one changes the logits."""
     model = tiny_model(rms_norm_eps=3e-4, **SHAPES[shape])
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
@@ -35,6 +37,7 @@ def test_round_trip(shape, tmp_path):
     tokens = random_tokens(1, 2, 9)
     assert torch.equal(loaded(tokens), model(tokens))
     assert all(p.requires_grad for p in loaded.parameters())
+    assert num_parameters(tmp_path / "model") == sum(p.numel() for p in model.parameters())
 
 
 def test_tied_embeddings_stay_tied(tmp_path):
@@ -48,14 +51,6 @@ def test_tied_embeddings_stay_tied(tmp_path):
         loaded.model.embed_tokens.weight[3] += 1
     save_model(loaded, tmp_path / "again")
     assert same_bits(load_model(tmp_path / "again"), loaded)
-
-
-def test_dtype_is_as_asked(tmp_path):
-    """bfloat16 to sample, float32 to train."""
-    save_model(tiny_model(), tmp_path / "model")
-    for dtype in (torch.float32, torch.bfloat16):
-        loaded = load_model(tmp_path / "model", dtype=dtype)
-        assert {p.dtype for p in loaded.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("features, dtype", [
@@ -73,6 +68,19 @@ def test_a_cpu_samples_in_bfloat16_if_it_has_products_of_it(tmp_path, monkeypatc
     assert (sampler is trained) == (dtype == torch.float32)  # no copy without need
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_sampler_is_a_copy_of_the_model_at_that_moment(tied, monkeypatch):
+    """Training that continues must not change it, and a tied head stays tied."""
+    monkeypatch.setattr(checkpoint, "sampling_dtype", lambda: torch.bfloat16)
+    trained = tiny_model(tie_word_embeddings=tied)
+    sampler, expected = sampler_of(trained), tiny_model(tie_word_embeddings=tied).to(torch.bfloat16)
+    with torch.no_grad():
+        for weight in trained.parameters():
+            weight.add_(1)
+    assert same_bits(sampler, expected)
+    assert (sampler.lm_head.weight is sampler.model.embed_tokens.weight) == tied
+
+
 def write_shards(directory, model, shards: int = 3) -> None:
     """As large models come: weights dealt to several files, and an index."""
     save_model(model, directory)
@@ -84,22 +92,22 @@ def write_shards(directory, model, shards: int = 3) -> None:
         part = {key: weights[key] for key in sorted(weights)[i::shards]}
         save_file(part, directory / name)
         index |= dict.fromkeys(part, name)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    (directory / checkpoint.INDEX).write_text(json.dumps({"weight_map": index}))
 
 
-def test_shards_with_an_index(tmp_path):
-    """All files, not the first one."""
-    write_shards(tmp_path / "model", tiny_model())
-    assert same_bits(load_model(tmp_path / "model"), tiny_model())
+def rewrite(directory: Path, change) -> None:
+    """Change the weights of a directory's file."""
+    path = directory / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
 
 
 def test_tables_in_old_files_are_left_out(tmp_path):
     """The first Llama files carry rotary_emb.inv_freq, which is no weight."""
-    save_model(tiny_model(), tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    old = load_file(path) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
-    save_file(old, path)
-    assert same_bits(load_model(tmp_path / "model"), tiny_model())
+    save_model(tiny_model(), tmp_path)
+    rewrite(tmp_path, lambda w: w.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    assert same_bits(load_model(tmp_path), tiny_model())
 
 
 def refusal(directory) -> str:
@@ -135,9 +143,8 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ({"rms_norm_eps": ...}, "rms_norm_eps is None"), ({"vocab_size": "24"}, "vocab_size is '24'")], ids=str)
 def test_models_that_cannot_be_computed_are_refused(fields, named, tmp_path):
-    """Another architecture, or another rotary scaling, under weights of the same names and shapes
-    would load and talk nonsense. A field that is missing must not become a default that was another
-    family's, either."""
+    """Another architecture, or another rotary scaling, under weights of the same names and shapes would load and talk
+    nonsense. A field that is missing must not become a default that was another family's, either."""
     save_model(tiny_model(), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     edit(path, **fields)
@@ -145,52 +152,37 @@ def test_models_that_cannot_be_computed_are_refused(fields, named, tmp_path):
     assert str(path) in said and named in said
 
 
-@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
-def test_broken_json_is_refused_by_name(name, text, tmp_path):
-    write_shards(tmp_path / "model", tiny_model())
-    (tmp_path / "model" / name).write_text(text, encoding="latin-1")
-    assert str(tmp_path / "model" / name) in refusal(tmp_path / "model")
+INDEX, SECOND = checkpoint.INDEX, "model-00002-of-00003.safetensors"
+BROKEN = {  # what happens to a directory of three files and an index, and what the message names
+    "no config.json": (lambda model: (model / "config.json").unlink(), ["config.json"]),
+    "a file is missing": (lambda model: (model / SECOND).unlink(), [SECOND]),
+    "no index": (lambda model: (model / INDEX).unlink(), [INDEX, SECOND]),
+    "no weights": (lambda model: [path.unlink() for path in model.glob("model*")], ["model.safetensors"]),
+    "a file is cut": (lambda model: os.truncate(model / SECOND, 900), [SECOND, "not a complete"]),
+    "the index leads elsewhere": (lambda model: edit(model / INDEX, weight_map={"x": "../other/model.safetensors"}),
+                                  [INDEX, "weight_map"]),
+    "a second model": (lambda model: shutil.copyfile(model / SECOND, model / "model.safetensors"), ["two models"]),
+    "only a pickle": (lambda model: [path.rename(model / f"{i}.bin") for i, path in enumerate(model.glob("model*"))],
+                      ["pickle", "save_pretrained"])}
 
 
-@pytest.mark.parametrize("missing", ["config.json", "model-00002-of-00003.safetensors",
-                                     "model.safetensors.index.json"])
-def test_a_directory_with_a_file_missing_is_refused(missing, tmp_path):
-    """A download that broke off: some weights would keep whatever memory held."""
-    write_shards(tmp_path / "model", tiny_model())
-    (tmp_path / "model" / missing).unlink()
-    said = refusal(tmp_path / "model")
-    assert str(tmp_path / "model") in said and missing in said
-
-
-def test_a_cut_file_is_refused_by_name(tmp_path):
-    save_model(tiny_model(), tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    assert str(path) in refusal(tmp_path / "model")
-
-
-def test_an_index_cannot_lead_out_of_its_directory(tmp_path):
+@pytest.mark.parametrize("fault", BROKEN)
+def test_a_broken_directory_is_refused_by_name(fault, tmp_path):
+    """A download that broke off would leave weights with whatever memory held, and unpickling can run code."""
     save_model(tiny_model(), tmp_path / "other")
     write_shards(tmp_path / "model", tiny_model())
-    index = tmp_path / "model" / "model.safetensors.index.json"
-    edit(index, weight_map={"lm_head.weight": "../other/model.safetensors"})
-    assert str(index) in refusal(tmp_path / "model")
-
-
-def test_two_models_in_one_directory_are_refused(tmp_path):
-    """An index and a model.safetensors that is not in it: which of them is meant?"""
-    write_shards(tmp_path / "model", tiny_model())
-    save_file({"x": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
-    assert "model.safetensors.index.json" in refusal(tmp_path / "model")
-
-
-def test_pickled_weights_are_never_loaded(tmp_path):
-    """Unpickling can run code; the message says how to come by safetensors."""
-    save_model(tiny_model(), tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
+    spoil, named = BROKEN[fault]
+    spoil(tmp_path / "model")
     said = refusal(tmp_path / "model")
-    assert "pickle" in said and "save_pretrained" in said
+    assert all(name in said for name in [str(tmp_path / "model"), *named])
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_broken_json_is_refused_by_name(name, text, tmp_path):
+    write_shards(tmp_path, tiny_model())
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    assert str(tmp_path / name) in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("change, named", [
@@ -201,13 +193,10 @@ def test_pickled_weights_are_never_loaded(tmp_path):
     (lambda w: [w.pop(name) for name in list(w) if ".layers." in name], "and 14 more")])
 def test_weights_that_do_not_fit_are_named(change, named, tmp_path):
     """In one line: of a model with 700 tensors, torch's own message fills the screen."""
-    save_model(tiny_model(), tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    weights = load_file(path)
-    change(weights)
-    save_file(weights, path)
-    said = refusal(tmp_path / "model")
-    assert named in said and str(tmp_path / "model") in said and len(said) < 500
+    save_model(tiny_model(), tmp_path)
+    rewrite(tmp_path, change)
+    said = refusal(tmp_path)
+    assert named in said and str(tmp_path) in said and len(said) < 500
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
@@ -221,13 +210,11 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
 
 def test_a_tied_head_may_lie_in_the_file_if_it_is_the_embedding(tmp_path):
     """Some files carry both. If they differ, config.json is not this model's."""
-    save_model(tiny_model(tie_word_embeddings=True), tmp_path / "model")
-    path = tmp_path / "model" / "model.safetensors"
-    weights = load_file(path)
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, path)
-    assert same_bits(load_model(tmp_path / "model"), tiny_model(tie_word_embeddings=True))
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1}, path)
-    assert "tie_word_embeddings" in refusal(tmp_path / "model")
+    save_model(tiny_model(tie_word_embeddings=True), tmp_path)
+    rewrite(tmp_path, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    assert same_bits(load_model(tmp_path), tiny_model(tie_word_embeddings=True))
+    rewrite(tmp_path, lambda w: w["lm_head.weight"].add_(1))
+    assert "tie_word_embeddings" in refusal(tmp_path)
 
 
 # --- memory ---------------------------------------------------------------------------------------
@@ -235,99 +222,59 @@ def test_a_tied_head_may_lie_in_the_file_if_it_is_the_embedding(tmp_path):
 MEASURE = """
 import sys, threading, time
 import torch
-from checkpoint import convert, load_model
+import checkpoint
 
-def memory(field):
-    for line in open("/proc/self/status"):
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
+def memory():  # in bytes: what cannot be given back (RssAnon), and with the mapped pages of files
+    fields = dict(line.split(":") for line in open("/proc/self/status"))
+    return [int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "VmRSS")]
 
 def watch():
-    global peak
     while not done:
-        peak = max(peak, memory("RssAnon"))
+        peak[:] = map(max, peak, memory())
         time.sleep(0.0005)
 
-load_model(sys.argv[1])  # what torch imports on the way is not the model's
-start, start_all, peak, done = memory("RssAnon"), memory("VmRSS"), 0, False
-thread = threading.Thread(target=watch)
-thread.start()
-WORK
-done = True
-thread.join()
-print(peak - start, memory("VmHWM") - start_all)
+folder, checkpoint.SHARD_BYTES = sys.argv[1], int(sys.argv[2])
+keep = [checkpoint.load_model(folder + "/tiny")]  # what torch imports on the way is not the model's
+for work in (lambda: checkpoint.load_model(folder + "/model", dtype=torch.bfloat16),
+             lambda: checkpoint.load_model(folder + "/model"), lambda: checkpoint.save_model(keep[1], folder + "/new")):
+    start, peak, done = memory(), [0, 0], False
+    thread = threading.Thread(target=watch)
+    thread.start()
+    keep.append(work())
+    done = True
+    thread.join()
+    print(*(after - before for after, before in zip(peak, start)))
 """
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A directory with 100 MB of bfloat16 weights in four shards, and one that is tiny."""
-    folder = tmp_path_factory.mktemp("large")
-    model = Llama(ModelConfig(8192, 1024, 4096, 2, 8, 8, 128)).to(torch.bfloat16)
-    with checkpoint.whole_directory(folder / "model") as new:
-        checkpoint.write_weights(model.named_parameters(), new, shard_bytes=26_000_000)
-        checkpoint.write_json(new / "config.json", checkpoint.config_json(model.config, torch.bfloat16))
-    assert len(list((folder / "model").glob("*.safetensors"))) >= 4
-    save_model(tiny_model(), folder / "tiny")
-    yield folder, sum(weight.nbytes for weight in model.parameters())
-    shutil.rmtree(folder)
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_loading_and_saving_never_hold_two_copies(tmp_path, monkeypatch):
+    """A 70B model must fit where its weights fit, and containers count the mapped pages of files, too.
 
-
-def measure(work: str, folder: Path, size: int) -> tuple[float, float]:
-    """By how much a statement lets memory of a process's own, and all of its pages, grow at most; in units
-    of `size`."""
-    script = [sys.executable, "-c", MEASURE.replace("WORK", work), str(folder / "tiny")]
-    child = subprocess.run(script, capture_output=True, text=True, cwd=Path(checkpoint.__file__).parent)
-    assert child.returncode == 0, child.stderr
-    own, all_pages = child.stdout.split()[-2:]
-    return int(own) / size, int(all_pages) / size
-
-
-NEEDS_PROC = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-
-
-@NEEDS_PROC
-@pytest.mark.parametrize("dtype, copies", [("float32", 2), ("bfloat16", 0)])
-def test_loading_never_holds_two_copies(dtype, copies, large):
-    """A 70B model must fit where its weights fit. `copies`: size of the parameters in units of the file;
-    in the file's own dtype they are views of it.
-
-    Memory of one's own (RssAnon) is what cannot be given back. Pages of the file can, but containers
-    count them, so that no more than one shard is to be mapped beside the parameters.
+    In units of the file: in the file's own dtype, parameters are views of it and take nothing; in float32 they take
+    two, with no more than a shard of the file mapped beside them; saving takes no more than a shard.
     """
-    folder, size = large
-    own, all_pages = measure(f"model = load_model({str(folder / 'model')!r}, dtype=torch.{dtype})", folder, size)
-    assert copies * 0.9 < own < copies * 1.1 + 0.1
-    assert all_pages < copies + 0.5
-
-
-@NEEDS_PROC
-def test_converting_never_holds_the_model(large):
-    """The 140 GB of a 70B model do not fit into most machines; one file's worth of them does."""
-    folder, size = large
-    names = {**checkpoint.META_NAMES, "model.": ""}
-    halves = [{}, {}]
-    for name, weight in load_model(folder / "model", dtype=torch.bfloat16).named_parameters():
-        for ours, theirs in names.items():
-            name = name.replace(ours, theirs)
-        dim = 1 if name.endswith(("tok_embeddings.weight", "wo.weight", "w2.weight")) else 0
-        for half, part in zip(halves, weight.detach().chunk(2, dim)):
-            half[name] = weight.detach() if weight.dim() == 1 else part.clone()
-    (folder / "meta").mkdir()
-    for i, half in enumerate(halves):
-        torch.save(half, folder / "meta" / f"consolidated.{i:02}.pth")
-    (folder / "meta" / "params.json").write_text(json.dumps(
-        {"dim": 1024, "n_layers": 2, "n_heads": 8, "norm_eps": 1e-5, "vocab_size": -1}))
-    own, _ = measure(f"convert({str(folder / 'meta')!r}, {str(folder / 'hf')!r}, shard_bytes=26_000_000)", folder, size)
-    assert own < 0.55  # a file of a quarter, the tensor that did not fit into it, and its parts
-    assert len(list((folder / "hf").glob("*.safetensors"))) >= 4
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 15_000_000)
+    with torch.device("meta"):
+        model = Llama(ModelConfig(4096, 1024, 2048, 2, 8, 8, 128)).to(torch.bfloat16)
+    save_model(model.to_empty(device="cpu"), tmp_path / "model")
+    save_model(tiny_model(), tmp_path / "tiny")
+    assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 4
+    child = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path), "15_000_000"], capture_output=True, text=True,
+                           cwd=Path(checkpoint.__file__).parent)
+    assert child.returncode == 0, child.stderr
+    size = sum(weight.nbytes for weight in model.parameters())
+    mapped, copied, saved = ([int(number) / size for number in line.split()] for line in child.stdout.splitlines())
+    assert mapped[0] < 0.1 and mapped[1] < 0.5
+    assert 1.8 < copied[0] < 2.3 and copied[1] < 2.5
+    assert saved[0] < 0.5
 
 
 # --- saving ---------------------------------------------------------------------------------------
 
 def test_training_in_place_leaves_the_file_alone_and_can_be_saved_over_it(tmp_path):
-    """Parameters are views of the mapped file: a shared map would write training into it, and a file
-    that is overwritten under the map would change the model that is being saved."""
+    """Parameters are views of the mapped file: a shared map would write training into it, and a file that is
+    overwritten under the map would change the model that is being saved."""
     save_model(tiny_model(), tmp_path / "model")
     loaded = load_model(tmp_path / "model")
     with torch.no_grad():
@@ -340,71 +287,64 @@ def test_training_in_place_leaves_the_file_alone_and_can_be_saved_over_it(tmp_pa
         assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
 
 
-def test_half_written_directories_are_never_seen(tmp_path, monkeypatch):
-    """Stopped while the weights are written: under its name there is nothing, or still the old
-    model. What a kill left behind is cleared away by the next save."""
-    def broken(weights, path, metadata):
-        path.write_bytes(b"half of the wei")
+def killed_at(moment: int, monkeypatch) -> None:
+    """Interrupt the program at the moment-th call that writes, moves or removes something on the disk."""
+    calls = itertools.count()
+
+    def call(act, *args, **kwargs):
+        if next(calls) < moment:
+            return act(*args, **kwargs)
+        if act is save_file:
+            args[1].write_bytes(b"half of the wei")
         raise KeyboardInterrupt
-    monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(KeyboardInterrupt):
-        save_model(tiny_model(), tmp_path / "model")
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.undo()
-    (tmp_path / "model.new.tmp").mkdir()
-    (tmp_path / "model.new.tmp" / "9.safetensors").write_bytes(b"half of the wei")
+
+    for module, name in ((checkpoint, "save_file"), (shutil, "copyfile"), (os, "replace"), (shutil, "rmtree")):
+        monkeypatch.setattr(module, name, functools.partial(call, getattr(module, name)))
+
+
+def test_a_kill_at_any_moment_of_a_save_loses_no_model(tmp_path, monkeypatch):
+    """Under its name is the old model or the new one (known by their seeds), or, between two moves, nothing; then both
+    are next to it. What a kill left behind is cleared away by the next save."""
+    seen, model = [], tmp_path / "model"
+    for moment in itertools.count():
+        save_model(tiny_model(seed=0), model)
+        (model / "tokenizer.model").write_text("tokenizer")
+        with monkeypatch.context() as patch:
+            killed_at(moment, patch)
+            try:
+                save_model(tiny_model(seed=1), model, source=model)
+                break
+            except KeyboardInterrupt:
+                pass
+        if model.exists():
+            seen.append(next(seed for seed in (0, 1) if same_bits(load_model(model), tiny_model(seed=seed))))
+            assert (model / "tokenizer.model").read_text() == "tokenizer"
+        else:
+            seen.append("aside")
+            for seed, age in enumerate(("old", "new")):
+                assert same_bits(load_model(tmp_path / f"model.{age}.tmp"), tiny_model(seed=seed))
+        save_model(tiny_model(seed=2), model)
+        assert same_bits(load_model(model), tiny_model(seed=2))
+        assert sorted(path.name for path in tmp_path.glob("**/*")) == ["config.json", "model", "model.safetensors"]
+    assert seen[:4] == [0] * 4 and "aside" in seen and seen[-1] == 1
+
+
+def test_a_full_disk_leaves_the_old_model_and_says_so(tmp_path, monkeypatch):
     save_model(tiny_model(), tmp_path / "model")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
-    monkeypatch.setattr(checkpoint, "save_file", broken)
-    with pytest.raises(KeyboardInterrupt):
-        save_model(tiny_model(seed=1), tmp_path / "model")
-    assert same_bits(load_model(tmp_path / "model"), tiny_model())
 
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
 
-@pytest.mark.parametrize("moves, under_its_name", [(0, 0), (1, None), (2, 1)])
-def test_a_kill_while_the_old_model_is_replaced_loses_none(moves, under_its_name, tmp_path, monkeypatch):
-    """Killed before the first move, between the two, and after the second, with the old model not yet
-    removed: a whole model (known by its seed) is there, and if it is not under its name, the message
-    says where."""
-    save_model(tiny_model(seed=0), tmp_path / "model")
-    replace, rmtree, done = checkpoint.os.replace, checkpoint.shutil.rmtree, []
-
-    def killed(*args, **kwargs):
-        if len(done) == moves:
-            raise KeyboardInterrupt
-        done.append(replace(*args))
-
-    monkeypatch.setattr(checkpoint.os, "replace", killed)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree",
-                        lambda *args, **kwargs: killed() if len(done) == 2 else rmtree(*args, **kwargs))
-    with pytest.raises(KeyboardInterrupt):
-        save_model(tiny_model(seed=1), tmp_path / "model")
-    monkeypatch.undo()
-    if under_its_name is None:
-        said = refusal(tmp_path / "model")
-        for seed, name in enumerate(("model.old.tmp", "model.new.tmp")):
-            assert str(tmp_path / name) in said
-            assert same_bits(load_model(tmp_path / name), tiny_model(seed=seed))
-    else:
-        assert same_bits(load_model(tmp_path / "model"), tiny_model(seed=under_its_name))
-    save_model(tiny_model(seed=2), tmp_path / "model")
-    assert same_bits(load_model(tmp_path / "model"), tiny_model(seed=2))
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_saving_over_a_model_leaves_no_file_of_the_old_one(tmp_path):
-    """Shards of an old model beside the new file would be merged into it at the next load."""
-    write_shards(tmp_path / "model", tiny_model())
-    save_model(tiny_model(seed=1), tmp_path / "model")
-    assert same_bits(load_model(tmp_path / "model"), tiny_model(seed=1))
-    names = sorted(path.name for path in (tmp_path / "model").iterdir())
-    assert names == ["config.json", "model.safetensors"]
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    for name in ("model", "other"):
+        with pytest.raises(SystemExit, match=f"{name}.*No space left on device.*Free some space"):
+            save_model(tiny_model(seed=1), tmp_path / name)
+    assert same_bits(load_model(tmp_path / "model"), tiny_model()) and not (tmp_path / "other").exists()
 
 
 def test_the_tokenizer_travels_with_the_model(tmp_path):
-    """A model directory without it cannot be sampled from. Weights of the source stay where they are:
-    they would be taken for the new model's."""
+    """A model directory without it cannot be sampled from. Weights of the source stay where they are: they would be
+    taken for the new model's."""
     write_shards(tmp_path / "start", tiny_model())
     for name in checkpoint.TOKENIZER_FILES:
         (tmp_path / "start" / name).write_text(name)
@@ -418,8 +358,8 @@ def test_the_tokenizer_travels_with_the_model(tmp_path):
 
 
 def test_config_json_of_the_source_is_kept_if_it_is_this_models(tmp_path):
-    """Its end tokens, template names and the rest are the model's; but the config.json of another shape
-    would make a directory that does not load, and one of another theta a model that talks nonsense."""
+    """Its end tokens, template names and the rest are the model's; but the config.json of another shape would make a
+    directory that does not load, and one of another theta a model that talks nonsense."""
     save_model(tiny_model(), tmp_path / "start")
     edit(tmp_path / "start" / "config.json", eos_token_id=[7, 8], pad_token_id=9, whatever="else")
     save_model(tiny_model(seed=1), tmp_path / "same", source=tmp_path / "start")
@@ -432,38 +372,67 @@ def test_config_json_of_the_source_is_kept_if_it_is_this_models(tmp_path):
     assert (written["eos_token_id"], written["pad_token_id"]) == ([7, 8], 9) and "whatever" not in written
 
 
-def test_weights_hash_knows_every_weight():
-    """Stored log-probabilities are trusted because of it: one changed number anywhere must show."""
-    model = tiny_model(attention_bias=True)
-    hashes = {weights_hash(model)}
-    assert weights_hash(tiny_model(attention_bias=True)) in hashes
-    for weight in model.state_dict().values():
-        last = weight.view(-1)[-1:]
-        before = last.clone()
-        last.copy_(torch.nextafter(last, last + 1))
-        hashes.add(weights_hash(model))
-        last.copy_(before)
-    assert len(hashes) == 1 + len(model.state_dict())
-    swapped = tiny_model(attention_bias=True)
-    a, b = swapped.model.layers[0].mlp, swapped.model.layers[1].mlp
-    a.up_proj.weight.data, b.up_proj.weight.data = b.up_proj.weight.data, a.up_proj.weight.data
-    assert weights_hash(swapped) not in hashes
+@pytest.mark.parametrize("limit", [1, 8_000, 10**9])
+def test_a_large_model_is_saved_in_files_of_limited_size(limit, tmp_path, monkeypatch):
+    """Only a single weight may exceed the limit, neighbours would not fit into one file, the index is true, and no file
+    of the model that was there before is left: it would be loaded with the others."""
+    write_shards(tmp_path / "model", tiny_model(seed=1))
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", limit)
+    save_model(tiny_model(), tmp_path / "model")
+    assert same_bits(load_model(tmp_path / "model"), tiny_model())
+    files = {path.name: load_file(path) for path in sorted((tmp_path / "model").glob("*.safetensors"))}
+    sizes = [sum(weight.nbytes for weight in weights.values()) for weights in files.values()]
+    assert all(size <= limit or len(weights) == 1 for size, weights in zip(sizes, files.values()))
+    assert all(size + following > limit for size, following in itertools.pairwise(sizes))
+    if limit == 10**9:
+        assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    else:
+        index = json.loads((tmp_path / "model" / INDEX).read_text())
+        assert index["metadata"]["total_size"] == sum(weight.nbytes for weight in tiny_model().parameters())
+        assert index["weight_map"] == {name: file for file, weights in files.items() for name in weights}
 
 
-def test_hash_survives_the_file(tmp_path):
-    """The reference of an iteration is checked against the model that is loaded from disk."""
-    for tied in (False, True):
-        model = tiny_model(tie_word_embeddings=tied)
-        save_model(model, tmp_path / "model")
-        assert weights_hash(load_model(tmp_path / "model")) == weights_hash(model)
-        shutil.rmtree(tmp_path / "model")
+# --- which model is it? ---------------------------------------------------------------------------
+
+def one_bit(weights: dict) -> None:
+    last = weights["lm_head.weight"].view(-1)[-1:]
+    last.copy_(torch.nextafter(last, last + 1))
 
 
-@pytest.mark.parametrize("path", ["nowhere", "empty"])
-def test_a_directory_that_is_no_model_is_refused_by_name(path, tmp_path):
-    """A typo in --model must say what was looked for, and where."""
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as stop:
-        load_model(tmp_path / path)
-    assert str(tmp_path / path) in str(stop.value)
-    assert "config.json" in str(stop.value)
+@pytest.mark.parametrize("change", [
+    lambda model: rewrite(model, one_bit),
+    lambda model: edit(model / "config.json", rope_theta=101.0),
+    lambda model: (model / "tokenizer.model").write_bytes(b"another"),
+    lambda model: edit(model / "tokenizer_config.json", eos_token="<end>"),
+    lambda model: (model / "chat_template.jinja").write_text("{{ messages }}")])
+def test_the_hash_of_a_model_tells_it_from_others(change, tmp_path):
+    """Stored samples and log-probabilities are trusted because of it: any change to what the model computes, or to how
+    its tokens are read, must show. A copy, in whatever directory and with whatever other files, is the same model."""
+    model = tmp_path / "model"
+    save_model(tiny_model(), model)
+    (model / "tokenizer.model").write_bytes(b"a tokenizer")
+    (model / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    save_model(load_model(model), tmp_path / "copy", source=model)
+    (tmp_path / "copy" / "README.md").write_text("a copy")
+    before = model_hash(tmp_path / "copy")
+    assert model_hash(model) == before
+    change(model)
+    assert model_hash(model) != before
+
+
+def test_the_hash_sees_every_file_of_a_large_model(tmp_path):
+    write_shards(tmp_path, tiny_model())
+    seen = {model_hash(tmp_path)}
+    for path in tmp_path.glob("*.safetensors"):
+        path.write_bytes(path.read_bytes() + b"x")
+        seen.add(model_hash(tmp_path))
+    assert len(seen) == 4
+
+
+def test_a_directory_that_is_no_model_is_refused_by_name(tmp_path):
+    """A typo in --model must say what was looked for, and where; Meta's own format, who converts it."""
+    for path in (tmp_path / "nowhere", tmp_path):
+        said = refusal(path)
+        assert str(path / "config.json") in said and "convert" not in said
+    (tmp_path / "params.json").write_text("{}")
+    assert "convert_llama_weights_to_hf" in refusal(tmp_path)

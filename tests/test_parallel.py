@@ -12,12 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from infra import parallel
-from checkpoint import load_model, save_model, weights_hash
-from test_drivers import SMALL, base, remembered_world  # noqa: F401 (two are fixtures)
+from checkpoint import model_hash, save_model
+from runs import SMALL, base  # noqa: F401 (one is a fixture)
 from tiny import tiny_model
 
-ROOT = Path(parallel.__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 RANKS = (1, 2, 4)
 
 
@@ -68,8 +67,8 @@ def assert_near(one: Path, other: Path, **tolerance) -> None:
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
 def test_gradients(results, ranks):
-    """Averages of averages, a division too many by the number of ranks, or a micro-batch that is computed for
-    company and counted: each is far outside 1e-6."""
+    """Averages of averages, a division too many by the number of ranks, or a micro-batch that is computed again and
+    counted: each is far outside 1e-6."""
     (one, before), (many, now) = results[1], results[ranks]
     assert_near(one / "gradients.safetensors", many / "gradients.safetensors", rtol=1e-5, atol=1e-6)
     assert now["losses"] == pytest.approx(before["losses"], rel=1e-6)
@@ -111,8 +110,8 @@ def test_ppo(results, ranks):
         assert now["ppo"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("written, read", [(1, 1), (2, 2), (1, 2), (2, 1), (2, 4), (4, 1)])
-def test_a_state_goes_on_with_any_number_of_ranks(results, written, read, tmp_path):
+@pytest.mark.parametrize("written, read", [(2, 2), (1, 2), (4, 1)])
+def test_a_state_resumes_on_any_number_of_ranks(results, written, read, tmp_path):
     """With the same number to the bit."""
     shutil.copytree(results[written][0] / "state", tmp_path / "state")
     done = under_torchrun(read, "tests/ranks.py", tmp_path, results["model"])
@@ -139,17 +138,14 @@ def test_samples(results, ranks):
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_a_sharded_model_is_saved_whole(results, ranks):
-    folder, found = results[ranks]
-    assert weights_hash(load_model(folder / "saved")) == found["hash"] == weights_hash(load_model(results["model"]))
+    assert model_hash(results[ranks][0] / "saved") == model_hash(results["model"])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_agreements(results, ranks):
-    """Every item is computed once and counted once; where items do not come out even, the first one is
-    computed once more for company."""
+    """Every item is counted once; where items do not divide evenly, the first one is computed again."""
     found = results[ranks][1]["agreements"]
     assert found["seen"] == list(range(ranks)) and found["first"] == "rank 0"
-    assert found["anywhere"] is True and found["nowhere"] is False
     assert found["said by all"] == ["no"] * ranks
     for count, computed in found["dealt"].items():
         count = int(count)
@@ -164,27 +160,24 @@ def test_all_ranks_leave_a_step_out_together(results, ranks):
 
 
 def test_a_driver_with_two_ranks(base, tmp_path):  # noqa: F811
-    """IRPO and ReFT as a user starts them: the first samples are those of one rank, byte for byte, and the
-    accuracies too; only rank 0 speaks."""
-    arguments = [*SMALL, "--batch_rows", "6", "--precision", "fp32", "--model", base]
-    for driver, iterations in (("irpo.py", ("--iterations", "1")), ("reft.py", ("--max_steps", "2"))):
-        runs = {ranks: tmp_path / f"{driver}{ranks}" for ranks in (1, 2)}
-        outputs = {ranks: under_torchrun(ranks, driver, *arguments, *iterations, "--run_dir", run)
-                   for ranks, run in runs.items()}
-        for done in outputs.values():
-            assert done.returncode == 0, done.stderr[-3000:]
-        assert outputs[2].stdout == outputs[1].stdout.replace(str(runs[1]), str(runs[2]))
-        same = ("iter0/eval_samples.jsonl",) + (("iter1/samples.jsonl",) if driver == "irpo.py" else ())
-        for name in same:
-            assert (runs[1] / name).read_bytes() == (runs[2] / name).read_bytes(), name
-        # one iteration of Adam's steps: every weight must have come the same way
-        assert_near(runs[1] / "iter1/model/model.safetensors", runs[2] / "iter1/model/model.safetensors",
-                    rtol=1e-2, atol=1e-3)
-        one, two = (json.loads((run / "results.json").read_text()) for run in runs.values())
-        assert [row for row in one if row["iteration"] == 0] == [row for row in two if row["iteration"] == 0]
-        assert [row.keys() for row in one] == [row.keys() for row in two]
-        assert "2 ranks" in (runs[2] / "command.txt").read_text()
-        assert not list(runs[2].rglob("*.tmp"))
+    """IRPO as a user starts it: the first samples are those of one rank, byte for byte, and the accuracies too; only
+    rank 0 speaks."""
+    arguments = [*SMALL, "--batch_rows", "6", "--precision", "fp32", "--model", base, "--iterations", "1"]
+    runs = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
+    outputs = {ranks: under_torchrun(ranks, "irpo.py", *arguments, "--run_dir", run) for ranks, run in runs.items()}
+    for done in outputs.values():
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert outputs[2].stdout == outputs[1].stdout.replace(str(runs[1]), str(runs[2]))
+    for name in ("iter0/eval_samples.jsonl", "iter1/samples.jsonl"):
+        assert (runs[1] / name).read_bytes() == (runs[2] / name).read_bytes(), name
+    # one iteration of Adam's steps: every weight must have come the same way
+    assert_near(runs[1] / "iter1/model/model.safetensors", runs[2] / "iter1/model/model.safetensors",
+                rtol=1e-2, atol=1e-3)
+    one, two = (json.loads((run / "results.json").read_text()) for run in runs.values())
+    assert [row for row in one if row["iteration"] == 0] == [row for row in two if row["iteration"] == 0]
+    assert [row.keys() for row in one] == [row.keys() for row in two]
+    assert "2 ranks" in (runs[2] / "command.txt").read_text()
+    assert not list(runs[2].rglob("*.tmp"))
 
 
 def test_an_error_is_told_once_and_ends_all_ranks(base, tmp_path):  # noqa: F811
@@ -195,7 +188,6 @@ def test_an_error_is_told_once_and_ends_all_ranks(base, tmp_path):  # noqa: F811
 
 
 def test_a_model_that_cannot_be_split_is_refused(base, tmp_path):  # noqa: F811
-    """The base has one key-value head."""
     done = under_torchrun(2, "evaluate.py", "--preset", "toy", "--model", base, "--limit", "4",
-                          "--tensor_parallel", "2", "--run_dir", tmp_path / "run")
-    assert done.returncode != 0 and "--tensor_parallel 2 must divide" in done.stderr
+                          "--tensor_parallel", "3", "--run_dir", tmp_path / "run")
+    assert done.returncode != 0 and "--tensor_parallel 3 must divide" in done.stderr

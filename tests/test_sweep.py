@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_layout import command_faults
+from commands import command_faults
 
 from tools import sweep
 

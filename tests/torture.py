@@ -20,11 +20,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TELL_THE_TIME = ("log.jsonl", "command.txt", "lock")
-TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--num_heads", "2", "--num_kv_heads", "1"]
+TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1"]
+SMALL = ["--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48", "--num_questions", "16",
+         "--eval_questions", "8"]
 RUNS = {  # the work that is killed; a state is saved every step or every few
     "sft": ["train.py", *TINY, "--max_steps", "60", "--save_every", "3"],
-    "irpo": ["irpo.py", "--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48"],
-    "ppo": ["reft.py", "--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48"]}
+    "irpo": ["irpo.py", *SMALL],
+    "ppo": ["reft.py", *SMALL]}
 
 
 @dataclass
@@ -100,17 +102,20 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="of each method")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run; all are killed at once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--model", type=Path, help="base model of IRPO and PPO; none: one is trained")
     parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS), help="which to kill")
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    base = args.out / "base"
-    finish(start(["train.py", *TINY, "--max_steps", "200"], base, 1), base)
+    if args.model is None:
+        base = args.out / "base"
+        finish(start(["train.py", *TINY, "--max_steps", "60"], base, 1), base)
+        args.model = base / "run" / "model"
     bad = False
     print("| method | ranks | kills | whole runs | files compared | seconds uninterrupted | differences |")
     print("|---|---|---|---|---|---|---|")
     for method in args.methods:
-        command = RUNS[method] + ([] if method == "sft" else ["--model", str((base / "run" / "model").resolve())])
+        command = RUNS[method] + ([] if method == "sft" else ["--model", str(args.model.resolve())])
         tally = torture(command, args.out / method, args.kills, args.ranks, args.seed)
         print(f"| {method} | {args.ranks} | {tally.kills} | {tally.runs} | {tally.files} | {tally.seconds:.0f} | "
               f"{len(tally.faults)} |", flush=True)

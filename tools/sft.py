@@ -5,7 +5,6 @@
     python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import data
 from checkpoint import model_hash
@@ -14,7 +13,6 @@ from data.fresh import fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.config import option, parse_config
-from infra.parallel import by_first
 from infra.run import hash_of, open_run, run_script
 from model import Llama
 from train import Example, TrainOptions, fit_sft, load_trained, trained
@@ -30,6 +28,11 @@ class Config(TrainOptions, TaskOptions):
     hidden_size: int = option(128, "width of a fresh model", low=8)
     num_layers: int = option(4, "layers of a fresh model", low=1)
     max_positions: int = option(256, "longest sequence of a fresh model", low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.hidden_size % 8:
+            raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of 8, for 4 heads of even width")
 
 
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
@@ -53,10 +56,9 @@ def main() -> None:
         examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
         return model, fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
 
-    start = config.model or str(run / "start")
-    if not by_first(Path(start).exists):
-        fresh_model([f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size,
-                    config.hidden_size, config.num_layers, config.max_positions, config.seed)
+    start = config.model or fresh_model(
+        [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
+        config.num_layers, config.max_positions, config.seed)
     print(f"{trained(run, start, train)} is complete")
 
 

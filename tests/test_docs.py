@@ -1,0 +1,169 @@
+"""What is written about the code is true of it: commands parse, links lead somewhere, names exist."""
+import ast
+import contextlib
+import io
+import re
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from commands import ROOT, code_spans, command_faults, command_lines, script_fault, shown_commands
+from tools import memory
+
+GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*GUIDES, ROOT / "LOG.md", *sorted((ROOT / "results").rglob("*.md"))]
+SOURCES = [path for folder in (".", "data", "grading", "infra", "tools")
+           for path in sorted((ROOT / folder).glob("*.py"))]
+SCRIPTS = ["irpo", "rft", "reft", "train", "evaluate", "sample", "data", "tools.memory", "tools.bench"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # scripts are run once more
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+# --- commands --------------------------------------------------------------------------------------
+
+@cache
+def all_flags() -> set[str]:
+    """Collect the flags that the scripts' --help shows."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        for script in SCRIPTS:
+            script_fault(script, ["--help"])
+    return set(re.findall(r"--[\w-]+", text.getvalue()))
+
+
+def flag_faults(span: str, script: str) -> list[str]:
+    """Check `--flag`, `--flag value` (by the script that the page is about) and `script.py --flag value`."""
+    if re.match(r"\w+\.py --", span):
+        return command_faults(f"python {span} ...")
+    if not span.startswith("--"):
+        return []
+    if " " in span and (ROOT / f"{script}.py").exists():
+        return command_faults(f"python {script}.py {span} ...")
+    return [f"{span}: no such flag"] if span.split()[0] not in all_flags() else []
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name_of)
+def test_commands_and_flags_of_documents_parse(path):
+    """A flag renamed in the code and not in the README is the first thing that a newcomer meets."""
+    text = path.read_text(encoding="utf-8")
+    faults = [fault for command in shown_commands(text) for fault in command_faults(command)]
+    assert faults + [fault for span in code_spans(text) for fault in flag_faults(span, path.stem)] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
+def test_commands_of_docstrings_parse(path):
+    """The command to run, at the top of each file."""
+    for command in command_lines(ast.get_docstring(ast.parse(path.read_text())) or ""):
+        assert command_faults(command) == []
+
+
+EXAMPLE = """
+```
+python train.py --preset base --seed 3    # about two minutes
+$ make irpo
+make irpo ARGS="--alpha 0"
+OMP_NUM_THREADS=1 python irpo.py --preset toy --model DIR \\
+    --beta 0.5 ...
+python -m data.toy --steps 4
+```
+python irpo.py --not_shown_as_code, and `python -m pytest -q`
+"""
+
+
+def test_commands_are_found():
+    """What is not found is not checked."""
+    commands = shown_commands(EXAMPLE)
+    assert [command.split()[0] for command in commands] == ["python", "make", "make", "python", "python", "python"]
+    assert [command_faults(command) for command in commands] == [[]] * 6
+
+
+@pytest.mark.parametrize("command", [
+    "python irpo.py --preset toy --alhpa 0", "python nothing.py", "python irpo.py --preset huge",
+    "python irpo.py --alpha much", "python train.py --pairs_per_question 3", "python -m data.toy --size 3",
+    "python sample.py --model DIR --top_z 3", "python -m data.nothing", "make ipro", "make irpo GPU=1",
+    'make irpo ARGS="--alhpa 0"', ".venv/bin/python -u irpo.py --alhpa 0", "python -m tools.sweep ifrt",
+    "torchrun --nproc_per_node 8 irpo.py --alhpa 0", "python irpo.py --method ppo --model DIR"])
+def test_commands_that_would_fail_are_seen(command):
+    assert command_lines(command) == [command]
+    assert command_faults(command)
+
+
+# --- links and names -------------------------------------------------------------------------------
+
+def anchors(text: str) -> set[str]:
+    """List the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def link_faults(text: str, folder: Path) -> list[str]:
+    """Check relative links; one that says `file.py:name` must lead to that file."""
+    faults = []
+    for label, target, anchor in re.findall(r"\[([^\]]*)\]\(([^)#\s]*)#?([^)\s]*)\)", text):
+        path = folder / target
+        if target.startswith("https://"):
+            continue
+        if not path.exists() or anchor and target and anchor not in anchors(path.read_text(encoding="utf-8")):
+            faults.append(f"{target}#{anchor}")
+        if not target and anchor not in anchors(text):
+            faults.append(f"#{anchor}")
+        if (named := re.match(r"`([\w/]+\.py)", label)) and path.resolve() != ROOT / named[1]:
+            faults.append(f"{label} leads to {target}")
+    return faults
+
+
+def name_faults(text: str) -> list[str]:
+    """Check `file.py:name`, `name()`, and paths of ours."""
+    faults = []
+    for span in code_spans(text):
+        if match := re.fullmatch(r"([\w/]+\.py)(?::(\w+))?", span):
+            path, name = ROOT / match[1], match[2]
+            known = path.exists() and (not name or name in defined(path))
+        elif match := re.fullmatch(r"(\w+)\(.*\)", span):
+            known = any(match[1] in defined(path) for path in SOURCES)
+        else:
+            known = "/" not in span or re.search(r"[^\w./-]|^(runs|downloads)\b", span) or (ROOT / span).exists()
+        faults += [] if known else [span]
+    return faults
+
+
+@cache
+def defined(path: Path) -> set[str]:
+    return {node.name for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path):
+    assert link_faults(path.read_text(encoding="utf-8"), path.parent) == []
+
+
+@pytest.mark.parametrize("path", GUIDES, ids=name_of)
+def test_names_in_documents_exist(path):
+    assert name_faults(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("text", [
+    "[x](nothing.md)", "[x](LOG.md#no-such-heading)", "[x](#nowhere)", "[`irpo.py:main`](rft.py)", "![x](no.png)"])
+def test_broken_links_are_seen(text):
+    assert link_faults(text, ROOT)
+
+
+@pytest.mark.parametrize("text", ["`irpo.py:make_pears`", "`nothing.py`", "`make_pears(right)`", "`grades/`"])
+def test_names_that_do_not_exist_are_seen(text):
+    assert name_faults(text)
+
+
+def test_numbers_about_the_code_are_current():
+    """Line counts of the README within a tenth, and rows of the memory table to the digit."""
+    rows = re.findall(r"^\| \[`(\w+\.py)`\].*?\| ([\d,]+) \|", GUIDES[0].read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(name for name, _ in rows) == sorted(path.name for path in ROOT.glob("*.py"))
+    for name, lines in rows:
+        assert int(lines) == pytest.approx(len((ROOT / name).read_text().splitlines()), rel=0.1), name
+    table = memory.table(memory.Config()).splitlines()
+    shown = [row for row in (ROOT / "docs" / "scale.md").read_text(encoding="utf-8").splitlines() if row[:1] == "|"]
+    assert len(shown) > 2 and set(shown) <= set(table)

@@ -1,0 +1,48 @@
+"""The Makefile: what its targets run, and what it refuses."""
+import os
+import re
+import subprocess
+
+import pytest
+
+from commands import ROOT, dry_run, make_faults
+
+
+def test_base_models_are_never_made_side_by_side(tmp_path):
+    """Two with two threads each took ten times as long as one after the other; a -j must not start both."""
+    python, seen = tmp_path / "python", tmp_path / "seen"
+    python.write_text(f"#!/bin/sh\necho start >> {seen}\nsleep 0.3\necho end >> {seen}\n")
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    subprocess.run(["make", "-s", "-j2", "-o", ".venv/runtime", "base", "rft-base", f"PY={python}"], cwd=ROOT,
+                   check=True, env=environment)
+    assert seen.read_text().split() == ["start", "end"] * 2
+
+
+@pytest.mark.parametrize("arguments, remedy", [
+    (f"{goal} TASK=gsm8k", f"make {goal} TASK=gsm8k MODEL=dir") for goal in ("irpo", "rft", "reft", "eval")] + [
+    (f"{goal} MODEL=dir", "needs TASK") for goal in ("irpo", "rft", "reft")])
+def test_make_refuses_a_task_without_a_model_and_a_model_without_a_task(arguments, remedy):
+    dry = dry_run(arguments.split())
+    assert dry.returncode and remedy in dry.stderr and not dry.stdout
+
+
+@pytest.mark.parametrize("arguments, programs", [
+    *((f"{name} TASK=gsm8k MODEL=dir", [name, "tools.report"]) for name in ("irpo", "rft", "reft")),
+    *((f"{name} SEED=3 JOBS=2", ["train", "tools.sweep"]) for name in ("rft", "reft")),
+    ("tables", ["tools.sweep"] * 3), ("eval TASK=gsm8k MODEL=dir", ["evaluate"]),
+    ("eval MODEL=dir", ["evaluate"]), ("data TASK=gsm8k", ["data.download"])])
+def test_make_runs_the_right_programs(arguments, programs):
+    """Besides those that make the environment, if it is missing."""
+    dry = dry_run(arguments.split())
+    assert not dry.returncode, dry.stderr
+    assert [name for name in re.findall(r"python (?:-m )?(\S+?)(?:\.py)? ", dry.stdout)
+            if name not in ("pip", "venv")] == programs
+
+
+def test_every_command_in_the_makefile_parses():
+    """Recipes call scripts with flags, too: all targets that `make help` lists, as `make -n` shows them."""
+    targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(targets) > 3
+    for target in targets:
+        assert make_faults([target]) == [], target
