@@ -211,7 +211,7 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
     model = load_trained(directory, config)
     check_start(model, pairs, config)
     loss = partial(preference_loss, config=config) if config.method == "irpo" else chosen_loss
-    probed, every = pairs[::max(1, len(pairs) // 64)][:64], max(1, num_steps(len(items), config) // 10)
+    probed, every = pairs[::math.ceil(len(pairs) / 64)], max(1, num_steps(len(items), config) // 10)
     first = {"step": 0, **probe(model, probed, golds, config)}
 
     def measure(step: int) -> dict:

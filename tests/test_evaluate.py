@@ -2,13 +2,18 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evaluate import (Answered, Sample, SampleOptions, load_answered, majority, pass_at_k,
-                      read_answered, save_answered, summarize, summarize_samples, wilson)
+from checkpoint import load_model
+from data.tokenizer import load_tokenizer
+from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson
+from infra.run import read_records, write_records
+from runs import base, call, remembered_world  # noqa: F401 (two are fixtures)
+from tools import evaluation
 
 
 @pytest.mark.parametrize("successes, n, low, high", [
@@ -125,10 +130,10 @@ def test_summary_of_a_hand_made_set():
                   "other": {"share": third, "accuracy": 0.0}}}
 
 
-def test_summary_of_all_samples_of_a_hand_made_set():
+def test_counts_over_all_samples_of_a_hand_made_set():
     """pass@1 is the mean accuracy of a sample, pass@4 the share of questions with any right one,
     maj@4 the vote of each question; style shares are over all samples."""
-    summary = summarize_samples(hand_made(), "toy")
+    summary = summarize(hand_made(), "toy")
     assert summary["pass@1"] == pytest.approx((2 + 1 + 0) / 12)
     assert summary["pass@2"] == pytest.approx((5 / 6 + 3 / 6 + 0) / 3)
     assert summary["pass@4"] == pytest.approx(2 / 3)
@@ -145,12 +150,12 @@ def test_summaries_do_not_know_the_order_of_questions():
     """A mean over batches would."""
     questions = hand_made()
     random.Random(1).shuffle(questions)
-    assert summarize(questions, "toy") == summarize(hand_made(), "toy")
-    shuffled, straight = summarize_samples(questions, "toy"), summarize_samples(hand_made(), "toy")
+    shuffled, straight = summarize(questions, "toy"), summarize(hand_made(), "toy")
     assert shuffled.pop("pass@1_ci95") == pytest.approx(straight.pop("pass@1_ci95"))
     assert shuffled.keys() == straight.keys()
-    for name in ("pass@1", "pass@2", "maj@4"):
+    for name in ("accuracy", "length", "pass@1", "pass@2", "maj@4"):
         assert shuffled[name] == pytest.approx(straight[name])
+    assert shuffled["tags"] == straight["tags"]
 
 
 def test_answered_questions_survive_the_file(tmp_path):
@@ -158,24 +163,48 @@ def test_answered_questions_survive_the_file(tmp_path):
     line."""
     odd = Sample([3, 2], True, 'line\nbreak, quote ", é, 数, \u2028 and \x85', "unparsed", None)
     questions = [*hand_made(), Answered("odd\u2029id", "p\u2028", [1], "5", [odd])]
-    save_answered(tmp_path / "samples.jsonl", questions, SampleOptions(), seed=3)
-    assert load_answered(tmp_path / "samples.jsonl") == questions
+    write_records(tmp_path / "samples.jsonl", questions, dict(seed=3))
+    assert read_records(tmp_path / "samples.jsonl", Answered) == ({"seed": 3}, questions)
     assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-def test_a_changed_file_of_samples_is_refused(tmp_path):
-    """The hash in the first line covers the settings and every response."""
-    path = tmp_path / "samples.jsonl"
-    save_answered(path, hand_made(), SampleOptions(), seed=3)
-    settings, _ = read_answered(path)
-    assert settings["seed"] == 3 and settings["marks"] == "hash" and settings["task"] == "toy"
-    whole = path.read_text()
-    for old, new in [('"seed": 3', '"seed": 4'), ('"wrong"', '"correct"'), ('"9"', '"4"')]:
-        assert old in whole
-        path.write_text(whole.replace(old, new, 1))
-        with pytest.raises(SystemExit, match="SHA-256"):
-            load_answered(path)
-    for broken in (whole[:-5], whole.split("\n", 1)[1], ""):
-        path.write_text(broken)
-        with pytest.raises(SystemExit, match="samples.jsonl"):
-            load_answered(path)
+# --- questions in, graded responses out -----------------------------------------------------------
+
+def test_groups_do_not_change_which_question_a_response_belongs_to(base):  # noqa: F811
+    """Prompts are sorted and grouped for speed, and the groups' responses were once put back in another order."""
+    model, tokenizer = load_model(base), load_tokenizer(base)
+    options = SampleOptions(max_new_tokens=8)
+    problems = options.problems("train", 20)[::-1]
+    found = [answer(model, tokenizer, problems, replace(options, batch_rows=rows), num_samples=2, temperature=1.0)
+             for rows in (1024, 6, 2)]
+    assert [q.id for q in found[0]] == [p.id for p in problems]
+    assert found[0] == found[1] == found[2]
+    assert all(q.gold == p.answer and tokenizer.encode(p.question)[:3] == q.prompt_ids[1:4]
+               for q, p in zip(found[0], problems))
+    texts = [tokenizer.decode(sample.ids) for q in found[0] for sample in q.samples]
+    assert texts == [sample.text for q in found[0] for sample in q.samples]
+
+
+def test_a_model_is_measured_once_and_its_texts_can_be_graded_again(base, tmp_path, capsys):  # noqa: F811
+    run = tmp_path / "run"
+    flags = ["--preset", "toy", "--model", base, "--limit", "6", "--num_samples", "2", "--temperature", "1",
+             "--max_new_tokens", "8", "--run_dir", run]
+    call(evaluation, *flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
+    settings, answered = read_records(run / "eval_samples.jsonl", Answered)
+    assert (settings["split"], settings["num_samples"], settings["temperature"]) == ("test", 2, 1.0)
+    before = (run / "eval_samples.jsonl").stat().st_mtime_ns
+    call(evaluation, *flags)
+    assert (run / "eval_samples.jsonl").stat().st_mtime_ns == before
+    capsys.readouterr()
+    call(evaluation, "--rescore", run / "eval_samples.jsonl")
+    assert [line for line in capsys.readouterr().out.splitlines() if "%" in line] == said
+
+    # a verdict by another grader: it is named, and the accuracy is that of today's
+    wrong = replace(answered[0], samples=[replace(s, verdict="correct") for s in answered[0].samples])
+    write_records(run / "other.jsonl", [wrong, *answered[1:]], settings)
+    call(evaluation, "--rescore", run / "other.jsonl")
+    again = capsys.readouterr().out
+    changed = sum(s.verdict != "correct" for s in answered[0].samples)
+    assert again.count("correct in the file") == changed > 0
+    assert [line for line in again.splitlines() if "%" in line] == said
