@@ -1,5 +1,4 @@
 """Rejection-sampling fine-tuning: which paths are kept, what is counted on them, and the run."""
-import random
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -39,18 +38,13 @@ def slow_levenshtein(a: str, b: str) -> int:
     return row[-1]
 
 
-@given(st.text("abé\n", max_size=90), st.text("abé\n", max_size=90))
+TEXTS = st.text("ab2é\n", max_size=20) | st.text("ab2é\n", min_size=60, max_size=140)
+
+
+@given(TEXTS, TEXTS)
 def test_levenshtein_is_the_table_in_bits(a, b):
+    """Also for more rows than a machine word has bits, with carries through all of them."""
     assert levenshtein(a, b) == slow_levenshtein(a, b) == levenshtein(b, a)
-
-
-@pytest.mark.parametrize("n", [63, 64, 65, 128, 300])
-def test_levenshtein_of_long_paths(n):
-    """More rows than a machine word has bits, with carries through all of them."""
-    rng = random.Random(n)
-    a, b = ("".join(rng.choice("12+= \n") for _ in range(n + rng.randrange(9))) for _ in range(2))
-    assert levenshtein(a, b) == slow_levenshtein(a, b)
-    assert levenshtein("a" * n, "a" * n) == 0 and levenshtein("a" * n, "b" * 130) == max(n, 130)
 
 
 # --- selection -------------------------------------------------------------------------------------
