@@ -15,6 +15,7 @@ from checkpoint import load_model, model_hash
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson
 from infra.run import read_json, read_records, write_records
+from sample import Response, generate
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -113,6 +114,8 @@ def test_counts_over_all_samples_of_a_hand_made_set():
     assert summary["pass@1_ci95"] == [0.0, pytest.approx(0.25 + half)]
     careful = summary["sampled_tags"]["style"]["careful"]
     assert careful == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(2 / 5)}
+    backwards = summarize([replace(q, samples=q.samples[::-1]) for q in hand_made()], "toy")
+    assert all(backwards[name] == summary[name] for name in ("pass@1", "pass@1_ci95", "maj@4", "sampled_tags"))
     assert summarize(hand_made()[:1], "toy")["pass@1_ci95"] == [0.0, 1.0]
     greedy = [replace(question, samples=question.samples[:1]) for question in hand_made()]
     assert not {"num_samples", "pass@1", "maj@1"} & summarize(greedy, "toy").keys()
@@ -133,16 +136,16 @@ def test_groups_do_not_change_which_question_a_response_belongs_to(base):
     model, tokenizer, options = load_model(base), load_tokenizer(base), SampleOptions(max_new_tokens=8)
     problems = options.problems("train", 11)[::-1]  # groups of 3, 3, 3 and 2
 
-    def answers(batch_rows: int, asked=problems, **how) -> list[Answered]:
-        return answer(model, tokenizer, asked, replace(options, batch_rows=batch_rows), num_samples=2, temperature=1.0,
-                      **how)
-
-    found = answers(1024)
-    assert found == answers(6) == answers(2) == [q for problem in problems for q in answers(6, [problem])]
+    how = dict(num_samples=2, temperature=0.8, seed=1)
+    found, *others = [answer(model, tokenizer, problems, replace(options, batch_rows=rows), **how)
+                      for rows in (1024, 6, 2)]
+    assert others == [found, found]
+    for question in found:
+        [alone] = generate(model, [question.prompt_ids], max_new_tokens=8, eos_id=tokenizer.eos_id, **how)
+        assert [(s.ids, s.finished) for s in question.samples] == [(r.ids, r.finished) for r in alone]
     assert [(q.id, q.prompt, q.prompt_ids, q.gold) for q in found] == [
         (p.id, f"{p.question}\n", options.prompt_ids(tokenizer, p), p.answer) for p in problems]
     assert all(tokenizer.decode(sample.ids) == sample.text for q in found for sample in q.samples)
-    assert found != answers(1024, seed=1)
 
 
 def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
@@ -152,7 +155,7 @@ def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
     tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, encode=own.encode,
                                 decode=lambda ids: f"Final answer: {ids[0]}")
     monkeypatch.setattr(evaluate, "sample_all", lambda *args: [
-        [evaluate.Response([i], False), evaluate.Response([2 - i], True)] for i in range(3)])
+        [Response([i], False), Response([2 - i], True)] for i in range(3)])
     found = answer(None, tokenizer, problems, options)
     assert [[(s.verdict, s.answer, s.finished) for s in q.samples] for q in found] == [
         [("correct", "0", False), ("wrong", "2", True)], [("correct", "1", False), ("correct", "1", True)],
@@ -160,24 +163,27 @@ def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
 
 
 def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch):
-    """Whatever changes a response is in its first line, so that no other response is taken for it; speed is not."""
+    """Whatever changes a response is in its first line, so that no other is taken for it; speed and memory are not."""
     calls, path = [], tmp_path / "samples.jsonl"
     monkeypatch.setattr(evaluate, "answer", lambda *args, **how: calls.append((args, how)) or hand_made())
+    monkeypatch.setattr(evaluate, "load_sampler", lambda *args: args)
     how = dict(split="dev", num_samples=4, temperature=0.7, seed=3)
 
-    def ask(options=SampleOptions(prompt="irpo"), directory=str(base), **changes) -> list[Answered]:  # noqa: B008
-        return evaluate.answer_once(path, directory, ["problem"], options, label="x", **how | changes)
+    def ask(speed: dict, **changes) -> list[Answered]:
+        options = SampleOptions(prompt="irpo", **speed)
+        return evaluate.answer_once(path, str(base), ["problem"], options, label="x", **how | changes)
 
-    assert ask() == ask() == ask(SampleOptions(prompt="irpo", batch_rows=7)) == hand_made()
-    [((_, _, problems, options), asked)] = calls
-    assert problems == ["problem"] and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x")
+    assert ask(dict(batch_rows=7, tensor_parallel=2)) == ask({}) == hand_made()
+    [((model, _, problems, options), asked)] = calls
+    assert (model, problems, options.prompt, options.batch_rows) == ((str(base), 2), ["problem"], "irpo", 7)
+    assert asked == dict(num_samples=4, temperature=0.7, seed=3, label="x")
     said, _ = read_records(path, Answered)
     assert said == how | dict(weights=model_hash(base), task="toy", path="", source="publisher", toy_steps=[2, 3],
                               toy_world="ways", prompt="irpo", chat="", answer_format="", marks="final_answer",
                               max_new_tokens=512)
     for name, value in dict(split="test", num_samples=1, temperature=1.0, seed=4).items():
         with pytest.raises(SystemExit, match=f"other settings:\n  {name}: "):
-            ask(**{name: value})
+            ask({}, **{name: value})
 
 
 @pytest.mark.parametrize("eval_samples", [0, 4])
