@@ -236,7 +236,7 @@ def test_a_decoding_step_can_be_recorded_and_replayed(monkeypatch, changes):
             assert memories[-1] == before
         with Waits() as waits:
             step(self)
-        assert waits.count == 1  # the check of the window, which is made on a CPU only
+        assert waits.count == 2  # the checks of lengths, which are made on a CPU only
         assert memory_of(self) == before
         layouts.append(layout)
         memories.append(before)
