@@ -1,44 +1,41 @@
-"""Intervals, pass@k, votes and summaries against published values and brute force."""
+"""Intervals, pass@k, votes and summaries against published values and brute force; answers and how they are asked."""
 import itertools
+import json
 import math
 import random
 from dataclasses import replace
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpoint import load_model
+import evaluate
+from checkpoint import load_model, model_hash
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson
-from infra.run import read_records, write_records
-from runs import base, call, remembered_world  # noqa: F401 (two are fixtures)
-from tools import evaluation
+from infra.run import read_json, read_records, write_records
+
+pytestmark = pytest.mark.usefixtures("small_world")
 
 
 @pytest.mark.parametrize("successes, n, low, high", [
-    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611),
-    (1, 29, 0.0061, 0.1718)])
+    (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0000, 0.1611), (1, 29, 0.0061, 0.1718)])
 def test_wilson_against_newcombe(successes, n, low, high):
-    """The score interval in the examples of Newcombe (1998); the textbook interval is far off at
-    0."""
+    """The score interval in the examples of Newcombe (1998); the textbook interval is far off at 0."""
     assert wilson(successes, n) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 
 @given(st.integers(1, 400), st.data())
 def test_wilson_stays_in_range_and_is_symmetric(n, data):
-    """0 of n and n of n are results too: no negative bound, and right and wrong mirror each
-    other."""
+    """0 of n and n of n are results too: no negative bound, and right and wrong mirror each other."""
     successes = data.draw(st.integers(0, n))
     low, high = wilson(successes, n)
-    assert 0 <= low <= successes / n + 1e-12
-    assert successes / n - 1e-12 <= high <= 1
-    mirrored = wilson(n - successes, n)
-    assert mirrored == (pytest.approx(1 - high, abs=1e-12), pytest.approx(1 - low, abs=1e-12))
-    # its ends are where a hypothesis p is just rejected: |share - p| = z * sqrt(p(1 - p) / n)
-    for p in (low, high):
-        gap = abs(successes / n - p)
-        assert gap == pytest.approx(1.959964 * math.sqrt(max(0, p * (1 - p)) / n), abs=1e-6)
+    assert 0 <= low <= successes / n + 1e-12 and successes / n - 1e-12 <= high <= 1
+    assert wilson(n - successes, n) == (pytest.approx(1 - high, abs=1e-12), pytest.approx(1 - low, abs=1e-12))
+    for p in (low, high):  # where a hypothesis p is just rejected
+        assert abs(successes / n - p) == pytest.approx(1.959964 * math.sqrt(max(0, p * (1 - p)) / n), abs=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
@@ -58,92 +55,72 @@ def test_pass_at_k_refuses_more_than_there_are(k):
         pass_at_k(5, 2, k)
 
 
-def slow_majority(answers: list[tuple[str | None, bool]]) -> float:
-    """Mean over all ways to break a tie of whether the winner is right."""
-    names = sorted({answer for answer, _ in answers if answer is not None})
-    votes = [sum(answer == name for answer, _ in answers) for name in names]
-    winners = [name for name, count in zip(names, votes) if count == max(votes)]
-    right = [any(r for answer, r in answers if answer == name) for name in winners]
-    return sum(right) / len(right) if right else 0.0
-
-
 def test_majority_by_hand():
     """No answer is no vote, however many there are; a tie is shared; nobody voting is not right."""
     right, wrong, none = ("18", True), ("7", False), (None, False)
-    assert majority([right, right, wrong]) == 1.0
-    assert majority([right, wrong, wrong]) == 0.0
-    assert majority([right, wrong]) == 0.5
-    assert majority([none, none, none, right]) == 1.0
-    assert majority([right, wrong, ("3", False)]) == pytest.approx(1 / 3)
-    assert majority([none, none]) == majority([]) == 0.0
+    assert majority([right, right, wrong]) == majority([none, none, none, right]) == 1.0
+    assert majority([right, wrong]) == 0.5 and majority([right, wrong, ("3", False)]) == pytest.approx(1 / 3)
+    assert majority([right, wrong, wrong]) == majority([none, none]) == majority([]) == 0.0
 
 
-@given(st.lists(st.sampled_from([("18", True), ("7", False), ("3", False), (None, False)]),
-                max_size=9),
+@given(st.lists(st.sampled_from([("18", True), ("7", False), ("3", False), (None, False)]), max_size=9),
        st.randoms(use_true_random=False))
 def test_majority_does_not_know_the_order_of_samples(answers, rng):
     """The first most common answer of a Counter is that of the first sample."""
-    shuffled = list(answers)
-    rng.shuffle(shuffled)
-    assert majority(shuffled) == majority(answers) == pytest.approx(slow_majority(answers))
+    votes = [vote for vote in answers if vote[0]]
+    winners = {vote for vote in votes if votes.count(vote) == max(map(votes.count, votes))}
+    share = fmean(right for _, right in winners) if winners else 0.0  # mean over all ways to break a tie
+    shuffled = rng.sample(answers, len(answers))
+    assert majority(shuffled) == majority(answers) == pytest.approx(share)
 
 
 CAREFUL, HASTY = "a=<<2+3=5>>5 b=<<5-1=4>>4\n#### 4", "So 4=<<5-1=4>>4\n#### 4"
 
 
-def sample(verdict: str, answer: str | None, text: str, length: int,
-           finished: bool = True) -> Sample:
+def sample(verdict: str, answer: str | None, text: str, length: int, finished: bool = True) -> Sample:
     return Sample([5] * length, finished, text, verdict, answer)
 
 
 def hand_made() -> list[Answered]:
-    """Three questions, four samples each; their first samples are right, wrong, unparsed."""
-    return [
-        Answered("t-0-left", "p", [1, 5], "4", [sample("correct", "4", CAREFUL, 10),
-                                      sample("correct", "4", HASTY, 4),
-                                      sample("wrong", "9", HASTY, 4),
-                                      sample("unparsed", None, "", 1)]),
-        Answered("t-1-left", "p", [1, 6], "3", [sample("wrong", "8", HASTY, 5),
-                                      sample("wrong", "8", HASTY, 5),
-                                      sample("correct", "3", CAREFUL, 9),
-                                      sample("wrong", "7", HASTY, 5)]),
-        Answered("t-2-pairs", "p", [1, 7], "0", [sample("unparsed", None, "um", 12, finished=False)]
-                 + [sample("wrong", "0", CAREFUL, 9)] * 3),
-    ]
+    """Make three questions of four samples; the first samples are right, wrong, unparsed."""
+    return [Answered("t-0-left", "p", [1, 5], "4", [
+                sample("correct", "4", CAREFUL, 10), sample("correct", "4", HASTY, 4), sample("wrong", "9", HASTY, 4),
+                sample("unparsed", None, "", 1)]),
+            Answered("t-1-left", "p", [1, 6], "3", [
+                sample("wrong", "8", HASTY, 5), sample("wrong", "8", HASTY, 5), sample("correct", "3", CAREFUL, 9),
+                sample("wrong", "7", HASTY, 5)]),
+            Answered("t-2-pairs", "p", [1, 7], "0", [
+                sample("unparsed", None, "um", 12, finished=False), *[sample("wrong", "0", CAREFUL, 9)] * 3])]
 
 
 def test_summary_of_a_hand_made_set():
     """Greedy numbers are those of each question's first sample, and of no other."""
-    summary = summarize(hand_made(), "toy")
-    assert summary["n"] == 3
-    assert summary["accuracy"] == pytest.approx(1 / 3)
-    assert summary["ci95"] == wilson(1, 3)
-    third = pytest.approx(1 / 3)
+    summary, third = summarize(hand_made(), "toy"), pytest.approx(1 / 3)
+    assert (summary["n"], summary["accuracy"], summary["ci95"]) == (3, third, wilson(1, 3))
     assert summary["verdicts"] == {"correct": third, "unparsed": third, "wrong": third}
-    assert summary["finished"] == pytest.approx(2 / 3)
-    assert summary["length"] == pytest.approx(9)
+    assert summary["finished"] == pytest.approx(2 / 3) and summary["length"] == pytest.approx(9)
     assert summary["tags"] == {
-        "skill": {"left": {"share": pytest.approx(2 / 3), "accuracy": 0.5},
-                  "pairs": {"share": third, "accuracy": 0.0}},
-        "style": {"careful": {"share": third, "accuracy": 1.0},
-                  "hasty": {"share": third, "accuracy": 0.0},
+        "skill": {"left": {"share": pytest.approx(2 / 3), "accuracy": 0.5}, "pairs": {"share": third, "accuracy": 0.0}},
+        "style": {"careful": {"share": third, "accuracy": 1.0}, "hasty": {"share": third, "accuracy": 0.0},
                   "other": {"share": third, "accuracy": 0.0}}}
 
 
 def test_counts_over_all_samples_of_a_hand_made_set():
-    """pass@1 is the mean accuracy of a sample, pass@4 the share of questions with any right one,
-    maj@4 the vote of each question; style shares are over all samples."""
+    """pass@1 is the mean accuracy of a sample, pass@4 the share of questions with any right one, maj@4 the vote of each
+    question; style shares are over all samples. One sample has no such counts, and one question no interval."""
     summary = summarize(hand_made(), "toy")
     assert summary["pass@1"] == pytest.approx((2 + 1 + 0) / 12)
     assert summary["pass@2"] == pytest.approx((5 / 6 + 3 / 6 + 0) / 3)
     assert summary["pass@4"] == pytest.approx(2 / 3)
     assert "pass@3" not in summary and "pass@8" not in summary
-    assert summary["maj@4"] == pytest.approx(1 / 3)
-    assert summary["num_samples"] == 4
+    assert summary["maj@4"] == pytest.approx(1 / 3) and summary["num_samples"] == 4
     half = 1.959964 * 0.25 / math.sqrt(3)  # shares 1/2, 1/4, 0: standard deviation 1/4
     assert summary["pass@1_ci95"] == [0.0, pytest.approx(0.25 + half)]
     careful = summary["sampled_tags"]["style"]["careful"]
     assert careful == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(2 / 5)}
+    assert summarize(hand_made()[:1], "toy")["pass@1_ci95"] == [0.0, 1.0]
+    greedy = [replace(question, samples=question.samples[:1]) for question in hand_made()]
+    assert not {"num_samples", "pass@1", "maj@1"} & summarize(greedy, "toy").keys()
 
 
 def test_summaries_do_not_know_the_order_of_questions():
@@ -151,60 +128,90 @@ def test_summaries_do_not_know_the_order_of_questions():
     questions = hand_made()
     random.Random(1).shuffle(questions)
     shuffled, straight = summarize(questions, "toy"), summarize(hand_made(), "toy")
-    assert shuffled.pop("pass@1_ci95") == pytest.approx(straight.pop("pass@1_ci95"))
-    assert shuffled.keys() == straight.keys()
-    for name in ("accuracy", "length", "pass@1", "pass@2", "maj@4"):
+    for name in ("accuracy", "length", "pass@1", "pass@1_ci95", "pass@2", "maj@4"):
         assert shuffled[name] == pytest.approx(straight[name])
-    assert shuffled["tags"] == straight["tags"]
+    assert shuffled["tags"] == straight["tags"] and questions != hand_made()
 
 
 def test_answered_questions_survive_the_file(tmp_path):
-    """Stored ids are what is trained on: no field may change type, and no character may split a
-    line."""
+    """Stored ids are what is trained on: no field may change type, and no character may split a line."""
     odd = Sample([3, 2], True, 'line\nbreak, quote ", é, 数, \u2028 and \x85', "unparsed", None)
     questions = [*hand_made(), Answered("odd\u2029id", "p\u2028", [1], "5", [odd])]
     write_records(tmp_path / "samples.jsonl", questions, dict(seed=3))
     assert read_records(tmp_path / "samples.jsonl", Answered) == ({"seed": 3}, questions)
-    assert [p.name for p in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-# --- questions in, graded responses out -----------------------------------------------------------
+# --- questions in, graded responses out ------------------------------------------------------------
 
-def test_groups_do_not_change_which_question_a_response_belongs_to(base):  # noqa: F811
-    """Prompts are sorted and grouped for speed, and the groups' responses were once put back in another order."""
-    model, tokenizer = load_model(base), load_tokenizer(base)
-    options = SampleOptions(max_new_tokens=8)
-    problems = options.problems("train", 20)[::-1]
-    found = [answer(model, tokenizer, problems, replace(options, batch_rows=rows), num_samples=2, temperature=1.0)
-             for rows in (1024, 6, 2)]
-    assert [q.id for q in found[0]] == [p.id for p in problems]
-    assert found[0] == found[1] == found[2]
-    assert all(q.gold == p.answer and tokenizer.encode(p.question)[:3] == q.prompt_ids[1:4]
-               for q, p in zip(found[0], problems))
-    texts = [tokenizer.decode(sample.ids) for q in found[0] for sample in q.samples]
-    assert texts == [sample.text for q in found[0] for sample in q.samples]
+def test_groups_do_not_change_which_question_a_response_belongs_to(base):
+    """Prompts are sorted and sampled in groups for speed, and the responses must return to their questions."""
+    model, tokenizer, options = load_model(base), load_tokenizer(base), SampleOptions(max_new_tokens=8)
+    problems = options.problems("train")[::-1]
+
+    def answers(batch_rows: int, asked=problems, **how) -> list[Answered]:
+        return answer(model, tokenizer, asked, replace(options, batch_rows=batch_rows), num_samples=2, temperature=1.0,
+                      **how)
+
+    found = answers(1024)
+    assert found == answers(6) == answers(2) == [q for problem in problems for q in answers(6, [problem])]
+    assert [(q.id, q.prompt, q.prompt_ids, q.gold) for q in found] == [
+        (p.id, f"{p.question}\n", options.prompt_ids(tokenizer, p), p.answer) for p in problems]
+    assert all(tokenizer.decode(sample.ids) == sample.text for q in found for sample in q.samples)
+    assert found != answers(1024, seed=1)
 
 
-def test_a_model_is_measured_once_and_its_texts_can_be_graded_again(base, tmp_path, capsys):  # noqa: F811
-    run = tmp_path / "run"
-    flags = ["--preset", "toy", "--model", base, "--limit", "6", "--num_samples", "2", "--temperature", "1",
-             "--max_new_tokens", "8", "--run_dir", run]
-    call(evaluation, *flags)
-    said = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
-    settings, answered = read_records(run / "eval_samples.jsonl", Answered)
-    assert (settings["split"], settings["num_samples"], settings["temperature"]) == ("test", 2, 1.0)
-    before = (run / "eval_samples.jsonl").stat().st_mtime_ns
-    call(evaluation, *flags)
-    assert (run / "eval_samples.jsonl").stat().st_mtime_ns == before
-    capsys.readouterr()
-    call(evaluation, "--rescore", run / "eval_samples.jsonl")
-    assert [line for line in capsys.readouterr().out.splitlines() if "%" in line] == said
+def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
+    """In the answer format that the prompt asks for; a truncated one as it stands."""
+    options, own = SampleOptions(prompt="irpo"), load_tokenizer(base)
+    problems = [replace(p, answer=str(i)) for i, p in enumerate(options.problems("train", 3))]
+    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, encode=own.encode,
+                                decode=lambda ids: f"Final answer: {ids[0]}")
+    monkeypatch.setattr(evaluate, "sample_all", lambda *args: [
+        [evaluate.Response([i], False), evaluate.Response([2 - i], True)] for i in range(3)])
+    found = answer(None, tokenizer, problems, options)
+    assert [[(s.verdict, s.answer, s.finished) for s in q.samples] for q in found] == [
+        [("correct", "0", False), ("wrong", "2", True)], [("correct", "1", False), ("correct", "1", True)],
+        [("correct", "2", False), ("wrong", "0", True)]]
 
-    # a verdict by another grader: it is named, and the accuracy is that of today's
-    wrong = replace(answered[0], samples=[replace(s, verdict="correct") for s in answered[0].samples])
-    write_records(run / "other.jsonl", [wrong, *answered[1:]], settings)
-    call(evaluation, "--rescore", run / "other.jsonl")
-    again = capsys.readouterr().out
-    changed = sum(s.verdict != "correct" for s in answered[0].samples)
-    assert again.count("correct in the file") == changed > 0
-    assert [line for line in again.splitlines() if "%" in line] == said
+
+def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch):
+    """Whatever changes a response is in its first line, so that no other response is taken for it; speed is not."""
+    calls, path = [], tmp_path / "samples.jsonl"
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **how: calls.append((args, how)) or hand_made())
+    how = dict(split="dev", num_samples=4, temperature=0.7, seed=3)
+
+    def ask(options=SampleOptions(prompt="irpo"), directory=str(base), **changes) -> list[Answered]:  # noqa: B008
+        return evaluate.answer_once(path, directory, ["problem"], options, label="x", **how | changes)
+
+    assert ask() == ask() == ask(SampleOptions(prompt="irpo", batch_rows=7)) == hand_made()
+    [((_, _, problems, options), asked)] = calls
+    assert problems == ["problem"] and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x")
+    said, _ = read_records(path, Answered)
+    assert said == how | dict(weights=model_hash(base), task="toy", path="", source="publisher", toy_steps=[2, 3],
+                              toy_world="ways", prompt="irpo", chat="", answer_format="", marks="final_answer",
+                              max_new_tokens=512)
+    for name, value in dict(split="test", num_samples=1, temperature=1.0, seed=4).items():
+        with pytest.raises(SystemExit, match=f"other settings:\n  {name}: "):
+            ask(**{name: value})
+
+
+@pytest.mark.parametrize("eval_samples", [0, 4])
+def test_the_record_of_a_model(tmp_path, monkeypatch, eval_samples):
+    """Greedy on dev and test; accuracy stays the greedy one where several samples are drawn as well."""
+    calls = []
+
+    def answer_once(path, directory, problems, config, **how) -> list[Answered]:
+        calls.append((path.name, directory, problems, how))
+        return [replace(q, samples=q.samples[-how["num_samples"]:]) for q in hand_made()]
+
+    monkeypatch.setattr(evaluate, "answer_once", answer_once)
+    config = SimpleNamespace(task="toy", eval_questions=2, eval_samples=eval_samples, seed=5,
+                             problems=lambda split, limit: [f"{limit} of {split}"])
+    rows = evaluate.evaluate_model("M1", 1, "directory", config, tmp_path, 0.7, note="n")
+    asked = [("eval_dev", "dev", 1, 0.0), ("eval_samples", "test", 1, 0.0), ("eval_sampled", "test", 4, 0.7)]
+    assert calls == [(f"{file}.jsonl", "directory", [f"2 of {split}"], dict(
+        split=split, num_samples=num_samples, temperature=temperature, seed=5, label=f"M1 {split}"))
+        for file, split, num_samples, temperature in asked[:3 if eval_samples else 2]]
+    assert [(r["name"], r["iteration"], r["split"], r["note"], r["accuracy"], r.get("pass@4")) for r in rows] == [
+        ("M1", 1, "dev", "n", 0.0, None), ("M1", 1, "test", "n", 0.0, pytest.approx(2 / 3) if eval_samples else None)]
+    assert json.loads(json.dumps(rows)) == read_json(tmp_path / "eval.json")

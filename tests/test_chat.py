@@ -1,0 +1,50 @@
+"""A chat streams the responses that generate gives, and says where one was cut off."""
+import io
+import sys
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from checkpoint import load_model
+from data.prompts import encode_prompt, prompt_text
+from data.tokenizer import load_tokenizer
+from runs import call
+from sample import generate
+from tools import chat
+
+QUESTION = "Ben has 4 apples. How many apples does Ben have?"
+
+
+@pytest.mark.parametrize("temperature, top_p, top_k", [(0.0, 1.0, 0), (1.0, 1.0, 0), (1.0, 0.8, 5)])
+@pytest.mark.parametrize("max_new_tokens", [1, 20])
+def test_a_stream_is_what_generate_draws(temperature, top_p, top_k, max_new_tokens):
+    """Token by token, the same responses, with EOS if they have one."""
+    model, prompt = tiny_model(), [1, 5, 9, 4]
+    options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=7)
+    [responses] = generate(model, [prompt], num_samples=3, eos_id=2, **options)
+    streams = [[*chat.stream(model, prompt, n, 2, chat.Config(model="m", **options))] for n in range(3)]
+    assert streams == [response.ids for response in responses]
+    assert torch.is_grad_enabled()
+
+
+def test_a_stream_ends_where_the_model_has_no_more_positions():
+    config = chat.Config(model="m", max_new_tokens=50)
+    assert len([*chat.stream(tiny_model(), [5] * 120, 0, -1, config)]) == 8
+
+
+def test_a_chat_prints_the_responses(base, monkeypatch, capsys):
+    """As the flags ask for them; neither a question that is too long ends it, nor blank lines, nor broken UTF-8."""
+    lines = f"{QUESTION}\n\n\xff\n{QUESTION * 20}\n{QUESTION}\n".encode("latin1")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
+    monkeypatch.setattr(chat, "load_sampler", load_model)  # float32: where rows are few, bfloat16 may round otherwise
+    call(chat, "--model", base, "--prompt", "rft", "--num_samples", "2", "--temperature", "1.2", "--top_k", "9",
+         "--top_p", "0.9", "--seed", "3", "--max_new_tokens", "8")
+    said, tokenizer = capsys.readouterr().out, load_tokenizer(base)
+
+    prompt = encode_prompt(tokenizer, prompt_text("rft", "", QUESTION))
+    [responses] = generate(load_model(base), [prompt], num_samples=2, temperature=1.2, top_k=9, top_p=0.9, seed=3,
+                           max_new_tokens=8, eos_id=tokenizer.eos_id)
+    shown = "".join(tokenizer.decode(r.ids) + ("\n" if r.finished else " [truncated]\n") for r in responses)
+    assert said.startswith(shown) and said.endswith(shown)
+    assert "tokens are too long for this model's 192 positions]\n" in said
