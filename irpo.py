@@ -35,11 +35,12 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
 from infra.parallel import computed
+from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
 from train import (Example, TrainOptions, autocast, fit, fitting, load_trained, micro_batches, num_steps, packed_logps,
-                   response_logps, summary, trained)
+                   response_logps, trained)
 
 
 @dataclass(frozen=True)

@@ -41,13 +41,14 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
 from infra.parallel import computed, device, world
+from infra.progress import mean_or_max, summary
 from infra.run import derive_seed, hash_of, open_run, read_jsonl, read_records, run_script, write_json
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss, ppo_policy_loss,
                     ppo_value_loss, whiten)
 from model import Llama
 from rewards import READ, read_number
 from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, load_trained, loop,
-                   mean_or_max, micro_batches, new_optimizer, num_steps, padded, response_logps, summary, trained)
+                   micro_batches, new_optimizer, num_steps, padded, response_logps, trained)
 
 METHODS = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
 

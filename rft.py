@@ -33,10 +33,11 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer_once, evaluate_model
 from infra.config import option, parse_config
 from infra.parallel import computed
+from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, read_records, run_script, write_json
 from model import Llama
 from rewards import OWN_FORMAT, equations, equations_hold, grade
-from train import Example, TrainOptions, fit_sft, load_trained, num_steps, summary, trained
+from train import Example, TrainOptions, fit_sft, load_trained, num_steps, trained
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 

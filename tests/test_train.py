@@ -16,10 +16,11 @@ from torch import Tensor
 
 import train
 from checkpoint import save_model
+from infra.progress import summary
 from losses import nll_loss
 from tiny import random_tokens, slow_logps, tiny_model
 from train import (Example, TrainOptions, batch_at, learning_rate, load_trained, micro_batches, new_optimizer,
-                   num_steps, packed_logps, response_logps, summary, trained)
+                   num_steps, packed_logps, response_logps, trained)
 
 FP32 = TrainOptions(lr=1.0, batch_size=7, clip_norm=1e9, precision="fp32")
 
