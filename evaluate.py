@@ -202,6 +202,7 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
     rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
     if config.eval_samples:
+        # pass@k and maj@k are added; accuracy stays the greedy one
         rows[-1] = measured("eval_sampled.jsonl", "test", config.eval_samples, temperature) | rows[-1]
     write_json(folder / "eval.json", rows)
     return rows

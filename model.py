@@ -121,11 +121,11 @@ class KVCache:
             self.place = torch.zeros_like(self.lengths)  # (R,): row -> place
             self.row_at = torch.zeros(len(prompts.lengths) * num_samples, dtype=torch.long, device=device)
 
-    def begin(self, prompts: "KVCache", lengths: Tensor, slots: Tensor, rows: Tensor) -> None:
-        """Store n new prompts at slots (n,), and let N of the rows (n*N,) begin after each."""
-        self.prompts.look_at(max(self.prompts.window, prompts.window))
-        for store, new in zip(self.prompts.keys + self.prompts.values, prompts.keys + prompts.values):
-            store[slots, :, :prompts.window] = new
+    def begin(self, prefilled: "KVCache", lengths: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Store n prefilled prompts of these lengths at slots (n,), and let N of the rows (n*N,) begin after each."""
+        self.prompts.look_at(max(self.prompts.window, prefilled.window))
+        for store, new in zip(self.prompts.keys + self.prompts.values, prefilled.keys + prefilled.values):
+            store[slots, :, :prefilled.window] = new
         self.prompts.lengths[slots] = lengths
         places = (slots[:, None] * self.num_samples + torch.arange(self.num_samples, device=slots.device)).flatten()
         self.place[rows], self.row_at[places], self.lengths[rows] = places, rows, 0
@@ -334,8 +334,8 @@ class Decoder(nn.Module):
 
 
 def segment_mask(segments: Tensor) -> Tensor:
-    """segments (B, T) -> (B, 1, T, T): 0 where token i may see token j <= i, which is in the prompt (segment 0) or in
-    the same segment, and -inf elsewhere."""
+    """segments (B, T) -> (B, 1, T, T): 0 where j <= i and token j is in the prompt (segment 0) or in token i's segment,
+    -inf elsewhere."""
     visible = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])  # (B, i, j)
     return torch.zeros(visible.shape, device=segments.device).masked_fill(~visible.tril(), -math.inf)[:, None]
 

@@ -60,7 +60,7 @@ class Config(TrainOptions, SampleOptions):
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples and batch order")
     prompt: str = option("reft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
-    num_questions: int = option(0, "only the first training questions, this many; 0: all", low=0)
+    num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and on sampled "
                          "paths that are right; online_st: NLL of each batch's right samples and gold", METHODS)
     # warm-up
@@ -105,7 +105,7 @@ class Config(TrainOptions, SampleOptions):
     save_every: int = option(50, "steps or batches between saved states, from which a killed run resumes", low=1,
                              free=True)
     eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
-    eval_questions: int = option(0, "only the first dev and test questions, this many; 0: all", low=0)
+    eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

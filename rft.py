@@ -49,7 +49,7 @@ class Config(TrainOptions, SampleOptions):
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order")
     prompt: str = option("rft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
-    num_questions: int = option(0, "only the first training questions, this many; 0: all", low=0)
+    num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,
                                    high=1)
     # step 2
@@ -74,7 +74,7 @@ class Config(TrainOptions, SampleOptions):
     epochs: int = option(3, "passes over the data; the last one counts", low=1)
     # the record
     eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0)
-    eval_questions: int = option(0, "only the first dev and test questions, this many; 0: all", low=0)
+    eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 
 TOY = dict(task="toy", prompt="plain", toy_world="paths", num_questions=300, num_samples=50, lr=1e-3, batch_size=8,

@@ -44,7 +44,7 @@ def uniforms(seed: int, prompt: list[int], num_samples: int, count: int) -> Tens
 def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the CDF: weights (R, n), uniforms (R,) -> indices (R,), never of a weight that is 0.
 
-    Also return the rescaled remainder of each uniform (R,), itself uniform, for a second draw inside the picked item.
+    Also return the rescaled remainder of each uniform (R,), itself uniform, for a second draw inside what was picked.
     """
     cdf = weights.double().cumsum(-1)
     target = uniform[:, None] * cdf[:, -1:]  # below the last, since uniform < 1
@@ -141,7 +141,7 @@ class Batch:
 
     def draw(self, rows: Tensor, logits: Tensor) -> None:
         """Draw the next token of rows (n,) from logits (n, V). A row finishes with EOS or when it is full."""
-        at = self.cache.lengths[rows]  # the first token is drawn before anything of its row is in the cache
+        at = self.cache.lengths[rows]  # tokens of a row in the cache, and so the number of the token to draw
         self.newest[rows] = new = sample_next_token(logits, self.uniforms[rows, at], **self.drawing)
         self.ids[rows, at.masked_fill(~self.live[rows], self.max_new_tokens)] = new  # finished rows: the spare column
         self.live[rows] &= (new != self.eos_id) & (at + 1 < self.max_new_tokens)

@@ -156,11 +156,11 @@ def accumulate(model: nn.Module, parts: list[list], loss: Callable, precision: s
     Each micro-batch runs on one rank. Return every measured value for every item, in a fixed order.
     """
     size, found = sum(map(len, parts)), []
-    for part, counts in dealt(parts):
+    for part, is_mine in dealt(parts):  # another rank's part is computed, too, and weighs 0: see `dealt`
         with autocast(precision):
             values = loss(model, part)
-        (values["loss"].sum() / size * counts).backward()
-        if counts:
+        (values["loss"].sum() / size * is_mine).backward()
+        if is_mine:
             found.append({name: x.detach().tolist() for name, x in values.items()})
     found = collected(found)
     return {name: [x for values in found for x in values[name]] for name in found[0]}
@@ -197,8 +197,10 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
 def load_trained(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
                  dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load wrap(the model of a directory), ready for training: on this device, or sharded over all ranks."""
-    # with several ranks: mapped as it is stored, and a rank reads a block when it is sharded
-    module = wrap(load_model(directory, *((device(), dtype) if world() == 1 else ("cpu", None))))
+    if world() == 1:
+        module = wrap(load_model(directory, device(), dtype))
+    else:
+        module = wrap(load_model(directory, dtype=None))  # mapped as it is stored: a rank reads what it keeps
     for part in module.modules():
         if isinstance(part, Decoder):
             part.checkpoint_activations = options.checkpoint_activations
