@@ -39,8 +39,8 @@ from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
-from train import (Example, TrainOptions, autocast, fit, fitting, load_trained, micro_batches, num_steps, packed_logps,
-                   response_logps, trained)
+from train import (Example, TrainOptions, autocast, fit, fitting, load_for_training, micro_batches, num_steps,
+                   packed_logps, response_logps, train_once)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def with_reference(pairs: list[Pair], directory: str, config: Config) -> list[Pair]:
     """Step 4: two numbers per pair, so that training needs no second model."""
-    model, parts = load_trained(directory, config), micro_batches(pairs, config.micro_batch_tokens)
+    model, parts = load_for_training(directory, config), micro_batches(pairs, config.micro_batch_tokens)
 
     def scored(part: list[Pair]) -> list[list[float]]:
         with autocast(config.precision):
@@ -212,7 +212,7 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
 
     The pairs are only checked and probed. after_step(model, number of steps done) may add to a record.
     """
-    model = load_trained(directory, config)
+    model = load_for_training(directory, config)
     check_start(model, pairs, config)
     loss = partial(preference_loss, config=config) if config.method == "irpo" else chosen_loss
     probed, every = pairs[::math.ceil(len(pairs) / 64)], max(1, num_steps(len(items), config) // 10)
@@ -325,7 +325,7 @@ def main() -> None:
             measured = once(folder / "select.json", partial(dev_accuracies, start, items, pairs, golds, dev, tokenizer,
                                                             config, seed, folder / "select"))
             options = replace(config, max_steps=max(measured, key=lambda row: row["accuracy"])["step"])
-        M = trained(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
+        M = train_once(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
 
         rows.append(training_row(t, folder, answered, made, pairs, config))
         rows += evaluate_model(f"M{t}", t, M, config, folder, **notes)  # step 6

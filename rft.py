@@ -37,7 +37,7 @@ from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, read_records, run_script, write_json
 from model import Llama
 from rewards import OWN_FORMAT, equations, equations_hold, grade
-from train import Example, TrainOptions, fit_sft, load_trained, num_steps, trained
+from train import Example, TrainOptions, fit_sft, load_for_training, num_steps, train_once
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 
@@ -281,7 +281,7 @@ def training_row(samples: list[list[Sample]], right: list[list[int]], paths: lis
 
 def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> tuple[Llama, list]:
     """Steps 1 and 5: SFT, with the loss on responses only."""
-    model = load_trained(start, config)
+    model = load_for_training(start, config)
     return model, fit_sft(model, examples, config, derive_seed(config.seed, name), folder)
 
 
@@ -296,7 +296,7 @@ def main() -> None:
     sft, rft, rows = run / "iter0", run / "iter1", []
 
     if not files or config.restart_from == "sft":  # step 1
-        pi = trained(sft, config.model, partial(fine_tune, config.model, gold, config, "SFT", sft))
+        pi = train_once(sft, config.model, partial(fine_tune, config.model, gold, config, "SFT", sft))
         rows += evaluate_model("SFT", 0, pi, config, sft, config.temperature)
 
     files = files or [answer_once(rft / "samples.jsonl", pi, problems, config, split="train",  # step 2
@@ -311,7 +311,7 @@ def main() -> None:
     if config.steps_matched:
         steps = num_steps(len(examples), config)
         examples, options = gold, replace(config, epochs=steps, max_steps=steps)
-    last = trained(rft, start, partial(fine_tune, start, examples, options, "RFT", rft))
+    last = train_once(rft, start, partial(fine_tune, start, examples, options, "RFT", rft))
     rows.append(training_row(samples, right, paths, problems, config, rft))
     rows += evaluate_model("RFT", 1, last, config, rft, config.temperature)
     write_json(run / "results.json", rows)

@@ -194,7 +194,7 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
 
 # --- the loop --------------------------------------------------------------------------------------
 
-def load_trained(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
+def load_for_training(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
                  dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load wrap(the model of a directory), ready for training: on this device, or sharded over all ranks."""
     if world() == 1:
@@ -263,7 +263,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
     return records
 
 
-def trained(folder: Path, source: str, train: Callable[[], tuple[Llama, list[dict]]]) -> str:
+def train_once(folder: Path, source: str, train: Callable[[], tuple[Llama, list[dict]]]) -> str:
     """Return the model directory in `folder`; where it is missing, train() -> (model, records) makes it.
 
     The config.json and tokenizer of the model directory `source` are copied.
