@@ -1,6 +1,7 @@
 """Data files -> problems -> prompts and gold solutions -> token ids: what each paper's model is asked and taught, and
 what a bad file says."""
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -112,44 +113,28 @@ def test_records_of_each_format(task, row, expected):
 
 def test_math_is_split_by_unique_id(tmp_path):
     """prm800k's two files mix the original 7,500 and 5,000: trained on by file, 4,500 test problems would be in train.
-    And the file of test problems alone must not lend its solutions to a prompt's examples."""
+    And test problems never lend their solutions to a prompt's examples."""
     rows = numbered("math", 40)
-    write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "test.jsonl", [row | {"unique_id": row["unique_id"].replace("/algebra/", "/more/")}
-                                    for row in rows])
-    ids = {split: {p.id for p in data.load_problems("math", split, tmp_path)} for split in data.SPLITS}
-    assert len(ids["test"]) == 20 and all(id.startswith("test/") for id in ids["test"])
-    assert len(ids["train"] | ids["dev"]) == 60
-    assert all(id.startswith("train/") for id in ids["train"] | ids["dev"])
-
-    only = tmp_path / "only.jsonl"
-    write(only, [row | {"unique_id": row["unique_id"].replace("train/", "test/")} for row in rows])
-    assert len(data.load_problems("math", "test", only)) == 40
+    write(tmp_path / "train.jsonl", rows[:20])
+    write(tmp_path / "test.jsonl", rows[20:])
+    for split, count, original in [("train", 24, "train/"), ("dev", 6, "train/"), ("test", 10, "test/")]:
+        ids = {p.id for p in data.load_problems("math", split, tmp_path)}
+        assert len(ids) == count and all(id.startswith(original) for id in ids)
+    write(tmp_path / "only.jsonl", rows[::4])
+    assert len(data.load_problems("math", "test", tmp_path / "only.jsonl")) == 10
     with pytest.raises(SystemExit, match="train/"):
-        data.examples("math", str(only))
+        data.examples("math", str(tmp_path / "only.jsonl"))
 
 
-def test_the_split_is_pinned(tmp_path):
-    """It must not depend on the process (as Python's hash of a text does), or a resumed run trains on its dev set."""
-    write(tmp_path / "train.jsonl", numbered("gsm8k", 20))
-    dev = [p.id for p in data.load_problems("gsm8k", "dev", tmp_path)]
-    assert dev == ["train-10", "train-13", "train-19", "train-20"]
-    write(tmp_path / "train.jsonl", numbered("math", 40))
-    write(tmp_path / "test.jsonl", numbered("math", 4))
-    assert [p.id for p in data.examples("math", str(tmp_path))] == [
-        f"train/algebra/{i}.json" for i in (25, 39, 34, 29, 19)]
-
-
-def test_copies_of_a_question_stay_together(tmp_path):
-    """ReFT's svamp_nl.json has 210 questions twice: drawn by row, half of their copies would be trained on. And the
-    order of a file must not matter."""
-    rows = numbered("gsm8k", 60)
-    write(tmp_path / "a" / "train.jsonl", rows + rows[:30])
-    write(tmp_path / "b" / "train.jsonl", (rows + rows[:30])[::-1])
-    dev = [p.question for p in data.load_problems("gsm8k", "dev", tmp_path / "a")]
-    train = [p.question for p in data.load_problems("gsm8k", "train", tmp_path / "a")]
-    assert len(set(dev)) == 12 and not set(dev) & set(train) and len(dev) + len(train) == 90
-    assert {p.question for p in data.load_problems("gsm8k", "dev", tmp_path / "b")} == set(dev)
+def test_dev_is_the_same_in_every_process_and_order(tmp_path):
+    """Drawn by Python's hash of a text, a resumed run would train on its dev set; drawn by row, copies of a question
+    (ReFT's svamp_nl.json has 210 of them) would be in both."""
+    rows = numbered("gsm8k", 20)
+    for order in (1, -1):
+        write(tmp_path / "train.jsonl", (rows + rows[:15])[::order])
+        dev, train = ([p.question for p in data.load_problems("gsm8k", split, tmp_path)] for split in ("dev", "train"))
+        assert {*dev} == {rows[i]["question"] for i in (9, 12, 18, 19)}
+        assert not {*dev} & {*train} and len(dev) + len(train) == 35
 
 
 def test_ids_that_occur_twice_get_their_place(tmp_path):
@@ -252,17 +237,15 @@ def test_prompts_of_the_papers(prompt, task, begin, end):
 
 
 def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
-    """Four solved training problems in the format asked for; where the question is one of them, a fifth
-    takes its place."""
+    """Four solved training problems, in every process the same; where one of them is asked, a fifth takes its place."""
     rows = numbered("math", 40)
-    rows[25]["solution"] = "long " * 80 + ROWS["math"]["solution"]  # else one of the five: too long for a prompt
-    write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "test.jsonl", numbered("math", 4))
+    rows[25]["solution"] = "long " * 80 + ROWS["math"]["solution"]  # else the first of them: too long for a prompt
+    write(tmp_path / "train.jsonl", rows[:30])
+    write(tmp_path / "test.jsonl", rows[30:])
     options = TaskOptions(task="math", path=str(tmp_path), prompt="irpo")
     examples = data.examples("math", str(tmp_path))
-    train_ids = {p.id for p in data.load_problems("math", "train", tmp_path)}
-    assert len(examples) == 5 and {p.id for p in examples} <= train_ids - {"train/algebra/25.json"}
-    [test] = [p for p in data.load_problems("math", "test", tmp_path) if p.id == "test/algebra/4.json"]
+    assert [p.id for p in examples] == [f"train/algebra/{i}.json" for i in (39, 34, 29, 19, 15)]
+    test = data.load_problems("math", "test", tmp_path)[1]
     for problem in [test, *examples]:
         text = options.prompt_text(problem)
         asked, solved = text.count("Question: "), text.count("Solution: ")
@@ -317,17 +300,16 @@ def sentencepiece_dir(tmp_path_factory):
 def json_dir(folder, template: str, config: dict):
     """A byte-level tokenizer.json as Llama 3 (whose template begins with BOS) or Qwen2 (without one) ship it."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    names = ["<|begin|>", "<|end|>"]
+    letters = [*names, *tokenizers.pre_tokenizers.ByteLevel.alphabet()]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.add_special_tokens(names)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        ["a question about pens"] * 3, tokenizers.trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<|begin|>", "<|end|>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.enable_truncation(12)  # as some files on the Hub have it
     if template:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=[("<|begin|>", 0), ("<|end|>", 1)])
+            single=template, special_tokens=[(name, i) for i, name in enumerate(names)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -440,8 +422,8 @@ def gsm8k_run(tmp_path_factory, sentencepiece_dir) -> RunConfig:
     return RunConfig(task="gsm8k", path=str(folder / "data"), model=str(folder / "model"))
 
 
-def check(config: RunConfig, tokenizer=None) -> None:
-    check_inputs(config, tokenizer or load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+def check(config: RunConfig) -> None:
+    check_inputs(config, load_tokenizer(config.model), config.problems("train"), config.problems("test"))
 
 
 def test_inputs_that_fit_are_accepted(gsm8k_run, capsys):
@@ -449,30 +431,23 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, capsys):
     assert capsys.readouterr().out == "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n"
 
 
-@pytest.mark.parametrize("fault, said", [
-    ("digits", r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
-    ("long", "the longest prompt has .* tokens, and with --max_new_tokens 120 it exceeds the model's 128 positions"),
-    ("file", "give the folder"), ("BOS", "only 0 of 18 prompts have exactly one BOS"),
-    ("vocabulary", "the tokenizer gives token .*, and the model knows 24")])
-def test_inputs_that_do_not_fit_are_refused(gsm8k_run, sentencepiece_dir, fault, said, tmp_path):
-    """Before an hour is spent: one file for all splits, which would be tested on what it was trained on; a tokenizer of
-    another model, that adds a BOS itself, or that does not know all digits."""
-    config, own = gsm8k_run, load_tokenizer(gsm8k_run.model)
-    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, encode=own.encode,
-                                decode=own.decode)
-    if fault == "digits":
-        tokenizer.decode = lambda ids: own.decode(ids).replace("7", "1")
-    if fault == "long":
-        config = dataclasses.replace(config, max_new_tokens=120)
-    if fault == "file":
-        config = dataclasses.replace(config, path=f"{config.path}/train.jsonl")
-    if fault == "BOS":
-        tokenizer.encode = lambda text: [own.bos_id, *own.encode(text)]
-    if fault == "vocabulary":
-        save_model(tiny_model(), tmp_path / "model", source=sentencepiece_dir)
-        config = dataclasses.replace(config, model=str(tmp_path / "model"))
+@pytest.mark.parametrize("flags, tokenizer, said", [
+    ({}, {"decode": lambda own, ids: own.decode(ids).replace("7", "1")},
+     r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
+    ({}, {"encode": lambda own, text: [own.bos_id, *own.encode(text)]}, "only 0 of 18 prompts have exactly one BOS"),
+    ({}, {"encode": lambda own, text: [*own.encode(text), own.vocab_size]}, "gives token .*, and the model knows"),
+    ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions"),
+    ({"path": __file__}, {}, "give the folder")])
+def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
+    """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another model;
+    one file for all splits, which would be tested on what it was trained on."""
+    own = load_tokenizer(gsm8k_run.model)
+    methods = {name: functools.partial(tokenizer[name], own) if name in tokenizer else getattr(own, name)
+               for name in ("encode", "decode")}
+    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, **methods)
+    problems = [gsm8k_run.problems(split) for split in ("train", "test")]
     with pytest.raises(SystemExit, match=said):
-        check(config, tokenizer)
+        check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)
 
 
 def test_a_model_that_was_trained_otherwise_is_asked_with_a_warning(gsm8k_run, tmp_path, capsys):
