@@ -92,7 +92,7 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
     if not panels or "matplotlib" in absent():
         return b""
     from matplotlib.figure import Figure
-    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6.4, 4.2 * columns), 1 + 3.3 * rows), layout="constrained")
     legend = {}
