@@ -6,14 +6,11 @@ Nothing here chooses anything: a method that picks a checkpoint or a setting doe
 """
 import math
 import runpy
-import time
 import warnings
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from statistics import fmean, stdev
-
-from tqdm import tqdm
 
 import data
 from checkpoint import load_sampler, model_hash
@@ -21,6 +18,7 @@ from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.config import option
 from infra.parallel import collected, dealt, gather, rank, world
+from infra.progress import Progress
 from infra.run import once, write_json
 from model import Llama
 from rewards import grade_all
@@ -114,20 +112,13 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
                       f"{options.batch_rows}, so {samplers - len(groups)} of {samplers} samplers are idle: lower "
                       "--batch_rows", stacklevel=2)
     mine, found = [group for group, _ in dealt(groups, samplers)], []
-    cache_tokens, total, began = min(gather(cache_budget(model))), 0, time.perf_counter()  # ranks of a model must agree
-    with tqdm(total=sum(map(len, mine)) * num_samples, desc=label, unit="sample", dynamic_ncols=True,
-              disable=not label or rank() > 0) as bar:
-        def progress(responses: int, tokens: int) -> None:
-            nonlocal total
-            total += tokens
-            bar.update(responses)
-            bar.set_postfix_str(f"{total / (time.perf_counter() - began):,.0f} tok/s", refresh=False)
-
+    cache_tokens = min(gather(cache_budget(model)))  # ranks that hold one model together must agree
+    with Progress(label, sum(map(len, mine)) * num_samples, "sample") as bar:
         for group in mine:
             found.append(generate(model, [prompts[i] for i in group], num_samples=num_samples,
                                   max_new_tokens=options.max_new_tokens, temperature=temperature, eos_id=eos_id,
                                   seed=seed, batch_rows=options.batch_rows, cache_tokens=cache_tokens,
-                                  progress=progress))
+                                  progress=bar.advance))
     by_prompt = dict(zip(order, (responses for group in collected(found, samplers) for responses in group)))
     return [by_prompt[i] for i in range(len(prompts))]
 
@@ -211,6 +202,7 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
     rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
     if config.eval_samples:
+        # pass@k and maj@k are added; accuracy stays the greedy one
         rows[-1] = measured("eval_sampled.jsonl", "test", config.eval_samples, temperature) | rows[-1]
     write_json(folder / "eval.json", rows)
     return rows

@@ -35,11 +35,12 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
 from infra.parallel import computed
+from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
-from train import (Example, TrainOptions, autocast, fit, fitting, load_trained, micro_batches, num_steps, packed_logps,
-                   response_logps, summary, trained)
+from train import (Example, TrainOptions, autocast, fit, fitting, load_for_training, micro_batches, num_steps,
+                   packed_logps, response_logps, train_once)
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Config(TrainOptions, SampleOptions):
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order")
     prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
-    num_questions: int = option(0, "only the first training questions, this many; 0: all", low=0)
+    num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     iterations: int = option(4, "T", low=1)
     # step 1
     num_samples: int = option(30, "N, responses per question", low=1)
@@ -66,23 +67,23 @@ class Config(TrainOptions, SampleOptions):
     beta: float = option(0.1, "of the DPO term", above=0)
     start_from: str = option("", "in iteration 1, start training from this model and use it as the reference; the "
                              "pairs are still sampled from M_0")
-    select_every: int = option(500, "choose the number of steps as the paper does: train without the dev questions "
-                               "and measure dev accuracy every N steps, then train on everything for the best number "
-                               "of steps (from iteration 2 on M_{t-1} has seen dev); 0: off", low=0)
+    select_every: int = option(500, "choose the number of steps as the paper does: measure dev accuracy every N steps "
+                               "of a trial run without the dev questions, then train on everything for the best "
+                               "number (from iteration 2 on M_{t-1} has seen dev); 0: off", low=0)
     lr: float = option(7e-7, "learning rate of AdamW", above=0)
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count", low=0)
     epochs: int = option(2, "passes over the pairs at most", low=1)
     # step 6
     eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
-    eval_questions: int = option(0, "only the first dev and test questions, this many; 0: all", low=0)
+    eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.start_from and not Path(self.start_from).is_dir():
             raise ValueError(f"--start_from {self.start_from}: there is no such directory")
-        if self.select_every and self.lr_schedule != "constant":
-            raise ValueError(f"--select_every {self.select_every} needs --lr_schedule constant: with another schedule "
-                             "the shorter second training run would have other rates")
+        if self.select_every and (self.lr_schedule != "constant" or self.warmup_share):
+            raise ValueError(f"--select_every {self.select_every} needs --lr_schedule constant without --warmup_share: "
+                             "otherwise the shorter second training run would have other rates")
 
 
 TOY = dict(task="toy", prompt="plain", num_questions=1000, num_samples=8, temperature=(1.0,), pairs_per_question=4,
@@ -108,7 +109,7 @@ class Pair:
 
     @property
     def longest(self) -> int:
-        """Positions that the longer sequence needs."""
+        """Tokens of the longer sequence, prompt included."""
         return len(self.prompt) + max(len(self.chosen), len(self.rejected))
 
 
@@ -142,15 +143,15 @@ def preference_pairs(answered: list[Answered], golds: dict[str, list[int]], conf
 
 def kept_pairs(pairs: list[Pair], config: Config, t: int) -> list[Pair]:
     """Draw max_pairs of the pairs that the model has positions for."""
-    longest = load_config(config.model).max_length
-    fitting = [pair for pair in pairs if pair.longest <= longest]
-    if not fitting:
+    limit = load_config(config.model).max_length
+    short = [pair for pair in pairs if pair.longest <= limit]
+    if not short:
         raise SystemExit(f"iteration {t} has no pairs: every question has only right or only wrong samples, but for "
-                         f"{len(pairs)} pairs of more than {longest} tokens. Raise --temperature or --num_samples, or "
+                         f"{len(pairs)} pairs of more than {limit} tokens. Raise --temperature or --num_samples, or "
                          "stop at fewer --iterations.")
-    if config.max_pairs and len(fitting) > config.max_pairs:
-        return random.Random(f"{config.seed} {t}").sample(fitting, config.max_pairs)
-    return fitting
+    if config.max_pairs and len(short) > config.max_pairs:
+        return random.Random(f"{config.seed} {t}").sample(short, config.max_pairs)
+    return short
 
 
 # --- steps 4 and 5: reference and loss -------------------------------------------------------------
@@ -163,13 +164,13 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def with_reference(pairs: list[Pair], directory: str, config: Config) -> list[Pair]:
     """Step 4: two numbers per pair, so that training needs no second model."""
-    model, parts = load_trained(directory, config), micro_batches(pairs, config.micro_batch_tokens)
+    model, parts = load_for_training(directory, config), micro_batches(pairs, config.micro_batch_tokens)
 
     def scored(part: list[Pair]) -> list[list[float]]:
         with autocast(config.precision):
             return pair_logps(model, part)[0].tolist()  # (2, B)
 
-    found = computed(parts, scored, label="reference")
+    found = computed(parts, scored, label="reference")  # in the order of parts, which are sorted by length
     refs = {id(pair): ref for part, logps in zip(parts, found) for pair, *ref in zip(part, *logps)}
     return [replace(pair, ref_chosen=refs[id(pair)][0], ref_rejected=refs[id(pair)][1]) for pair in pairs]
 
@@ -207,8 +208,11 @@ def training_items(pairs: list[Pair], answered: list[Answered], golds: dict[str,
 
 def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]], config: Config, seed: int,
              folder: Path, after_step: Callable[[Llama, int], dict] = lambda model, step: {}) -> tuple[Llama, list]:
-    """Step 5: M_{t-1}, in a directory, becomes M_t. Return it with the records of the steps."""
-    model = load_trained(directory, config)
+    """Step 5: train M_{t-1}, from a directory, on items; return M_t and the records of its steps.
+
+    The pairs are only checked and probed. after_step(model, number of steps done) may add to a record.
+    """
+    model = load_for_training(directory, config)
     check_start(model, pairs, config)
     loss = partial(preference_loss, config=config) if config.method == "irpo" else chosen_loss
     probed, every = pairs[::math.ceil(len(pairs) / 64)], max(1, num_steps(len(items), config) // 10)
@@ -274,8 +278,8 @@ def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair
                  config: Config) -> dict:
     """Describe how much signal the samples contain, what training did, and the tokens and FLOPs it took."""
     shares = [fmean(s.right and s.finished for s in q.samples) for q in answered]
-    longest, found = load_config(config.model).max_length, summary(read_jsonl(folder / "train.jsonl"))
-    overlong = sum(pair.longest > longest for pair in made)
+    limit, found = load_config(config.model).max_length, summary(read_jsonl(folder / "train.jsonl"))
+    overlong = sum(pair.longest > limit for pair in made)
     sampled = sum(len(s.ids) for q in answered for s in q.samples)
     return {"name": f"M{t}", "iteration": t, "split": "train", "questions": len(answered),
             "all_right": fmean(share == 1 for share in shares), "all_wrong": fmean(share == 0 for share in shares),
@@ -311,15 +315,17 @@ def main() -> None:
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"),
                                temperature=config.temperature[min(t, len(config.temperature)) - 1], label=f"sample {t}")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3
-        pairs = once(folder / "pairs.jsonl", partial(with_reference, kept_pairs(made, config, t), start, config),
-                     Pair, dict(reference=model_hash(start)))  # step 4
+        kept = kept_pairs(made, config, t)
+        pairs = once(folder / "pairs.jsonl", partial(with_reference, kept, start, config), Pair,  # step 4
+                     dict(reference=model_hash(start)))
 
-        items, options = training_items(pairs, answered, golds, config), config  # step 5
+        items = training_items(pairs, answered, golds, config)  # step 5
+        options = config
         if config.select_every:
             measured = once(folder / "select.json", partial(dev_accuracies, start, items, pairs, golds, dev, tokenizer,
                                                             config, seed, folder / "select"))
             options = replace(config, max_steps=max(measured, key=lambda row: row["accuracy"])["step"])
-        M = trained(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
+        M = train_once(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
 
         rows.append(training_row(t, folder, answered, made, pairs, config))
         rows += evaluate_model(f"M{t}", t, M, config, folder, **notes)  # step 6

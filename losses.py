@@ -1,9 +1,8 @@
 """Every formula once, as pure functions on tensors.
 
-B sequences, T tokens, V vocabulary. A loss returns one value per sequence and never averages over
-the batch: the training loop divides by the number of sequences in the whole batch, so that the size
-of a micro-batch cannot change a gradient. Masks are bool or 0/1, True on response tokens. Nothing
-here writes to its arguments.
+B sequences, T tokens, V vocabulary. A loss returns one value per sequence and never averages over the batch: the
+training loop divides by the number of sequences in the global batch, so that the size of a micro-batch cannot change a
+gradient. Masks are bool or 0/1, True on response tokens. Nothing here writes to its arguments.
 """
 from collections.abc import Callable
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 128  # logits are computed for multiples of so many tokens
+ROWS = 128  # the LM head is applied to multiples of this many tokens
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
@@ -26,8 +25,7 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     """(B, T, V), (B, T) -> (B, T-1): log-probability of tokens[:, 1:], each scored one place before.
 
-    Column t of the result belongs to token t + 1. This is what Llama.logps computes without ever
-    building the logits of a whole batch.
+    Column t of the result belongs to token t + 1. Llama.logps computes the same without building all logits at once.
     """
     logps = target_logps(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     return logps.view(tokens[:, 1:].shape)
@@ -40,11 +38,11 @@ def entropies(logits: Tensor) -> Tensor:
 
 
 def in_chunks(f: Callable[..., Tensor], size: int, *rows: Tensor) -> Tensor:
-    """f(*rows) where f treats the N rows of its arguments one by one, on at most `size` of them at a time.
+    """Apply a row-wise function f to the N rows of its arguments, in chunks of at most `size`.
 
-    What f makes on its way (here: logits) is there for one chunk at a time, in the backward pass too, where
-    it is computed again. A single chunk is kept instead. N is rounded up with rows of zeros: it is another
-    number in every batch, and a CPU would make and keep kernels for each.
+    Intermediate results (the logits) exist for one chunk at a time, also in the backward pass, which recomputes them; a
+    single chunk is not recomputed. Rows are padded to a multiple of ROWS, because a CPU compiles and caches a kernel
+    for every new shape.
     """
     N = len(rows[0])
     rows = [F.pad(x, (0, 0) * (x.dim() - 1) + (0, -N % ROWS)) for x in rows]
@@ -79,7 +77,7 @@ def dpo_nll_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
                  chosen_length: Tensor, beta: float, alpha: float) -> Tensor:
     """IRPO (arXiv 2404.19733 v3) eq. 1, per pair (B,): DPO + alpha * length-normalised NLL of chosen.
 
-    Log-probabilities are sums over a response's tokens; chosen_length is its number of tokens.
+    Log-probabilities are sums over a response's tokens; chosen_length is the number of tokens.
     """
     nll = -chosen / chosen_length
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta) + alpha * nll
@@ -89,9 +87,9 @@ def kl_shaped_rewards(scores: Tensor, logps: Tensor, ref_logps: Tensor, mask: Te
                       kl_coef: float) -> Tensor:
     """(B,) scores, (B, T) log-probs of policy and reference -> (B, T) rewards, 0 where mask is off.
 
-    ReFT (arXiv 2401.08967) section 3, r_total = r - beta KL. The score goes to the last response
-    token, which is the EOS action where there is one. A token's KL is estimated by the log-ratio of
-    the token that was sampled, as the authors' code does: right on average, negative at times.
+    ReFT (arXiv 2401.08967) section 3, r_total = r - beta KL. The score goes to the last response token, which is the
+    EOS action where there is one. A token's KL is estimated by the log-ratio of the token that was sampled, as the
+    authors' code does: right on average, negative at times.
     """
     mask = mask.bool()
     last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
@@ -103,9 +101,9 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
         lam: float) -> tuple[Tensor, Tensor]:
     """(B, T) x 3 -> advantages and returns (B, T), 0 where mask is off.
 
-    Generalized advantage estimation (arXiv 1506.02438) eq. 16: the sum of (gamma lam)^l delta_{t+l}
-    with delta_t = r_t + gamma V(s_{t+1}) - V(s_t); returns are advantages + values. V is 0 after the
-    last response token, for a response that was cut short of EOS too: nothing is bootstrapped.
+    Generalized advantage estimation (arXiv 1506.02438) eq. 16: the sum of (gamma lam)^l delta_{t+l} with delta_t = r_t
+    + gamma V(s_{t+1}) - V(s_t); returns are advantages + values. V is 0 after the last response token, also for a
+    response that was truncated before EOS: nothing is bootstrapped.
     """
     rewards, values = rewards * mask, values * mask
     next_values = F.pad(values[:, 1:], (0, 1))
@@ -121,8 +119,8 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float,
 def whiten(x: Tensor, mask: Tensor, mean: Tensor | None = None, var: Tensor | None = None) -> Tensor:
     """(B, T), (B, T) -> (B, T) with mean 0 and variance 1 over the mask, 0 where it is off.
 
-    Over all tokens of the batch at once, so that a good response stays better than a bad one. Where
-    this is only a part of the batch, the whole batch's mean and (uncorrected) variance may be given.
+    Over all tokens of the batch at once, so that a good response stays better than a bad one. Where this is only part
+    of the batch, the global mean and (uncorrected) variance may be given.
     """
     if mean is None:
         mean = (x * mask).sum() / mask.sum()
@@ -158,8 +156,8 @@ def ppo_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Te
                    clip_range: float) -> Tensor:
     """(B, T) x 4 -> (B,): half the squared error of V, where V may not move far from its old value.
 
-    ReFT section 3, with the band around V - R as [-A - eps, -A + eps] (the first version of the paper
-    lost a sign): V is clipped to old V +- clip_range, and the larger of the two errors counts.
+    ReFT section 3, with the band around V - R as [-A - eps, -A + eps] (the first version of the paper lost a sign): V
+    is clipped to old V +- clip_range, and the larger of the two errors counts.
     """
     clipped = old_values + (values - old_values).clamp(-clip_range, clip_range)
     errors = torch.maximum((values - returns).square(), (clipped - returns).square())

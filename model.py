@@ -115,17 +115,17 @@ class KVCache:
         self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype)
                                    for _ in range(config.num_hidden_layers)] for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # (R,) own tokens
-        self.window, self.empty = columns, True
+        self.config, self.window, self.empty = config, columns, True
         self.prompts, self.num_samples = prompts, num_samples
         if prompts is not None:  # each row has a place in the grid of prompts (Q) times samples (N)
             self.place = torch.zeros_like(self.lengths)  # (R,): row -> place
             self.row_at = torch.zeros(len(prompts.lengths) * num_samples, dtype=torch.long, device=device)
 
-    def begin(self, prompts: "KVCache", lengths: Tensor, slots: Tensor, rows: Tensor) -> None:
-        """Store n new prompts at slots (n,), and let N of the rows (n*N,) begin after each."""
-        self.prompts.look_at(max(self.prompts.window, prompts.window))
-        for store, new in zip(self.prompts.keys + self.prompts.values, prompts.keys + prompts.values):
-            store[slots, :, :prompts.window] = new
+    def begin(self, prefilled: "KVCache", lengths: Tensor, slots: Tensor, rows: Tensor) -> None:
+        """Store n prefilled prompts of these lengths at slots (n,), and let N of the rows (n*N,) begin after each."""
+        self.prompts.look_at(max(self.prompts.window, prefilled.window))
+        for store, new in zip(self.prompts.keys + self.prompts.values, prefilled.keys + prefilled.values):
+            store[slots, :, :prefilled.window] = new
         self.prompts.lengths[slots] = lengths
         places = (slots[:, None] * self.num_samples + torch.arange(self.num_samples, device=slots.device)).flatten()
         self.place[rows], self.row_at[places], self.lengths[rows] = places, rows, 0
@@ -160,21 +160,23 @@ class KVCache:
     def advance(self, num_tokens: int) -> Tensor:
         """Reserve columns for the next T tokens of every row and build the masks; return their positions (R, T)."""
         columns = self.lengths[:, None] + torch.arange(num_tokens, device=self.lengths.device)  # (R, T)
-        if columns.device.type == "cpu" and int(columns.max()) >= self.window:  # reading it would stall a GPU
-            raise ValueError(f"the cache has {self.window} columns, and token {int(columns.max()) + 1} of a row does "
-                             "not fit: call look_at first")
+        positions = columns
+        if self.prompts is not None:
+            positions = columns + self.prompts.lengths[self.place // self.num_samples][:, None]
+            # an empty slot counts as one token long: its output is never used, but softmax over nothing would be NaN
+            self.prompts.mask = beyond(self.prompts.lengths.clamp(min=1)[:, None] - 1, self.prompts.window)
+        if columns.device.type == "cpu":  # reading a value would stall a GPU; `generate` checks before it begins
+            check_length(int(positions.max()) + 1, self.config)
+            if int(columns.max()) >= self.window:
+                raise ValueError(f"the cache has {self.window} columns, and token {int(columns.max()) + 1} of a row "
+                                 "does not fit: call look_at first")
         R, K, capacity, _ = self.keys[0].shape
         starts = torch.arange(R * K, device=columns.device).view(R, K, 1) * capacity
         self.cells = (starts + columns[:, None]).flatten()  # (R*K*T,): indices into R*K*capacity
         self.mask = beyond(columns, self.window)
         self.lengths += num_tokens
         self.prefill, self.empty = self.empty and self.prompts is None, False
-        if self.prompts is None:
-            return columns
-        # an empty slot counts as one token long: its output is never used, but softmax over nothing would be NaN
-        lengths = self.prompts.lengths.clamp(min=1)
-        self.prompts.mask = beyond(lengths[:, None] - 1, self.prompts.window)
-        return columns + self.prompts.lengths[self.place // self.num_samples][:, None]
+        return positions
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store new k, v (R, K, T, h); return all keys and values that attention looks at (R, K, window, h)."""
@@ -199,6 +201,13 @@ def beyond(last: Tensor, window: int) -> Tensor:
     """last (B, T) -> mask (B, 1, T, window) to add to scores: 0 up to column `last`, -inf beyond it."""
     hidden = torch.arange(window, device=last.device) > last[..., None]
     return torch.zeros(hidden.shape, device=last.device).masked_fill(hidden, -math.inf)[:, None]
+
+
+def check_length(tokens: int, config: ModelConfig) -> None:
+    if tokens > config.max_length:
+        raise ValueError(f"{tokens} tokens exceed the {config.max_length} positions of this model "
+                         f"(max_position_embeddings {config.max_position_embeddings}, sliding_window "
+                         f"{config.sliding_window})")
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
@@ -325,8 +334,8 @@ class Decoder(nn.Module):
 
 
 def segment_mask(segments: Tensor) -> Tensor:
-    """segments (B, T) -> (B, 1, T, T): 0 where token i may see token j <= i, which is in the prompt (segment 0) or in
-    the same segment, and -inf elsewhere."""
+    """segments (B, T) -> (B, 1, T, T): 0 where j <= i and token j is in the prompt (segment 0) or in token i's segment,
+    -inf elsewhere."""
     visible = (segments[:, None] == 0) | (segments[:, None] == segments[:, :, None])  # (B, i, j)
     return torch.zeros(visible.shape, device=segments.device).masked_fill(~visible.tril(), -math.inf)[:, None]
 
@@ -342,10 +351,7 @@ class Llama(nn.Module):
 
     def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens (B, T) -> float32 logits (B, T, V) of the token that follows each; ValueError if T is too long."""
-        if tokens.shape[1] > self.config.max_length:
-            raise ValueError(f"{tokens.shape[1]} tokens exceed the {self.config.max_length} positions of this model "
-                             f"(max_position_embeddings {self.config.max_position_embeddings}, sliding_window "
-                             f"{self.config.sliding_window})")
+        check_length(tokens.shape[1], self.config)
         return self.lm_head(self.model(tokens, cache)).float()
 
     def logps(self, tokens: Tensor, mask: Tensor, positions: Tensor | None = None,

@@ -41,13 +41,14 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
 from infra.parallel import computed, device, world
+from infra.progress import mean_or_max, summary
 from infra.run import derive_seed, hash_of, open_run, read_jsonl, read_records, run_script, write_json
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss, ppo_policy_loss,
                     ppo_value_loss, whiten)
 from model import Llama
 from rewards import READ, read_number
-from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, load_trained, loop,
-                   mean_or_max, micro_batches, new_optimizer, num_steps, padded, response_logps, summary, trained)
+from train import (Example, TrainOptions, autocast, batch_at, descend, fit_sft, fitting, load_for_training, loop,
+                   micro_batches, new_optimizer, num_steps, padded, response_logps, train_once)
 
 METHODS = {"reft": "ReFT", "sft": "SFT", "offline_st": "Offline-ST", "online_st": "Online-ST"}
 
@@ -59,7 +60,7 @@ class Config(TrainOptions, SampleOptions):
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples and batch order")
     prompt: str = option("reft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
-    num_questions: int = option(0, "only the first training questions, this many; 0: all", low=0)
+    num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and on sampled "
                          "paths that are right; online_st: NLL of each batch's right samples and gold", METHODS)
     # warm-up
@@ -104,7 +105,7 @@ class Config(TrainOptions, SampleOptions):
     save_every: int = option(50, "steps or batches between saved states, from which a killed run resumes", low=1,
                              free=True)
     eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
-    eval_questions: int = option(0, "only the first dev and test questions, this many; 0: all", low=0)
+    eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -345,11 +346,11 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
 def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: list[data.Problem],
               golds: dict[str, Example]) -> tuple[Llama, list[dict]]:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
-    policy = load_trained(start, config, lambda model: Policy(model, config))
+    policy = load_for_training(start, config, lambda model: Policy(model, config))
     # in bfloat16 on a GPU, so that the KL before the first update is not exactly 0 there
     dtype = torch.bfloat16 if device() == "cuda" else torch.float32
     offloaded = replace(config, cpu_offload=config.cpu_offload or config.offload_reference)
-    reference = load_trained(start, offloaded, dtype=dtype).requires_grad_(False)
+    reference = load_for_training(start, offloaded, dtype=dtype).requires_grad_(False)
     optimizer, dev, warned = new_optimizer(policy, config), config.problems("dev", config.eval_questions), set()
 
     def step_once(step: int) -> dict:
@@ -379,7 +380,7 @@ def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> t
     options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", batch_size=config.sft_batch_size,
                       max_steps=0)
     options = replace(options, warmup_steps=num_steps(len(examples), options) // 10)
-    model = load_trained(config.model, config)
+    model = load_for_training(config.model, config)
     return model, fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder)
 
 
@@ -419,12 +420,12 @@ def main() -> None:
     pi_0, pi = run / "iter0", run / "iter1"
     start = config.model
     if config.warmup_epochs:
-        start = trained(pi_0, config.model, partial(sft, config, pi_0, golds, config.warmup_epochs))
+        start = train_once(pi_0, config.model, partial(sft, config, pi_0, golds, config.warmup_epochs))
     rows = measured("warm-up", 0, start, config, pi_0)
 
     found, name = {}, METHODS[config.method]
     if config.method == "sft":
-        last = trained(pi, start, partial(sft, config, pi, golds, config.sft_epochs))
+        last = train_once(pi, start, partial(sft, config, pi, golds, config.sft_epochs))
     elif config.method == "offline_st":
         answered = answer_once(pi / "samples.jsonl", start, problems, config, split="train",
                                num_samples=config.offline_samples, temperature=1.0,
@@ -432,10 +433,10 @@ def main() -> None:
         paths = offline_paths(answered, config)
         found = {"questions": len(problems), "gold": len(golds), "paths": len(paths),
                  "tokens_sampled": sum(len(s.ids) for q in answered for s in q.samples)}
-        last = trained(pi, start, partial(sft, config, pi, golds + paths, config.sft_epochs))
+        last = train_once(pi, start, partial(sft, config, pi, golds + paths, config.sft_epochs))
     else:
         by_id = {example.id: example for example in golds}
-        last = trained(pi, start, partial(reinforce, config, pi, start, tokenizer, problems, by_id))
+        last = train_once(pi, start, partial(reinforce, config, pi, start, tokenizer, problems, by_id))
 
     records = read_jsonl(pi / "train.jsonl")
     rows.append({"name": name, "iteration": 1, "split": "train", **summary(records),

@@ -33,10 +33,11 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer_once, evaluate_model
 from infra.config import option, parse_config
 from infra.parallel import computed
+from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, read_records, run_script, write_json
 from model import Llama
 from rewards import OWN_FORMAT, equations, equations_hold, grade
-from train import Example, TrainOptions, fit_sft, load_trained, num_steps, summary, trained
+from train import Example, TrainOptions, fit_sft, load_for_training, num_steps, train_once
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 
@@ -48,7 +49,7 @@ class Config(TrainOptions, SampleOptions):
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order")
     prompt: str = option("rft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
-    num_questions: int = option(0, "only the first training questions, this many; 0: all", low=0)
+    num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,
                                    high=1)
     # step 2
@@ -73,7 +74,7 @@ class Config(TrainOptions, SampleOptions):
     epochs: int = option(3, "passes over the data; the last one counts", low=1)
     # the record
     eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0)
-    eval_questions: int = option(0, "only the first dev and test questions, this many; 0: all", low=0)
+    eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 
 TOY = dict(task="toy", prompt="plain", toy_world="paths", num_questions=300, num_samples=50, lr=1e-3, batch_size=8,
@@ -280,7 +281,7 @@ def training_row(samples: list[list[Sample]], right: list[list[int]], paths: lis
 
 def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> tuple[Llama, list]:
     """Steps 1 and 5: SFT, with the loss on responses only."""
-    model = load_trained(start, config)
+    model = load_for_training(start, config)
     return model, fit_sft(model, examples, config, derive_seed(config.seed, name), folder)
 
 
@@ -295,7 +296,7 @@ def main() -> None:
     sft, rft, rows = run / "iter0", run / "iter1", []
 
     if not files or config.restart_from == "sft":  # step 1
-        pi = trained(sft, config.model, partial(fine_tune, config.model, gold, config, "SFT", sft))
+        pi = train_once(sft, config.model, partial(fine_tune, config.model, gold, config, "SFT", sft))
         rows += evaluate_model("SFT", 0, pi, config, sft, config.temperature)
 
     files = files or [answer_once(rft / "samples.jsonl", pi, problems, config, split="train",  # step 2
@@ -310,7 +311,7 @@ def main() -> None:
     if config.steps_matched:
         steps = num_steps(len(examples), config)
         examples, options = gold, replace(config, epochs=steps, max_steps=steps)
-    last = trained(rft, start, partial(fine_tune, start, examples, options, "RFT", rft))
+    last = train_once(rft, start, partial(fine_tune, start, examples, options, "RFT", rft))
     rows.append(training_row(samples, right, paths, problems, config, rft))
     rows += evaluate_model("RFT", 1, last, config, rft, config.temperature)
     write_json(run / "results.json", rows)

@@ -44,7 +44,7 @@ def uniforms(seed: int, prompt: list[int], num_samples: int, count: int) -> Tens
 def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the CDF: weights (R, n), uniforms (R,) -> indices (R,), never of a weight that is 0.
 
-    Also return the rescaled remainder of each uniform (R,), itself uniform, for a second draw inside the picked item.
+    Also return the rescaled remainder of each uniform (R,), itself uniform, for a second draw inside what was picked.
     """
     cdf = weights.double().cumsum(-1)
     target = uniform[:, None] * cdf[:, -1:]  # below the last, since uniform < 1
@@ -91,10 +91,10 @@ class Batch:
         self.check_every, self.columns = (8, 128) if on_gpu else (1, 16)
 
         # A prompt is needed until its last row has finished; with a spare slot the next question can begin before that.
-        slots = 2 if on_gpu and N > 1 else 1
-        at_once = max(1, min(questions, batch_rows // N, cache_tokens // (N * max_new_tokens + slots * longest)))
+        slots, longest, own = 2 if on_gpu and N > 1 else 1, self.rounded(longest), self.rounded(max_new_tokens)
+        at_once = max(1, min(questions, batch_rows // N, cache_tokens // (N * own + slots * longest)))
         prompts = KVCache(config, min(questions, slots * at_once), longest * on_gpu, self.device, weight.dtype)
-        self.cache = KVCache(config, at_once * N, max_new_tokens * on_gpu, self.device, weight.dtype, prompts, N)
+        self.cache = KVCache(config, at_once * N, own * on_gpu, self.device, weight.dtype, prompts, N)
         self.cache.window = prompts.window = 0  # a GPU's caches cannot move, but none of their columns is used yet
 
         R = at_once * N
@@ -104,6 +104,10 @@ class Batch:
         self.live = torch.zeros_like(self.newest, dtype=torch.bool)
         self.owner: list[tuple[int, int] | None] = [None] * R  # (question, sample); None: the row is free
         self.slot: dict[int, int] = {}  # question -> where the cache has its prompt
+
+    def rounded(self, tokens: int) -> int:
+        """Round a number of columns up, so that windows change seldom."""
+        return -(-tokens // self.columns) * self.columns
 
     def room(self) -> list[int]:
         """Slots for questions that can start now (each also needs N free rows)."""
@@ -115,7 +119,8 @@ class Batch:
         """Prefill the prompts of some questions (by number), and draw the first token of N responses to each."""
         N = self.cache.num_samples
         tokens, lengths = pad(list(prompts.values()), self.device)  # (n, T)
-        cache = KVCache(self.model.config, *tokens.shape, self.device, self.model.lm_head.weight.dtype)
+        cache = KVCache(self.model.config, len(tokens), self.rounded(tokens.shape[1]), self.device,
+                        self.model.lm_head.weight.dtype)
         last = self.model.model(tokens, cache)[torch.arange(len(tokens), device=self.device), lengths - 1]  # (n, D)
 
         free = [row for row, owner in enumerate(self.owner) if owner is None][:len(slots) * N]
@@ -136,7 +141,7 @@ class Batch:
 
     def draw(self, rows: Tensor, logits: Tensor) -> None:
         """Draw the next token of rows (n,) from logits (n, V). A row finishes with EOS or when it is full."""
-        at = self.cache.lengths[rows]  # the first token is drawn before anything of its row is in the cache
+        at = self.cache.lengths[rows]  # tokens of a row in the cache, and so the number of the token to draw
         self.newest[rows] = new = sample_next_token(logits, self.uniforms[rows, at], **self.drawing)
         self.ids[rows, at.masked_fill(~self.live[rows], self.max_new_tokens)] = new  # finished rows: the spare column
         self.live[rows] &= (new != self.eos_id) & (at + 1 < self.max_new_tokens)
@@ -149,8 +154,8 @@ class Batch:
             live, longest = torch.stack([self.live.sum(), self.cache.lengths.max()]).tolist()
             if live == 0 or busy - live >= share * len(self.owner):
                 return
-            needed = min(longest + self.check_every, self.max_new_tokens)
-            self.cache.look_at(max(self.cache.window, -(-needed // self.columns) * self.columns))
+            needed = self.rounded(min(longest + self.check_every, self.max_new_tokens))
+            self.cache.look_at(max(self.cache.window, needed))
             for _ in range(self.check_every):
                 step()
 

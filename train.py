@@ -21,11 +21,11 @@ from statistics import fmean
 import numpy
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from checkpoint import load_model, save_model
 from infra.config import Options, option
-from infra.parallel import by_first, collected, dealt, device, full_weight, rank, shard, world
+from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
+from infra.progress import Progress, mean_or_max
 from infra.run import StopAsked, hash_of, log, write_jsonl
 from infra.state import drop_states, load_state, save_state
 from losses import nll_loss
@@ -156,11 +156,11 @@ def accumulate(model: nn.Module, parts: list[list], loss: Callable, precision: s
     Each micro-batch runs on one rank. Return every measured value for every item, in a fixed order.
     """
     size, found = sum(map(len, parts)), []
-    for part, counts in dealt(parts):
+    for part, is_mine in dealt(parts):  # another rank's part is computed, too, and weighs 0: see `dealt`
         with autocast(precision):
             values = loss(model, part)
-        (values["loss"].sum() / size * counts).backward()
-        if counts:
+        (values["loss"].sum() / size * is_mine).backward()
+        if is_mine:
             found.append({name: x.detach().tolist() for name, x in values.items()})
     found = collected(found)
     return {name: [x for values in found for x in values[name]] for name in found[0]}
@@ -194,11 +194,13 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
 
 # --- the loop --------------------------------------------------------------------------------------
 
-def load_trained(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
+def load_for_training(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
                  dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load wrap(the model of a directory), ready for training: on this device, or sharded over all ranks."""
-    # with several ranks: mapped as it is stored, and a rank reads a block when it is sharded
-    module = wrap(load_model(directory, *((device(), dtype) if world() == 1 else ("cpu", None))))
+    if world() == 1:
+        module = wrap(load_model(directory, device(), dtype))
+    else:
+        module = wrap(load_model(directory, dtype=None))  # mapped as it is stored: a rank reads what it keeps
     for part in module.modules():
         if isinstance(part, Decoder):
             part.checkpoint_activations = options.checkpoint_activations
@@ -243,21 +245,15 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
     The state in `folder` is saved every save_every steps, and when the run is asked to stop.
     """
     made_of = hash_of(made_of, steps, options.lr, options.batch_size)
-    records, tokens, began = load_state(folder / "state", model, optimizer, made_of), 0, time.perf_counter()
-    with StopAsked() as stop_asked, tqdm(total=steps, initial=len(records), desc=f"train {folder.name}", unit="step",
-                                         dynamic_ncols=True, disable=rank() > 0) as bar:
+    records = load_state(folder / "state", model, optimizer, made_of)
+    with StopAsked() as stop_asked, Progress(f"train {folder.name}", steps, "step", len(records)) as bar:
         for step in range(len(records), steps):
             rate = learning_rate(step, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             record = {"step": step, "lr": rate, **step_once(step)}
             records.append(record)
-
-            tokens += record["tokens"]
-            figures = [f"{name} {record[name]:.3f}" for name in shown if name in record]
-            speed = tokens / (time.perf_counter() - began)
-            bar.set_postfix_str(", ".join([*figures, f"{speed:,.0f} tok/s"]), refresh=False)
-            bar.update()
+            bar.advance(1, record["tokens"], **{name: record[name] for name in shown if name in record})
 
             stop = stop_asked()
             if stop or len(records) % options.save_every == 0 and len(records) < steps:
@@ -267,7 +263,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
     return records
 
 
-def trained(folder: Path, source: str, train: Callable[[], tuple[Llama, list[dict]]]) -> str:
+def train_once(folder: Path, source: str, train: Callable[[], tuple[Llama, list[dict]]]) -> str:
     """Return the model directory in `folder`; where it is missing, train() -> (model, records) makes it.
 
     The config.json and tokenizer of the model directory `source` are copied.
@@ -280,22 +276,6 @@ def trained(folder: Path, source: str, train: Callable[[], tuple[Llama, list[dic
         log(folder, event="train", seconds=time.perf_counter() - began)
     drop_states(folder)
     return str(folder / "model")
-
-
-def summary(records: list[dict]) -> dict:
-    """Count steps and tokens, and reduce every measured value over the last quarter of the steps."""
-    counted = [record for record in records if not record.get("skipped")] or records
-    last_quarter = counted[-max(1, len(counted) // 4):]
-    names = {name for record in last_quarter for name, value in record.items() if isinstance(value, float)}
-    return {**{name: mean_or_max(name, [record[name] for record in last_quarter if name in record])
-               for name in sorted(names)},
-            "steps": len(records), "skipped": sum(record.get("skipped", 0) for record in records),
-            "tokens_trained": sum(record["tokens"] for record in records)}
-
-
-def mean_or_max(name: str, values: list[float]) -> float:
-    """Reduce a measured value to its mean, or to its maximum where its name begins with ratio."""
-    return max(values) if name.startswith("ratio") else fmean(values)
 
 
 # --- fine-tuning on solutions ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from sample import generate  # noqa: E402
 from test_reft import config_of, some_rollouts  # noqa: E402
 from test_train import examples, nll  # noqa: E402
 from tiny import random_prompts, random_tokens  # noqa: E402
-from train import TrainOptions, accumulate, descend, load_trained, micro_batches, new_optimizer  # noqa: E402
+from train import TrainOptions, accumulate, descend, load_for_training, micro_batches, new_optimizer  # noqa: E402
 
 FP32 = TrainOptions(lr=1e-2, batch_size=7, precision="fp32", micro_batch_tokens=20)
 MADE_OF = "the same"
@@ -39,7 +39,7 @@ def keep(folder: Path, name: str, tensors: dict) -> None:
 
 def gradients(folder: Path, model_dir: str, **options) -> list[float]:
     """Of one batch in micro-batches, none of whose numbers is a multiple of 2 or 4; and all losses."""
-    module = load_trained(model_dir, dataclasses.replace(FP32, **options))
+    module = load_for_training(model_dir, dataclasses.replace(FP32, **options))
     batches = micro_batches(examples(), FP32.micro_batch_tokens)
     assert len(batches) % 2 and len(batches) > 4, len(batches)
     values = accumulate(module, batches, nll, "fp32")
@@ -49,7 +49,7 @@ def gradients(folder: Path, model_dir: str, **options) -> list[float]:
 
 def trained(folder: Path, model_dir: str) -> tuple[str, list[dict]]:
     """A few steps from the start, or from the state that is there, saved after the third of five."""
-    module = load_trained(model_dir, FP32)
+    module = load_for_training(model_dir, FP32)
     with torch.no_grad():
         nll(module, examples())
     optimizer = new_optimizer(module, FP32)
@@ -75,7 +75,7 @@ def skipped(model_dir: str) -> tuple[bool, float]:
         return found | {"loss": found["loss"] * found["loss"].new_tensor(bad)}
 
     options = dataclasses.replace(FP32, skip_nonfinite=True)
-    module = load_trained(model_dir, options)
+    module = load_for_training(model_dir, options)
     before = [full_weight(weight.detach()).clone() for weight in module.parameters()]
     batches = micro_batches(examples(), FP32.micro_batch_tokens)
     values = descend(module, new_optimizer(module, options), batches, loss, options)
@@ -86,8 +86,8 @@ def skipped(model_dir: str) -> tuple[bool, float]:
 def ppo(folder: Path, model_dir: str) -> dict:
     """A batch of PPO, with a reference of other weights, a critic and whitened advantages."""
     config = config_of(micro_batch_tokens=20, value_init="random", lr=1e-3)
-    policy = load_trained(model_dir, config, lambda model: reft.Policy(model, config))
-    reference = load_trained(f"{model_dir}-reference", config).requires_grad_(False)
+    policy = load_for_training(model_dir, config, lambda model: reft.Policy(model, config))
+    reference = load_for_training(f"{model_dir}-reference", config).requires_grad_(False)
     optimizer = new_optimizer(policy, config)
     record = reft.train_on(policy, reference, optimizer, some_rollouts(), [], config, 0)
     keep(folder, "ppo", dict(policy.named_parameters()))
@@ -100,7 +100,7 @@ def sampled(model_dir: str) -> dict:
     found = {}
     for name, model in (("whole", load_model(model_dir)),
                         ("split", load_model(model_dir, ranks=min(2, world()))),
-                        ("of training", sampler_of(load_trained(model_dir, FP32), ranks=min(2, world())))):
+                        ("of training", sampler_of(load_for_training(model_dir, FP32), ranks=min(2, world())))):
         found[name] = [[r.ids for r in group] for group in
                        generate(model, prompts, num_samples=3, max_new_tokens=12, eos_id=2, seed=0)]
         found[f"logits {name}"] = model(random_tokens(5, 2, 7)).flatten().tolist()[:50]
@@ -137,7 +137,7 @@ def main() -> None:
 
 
 def everything(folder: Path, model_dir: str) -> dict:
-    module = load_trained(model_dir, FP32)
+    module = load_for_training(model_dir, FP32)
     save_model(module, folder / "saved", source=model_dir)
     return {"agreements": agreements(), "losses": gradients(folder, model_dir), "skipped": skipped(model_dir),
             "ppo": ppo(folder, model_dir), "samples": sampled(model_dir)}

@@ -10,7 +10,8 @@ from model import Llama, ModelConfig
 from tools import bench
 
 TINY = ModelConfig(96, 64, 160, 2, 4, 2, 16, max_position_embeddings=256)
-JOB = dict(shape="tiny", rows=8, num_samples=4, prompt_tokens=20, new_tokens=5, micro_batch_tokens=4096, threads=1)
+JOB = dict(shape="tiny", rows=8, num_samples=4, prompt_tokens=20, new_tokens=5, dtype="fp32", threads=1,
+           micro_batch_tokens=4096)
 
 
 @pytest.fixture
@@ -27,28 +28,28 @@ def test_every_engine_does_all_of_the_work(half, engine, job):
     """An engine that stops at EOS, or answers fewer prompts, would seem the faster one; ticks that are missing, too."""
     for package in bench.ENGINES[half][engine].packages:
         pytest.importorskip(package)
-    result = bench.measure(bench.ENGINES[half][engine].settings[0] | job | {"half": half, "engine": engine})
+    setting = [*bench.ENGINES[half][engine].settings.values()][0]
+    result = bench.measure(setting | job | {"half": half, "engine": engine})
     pairs = bench.random_pairs(job)
     expected = {"sampling": 8 * 5, "training": sum(
         len(p.prompt + p.chosen) + len(p.prompt + p.rejected) for p in pairs) / 2}
     assert result["tokens"] == expected[half]
-    assert 0 < result["wall"] < 60 and 0 < result["cpu"] < 60 and 10 < result["peak_mb"] < 1e5
+    assert 0 < result["wall"] < 60 and 10 < result["peak_mb"] < 1e5
     assert set(result["versions"]) == {"torch", *bench.ENGINES[half][engine].packages}
 
 
 def test_an_engine_that_samples_too_little_is_caught(job, monkeypatch):
-    lazy = bench.Engine(lambda job, tick: [tick(), tick(), tick()] and 39, [{}])
+    lazy = bench.Engine(lambda job, tick: [tick(), tick(), tick()] and 39)
     monkeypatch.setitem(bench.ENGINES["sampling"], "lazy", lazy)
     with pytest.raises(SystemExit, match="lazy sampled 39 tokens"):
         bench.measure(job | {"half": "sampling", "engine": "lazy"})
 
 
 def test_prompts_do_not_depend_on_how_many_there_are(job):
-    """Engines are timed on different numbers of rows: these must be the same prompts, of about the length asked for."""
+    """Engines are timed on different numbers of rows: these must be the same prompts."""
     few, many = bench.random_prompts(job), bench.random_prompts(job | {"rows": 400})
     assert len(few) == 2 and len(many) == 100
-    assert many[:2] == few
-    assert {len(prompt) for prompt in many} == set(range(18, 23))
+    assert many[:2] == few and {len(prompt) for prompt in many} == {20}
 
 
 def run_main(monkeypatch, *flags) -> None:
@@ -56,33 +57,32 @@ def run_main(monkeypatch, *flags) -> None:
     bench.main()
 
 
-def test_the_fastest_settings_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsys):
-    """A mean, the best of each side, another clock or a slower setting of one of them would flatter the other."""
-    asked, speeds = [], {"ours": iter([9, 5, 4, 3] + [400, 1000, 500]),
-                          "trl": iter([5, 1, 1, 2, 1, 1, 1, 8] + [90, 800, 100])}
+def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsys):
+    """A mean, the best of each side, or a busy minute that one of them has alone would flatter the other."""
+    asked, speeds = [], {"ours": iter([400, 1000, 500]), "sdpa": iter([90, 800, 100]), "eager": iter([50, 60, 70])}
 
     def fake(python: str, job: dict) -> dict:
-        asked.append((job["engine"], python, job["setting"]))
-        return job | {"tokens": 1000, "wall": 1000 / next(speeds[job["engine"]]), "cpu": 2.0 if "ours" in
-                      job["engine"] else 8.0, "peak_mb": 70.0, "versions": {}}
+        asked.append((job["engine"], python, job.get("attention")))
+        return job | {"tokens": 1000, "wall": 1000 / next(speeds[job.get("attention", "ours")]), "peak_mb": 70.0}
 
     monkeypatch.setattr(bench, "measure_elsewhere", fake)
     monkeypatch.setattr(bench, "pythons_of", lambda half, peer: {"ours": sys.executable, "trl": peer})
     run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--peer_python", "/bin/true", "--out", tmp_path)
-    assert asked[12:] == 3 * [("ours", sys.executable, "fp32"), ("trl", "/bin/true", "bf16 eager")]
+    assert asked == 3 * [("ours", sys.executable, None), ("trl", "/bin/true", "sdpa"), ("trl", "/bin/true", "eager")]
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
-    assert "| toy |  | ours | fp32 | 500 (400 to 1,000) | 500 | 70 | **1.0** | 1.0 |" in text
-    assert "| toy |  | trl | bf16 eager | 100 (90 to 800) | 125 | 70 | **5.0** | 4.0 |" in text
+    assert "| toy |  | ours |  | 500 (400 to 1,000) | 70 | **1.0** |" in text
+    assert "| toy |  | trl | sdpa | 100 (90 to 800) | 70 | **5.0** |" in text
+    assert "| toy |  | trl | eager | 60 (50 to 70) | 70 | **8.3** |" in text
     record = json.loads((tmp_path / "bench.json").read_text())
-    assert len(record["training"]) == 6 and record["threads"] and record["hardware"] and record["commit"]
+    assert len(record["training"]) == 9 and record["commit"] and record["machine"]
 
 
 def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(bench.ENGINES, "sampling", {
-        "ours": bench.Engine(bench.sample_ours, [{"dtype": "fp32"}]),
-        "absent": bench.Engine(bench.sample_ours, [{}], ("no_such_package",))})
-    monkeypatch.setitem(bench.POINTS, "sampling", [{"num_samples": 4}])
+        "ours": bench.Engine(bench.sample_ours),
+        "absent": bench.Engine(bench.sample_ours, packages=("no_such_package",))})
+    monkeypatch.setitem(bench.SAMPLES, "sampling", (4,))
     run_main(monkeypatch, "--halves", "sampling", "--shapes", "toy", "--rounds", 1, "--rows", 32, "--new_tokens", 2,
              "--threads", 1, "--out", tmp_path)
     assert "absent is left out: no Python with no_such_package" in capsys.readouterr().out

@@ -1,31 +1,27 @@
 """Data files -> problems -> prompts and gold solutions -> token ids: what each paper's model is asked and taught, and
 what a bad file says."""
 import dataclasses
+import functools
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny import tiny_model
 
 import data
 from data import __main__ as show
 from data.check import check_inputs
 from data.files import FILES, read_problems, read_record, records
-from data.prompts import (ANSWER_FORMATS, CHATS, MARKS, PROMPT_FORMATS, PROMPTS, TEMPLATES, encode_prompt,
-                          encode_solution, gold_text, prompt_text)
+from data.prompts import CHATS, MARKS, PROMPTS, TEMPLATES, encode_prompt, encode_solution, gold_text, prompt_text
 from data.task import TaskOptions
 from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
 from checkpoint import save_model
 from infra.config import option
 from infra.run import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
-from sample import generate
-from tools.chat import Config as ChatConfig, stream
 
 ROWS = {  # one record of each format, as the data sets write them
     "gsm8k": {"question": "Ann has 4 pens and buys 3. How many has she?",
@@ -53,20 +49,12 @@ def write(path, rows: list[dict]) -> None:
 
 
 def numbered(task: str, count: int) -> list[dict]:
-    """`count` different records of a task."""
-    rows = []
-    for i in range(count):
-        row = json.loads(json.dumps(ROWS[task]))
-        target = row["question"] if task == "arc" else row
-        for name in ("question", "Body", "Problem", "problem", "stem"):
-            if isinstance(target.get(name), str):
-                target[name] = f"No {i}: " + target[name]
-        if "unique_id" in row:
-            row["unique_id"] = f"{'test' if i % 4 == 0 else 'train'}/algebra/{i}.json"
-        if "id" in row:
-            row["id"] = f"Mercury_{i}"
-        rows.append(row)
-    return rows
+    """`count` different records of gsm8k, math (every fourth a test problem) or arc."""
+    changes = {"gsm8k": lambda i: {"question": f"No {i}: {ROWS['gsm8k']['question']}"},
+               "math": lambda i: {"problem": f"No {i}: {ROWS['math']['problem']}",
+                                  "unique_id": f"{'train' if i % 4 else 'test'}/algebra/{i}.json"},
+               "arc": lambda i: {"id": f"Mercury_{i}"}}
+    return [ROWS[task] | changes[task](i) for i in range(count)]
 
 
 def read_one(task: str) -> data.Problem:
@@ -82,31 +70,24 @@ def read_one(task: str) -> data.Problem:
     ("publisher", "mathqa-numeric", "mathqa-numeric_nl", "mathqa-numeric_nl", "mathqa-numeric_test_set"),
     ("publisher", "math", "test train", "test train", "test train"),  # divided by unique_id
     ("publisher", "arc", "ARC-Challenge-Train ARC-Easy-Train", "ARC-Challenge-Dev", "ARC-Challenge-Test"),
-    *(("reft", task, f"{task}_nl", f"{task}_nl", f"{task}_test_set")
-      for task in ("gsm8k", "svamp", "mathqa", "mathqa-numeric")),
-    *(("program", task, f"{task}_python_sdp", f"{task}_python_sdp", f"{task}_test_set")
+    *((source, task, f"{task}_{own}", f"{task}_{own}", f"{task}_test_set")
+      for source, own in (("reft", "nl"), ("program", "python_sdp"))
       for task in ("gsm8k", "svamp", "mathqa", "mathqa-numeric"))])
-def test_which_file_is_which_split(source, task, train, dev, test, tmp_path):
-    """A test file that is trained on, or a dev set that is the test set, shows in no number."""
-    for names in FILES[source][task].values():
-        for name in names:
-            rows = [{"question": f"{name} {i}?", "answer_cot": "So.", "answer_value": "1"} for i in range(9)]
-            if task == "math":
-                rows = [ROWS["math"] | {"problem": f"{name} {i}?", "unique_id": f"{'train' if i % 2 else 'test'}/{i}"}
-                        for i in range(9)]
-            write(tmp_path / name, rows)
+def test_which_file_is_which_split(source, task, train, dev, test, tmp_path, monkeypatch):
+    """A test file that is trained on, or a dev set that is the test set, shows in no number. Programs are read where
+    they are the answer format."""
+    monkeypatch.setattr("data.task.require_math_verify", lambda: None)
+    for tasks in FILES.values():
+        for name in {name for names in tasks.get(task, {}).values() for name in names}:
+            write(tmp_path / name, [
+                ROWS["math"] | {"problem": f"{name} {i}?", "unique_id": f"{'train' if i % 2 else 'test'}/{i}"}
+                if task == "math" else {"question": f"{name} {i}?", "answer_cot": "So.", "answer_value": "1"}
+                for i in range(9)])
+    flags = {"answer_format": "python"} if source == "program" else {"source": source}
+    options = TaskOptions(task=task, path=str(tmp_path), **flags)
     for split, files in (("train", train), ("dev", dev), ("test", test)):
-        problems = data.load_problems(task, split, tmp_path, source)
-        read = {problem.question.split(".json")[0] for problem in problems}
+        read = {problem.question.split(".json")[0] for problem in options.problems(split)}
         assert read <= {*files.split()} and (read == {*files.split()} or split == "dev")
-
-
-@pytest.mark.parametrize("task", ROWS)
-def test_every_data_set_grades_its_own_gold(task):
-    """In its own format: the gold solution, where there is one, or else the gold answer."""
-    problem = read_one(task)
-    gold = problem.solution or "So." + MARKS[OWN_FORMAT[task]].format(answer=problem.answer)
-    assert grade(gold, problem.answer, task).verdict == "correct"
 
 
 @pytest.mark.parametrize("task, row, expected", [
@@ -123,52 +104,38 @@ def test_every_data_set_grades_its_own_gold(task):
     ("svamp", PROGRAM, data.Problem("name", "What is 2 + 2?", "4.0", PROGRAM["answer_cot"])),  # ReFT's format, any task
     ("gsm8k", {"question": "q", "answer_value": "4.0"}, data.Problem("name", "q", "4.0", ""))])
 def test_records_of_each_format(task, row, expected):
-    """Field by field, from records like the published ones."""
+    """Field by field, from records like the published ones; and the gold solution, or else the gold answer, is right
+    in its data set's own format."""
     assert read_record(ROWS[task] | row, task, "name") == expected
-
-
-def test_examples_are_never_test_problems(tmp_path):
-    """--path with the test file alone: its solved problems were shown in the prompts of the others."""
-    path = tmp_path / "test.jsonl"
-    write(path, [row | {"unique_id": row["unique_id"].replace("train/", "test/")} for row in numbered("math", 40)])
-    assert len(data.load_problems("math", "test", path)) == 40
-    with pytest.raises(SystemExit, match="train/"):
-        data.examples("math", str(path))
+    marks = "python" if "def solution" in expected.solution else OWN_FORMAT[task]
+    gold = gold_text(expected, marks) or "So." + MARKS[marks].format(answer=expected.answer)
+    assert grade(gold, expected.answer, task, marks).verdict == "correct"
 
 
 def test_math_is_split_by_unique_id(tmp_path):
-    """prm800k's two files mix the original 7,500 and 5,000: trained on by file, 4,500 test problems
-    would be in train."""
-    write(tmp_path / "train.jsonl", numbered("math", 40))
-    write(tmp_path / "test.jsonl", [row | {"unique_id": row["unique_id"].replace("/algebra/", "/more/")}
-                                    for row in numbered("math", 40)])
-    ids = {split: {p.id for p in data.load_problems("math", split, tmp_path)} for split in data.SPLITS}
-    assert len(ids["test"]) == 20 and all(id.startswith("test/") for id in ids["test"])
-    assert len(ids["train"] | ids["dev"]) == 60
-    assert all(id.startswith("train/") for id in ids["train"] | ids["dev"])
+    """prm800k's two files mix the original 7,500 and 5,000: trained on by file, 4,500 test problems would be in train.
+    And test problems never lend their solutions to a prompt's examples."""
+    rows = numbered("math", 40)
+    write(tmp_path / "train.jsonl", rows[:20])
+    write(tmp_path / "test.jsonl", rows[20:])
+    for split, count, original in [("train", 24, "train/"), ("dev", 6, "train/"), ("test", 10, "test/")]:
+        ids = {p.id for p in data.load_problems("math", split, tmp_path)}
+        assert len(ids) == count and all(id.startswith(original) for id in ids)
+    write(tmp_path / "only.jsonl", rows[::4])
+    assert len(data.load_problems("math", "test", tmp_path / "only.jsonl")) == 10
+    with pytest.raises(SystemExit, match="train/"):
+        data.examples("math", str(tmp_path / "only.jsonl"))
 
 
-def test_the_split_is_pinned(tmp_path):
-    """It must not depend on the process (as Python's hash of a text does), or a resumed run trains on its dev set."""
-    write(tmp_path / "train.jsonl", numbered("gsm8k", 20))
-    dev = [p.id for p in data.load_problems("gsm8k", "dev", tmp_path)]
-    assert dev == ["train-10", "train-13", "train-19", "train-20"]
-    write(tmp_path / "train.jsonl", numbered("math", 40))
-    write(tmp_path / "test.jsonl", numbered("math", 4))
-    assert [p.id for p in data.examples("math", str(tmp_path))] == [
-        f"train/algebra/{i}.json" for i in (25, 39, 34, 29, 19)]
-
-
-def test_copies_of_a_question_stay_together(tmp_path):
-    """ReFT's svamp_nl.json has 210 questions twice: drawn by row, half of their copies would be trained on. And the
-    order of a file must not matter."""
-    rows = numbered("gsm8k", 60)
-    write(tmp_path / "a" / "train.jsonl", rows + rows[:30])
-    write(tmp_path / "b" / "train.jsonl", (rows + rows[:30])[::-1])
-    dev = [p.question for p in data.load_problems("gsm8k", "dev", tmp_path / "a")]
-    train = [p.question for p in data.load_problems("gsm8k", "train", tmp_path / "a")]
-    assert len(set(dev)) == 12 and not set(dev) & set(train) and len(dev) + len(train) == 90
-    assert {p.question for p in data.load_problems("gsm8k", "dev", tmp_path / "b")} == set(dev)
+def test_dev_is_the_same_in_every_process_and_order(tmp_path):
+    """Drawn by Python's hash of a text, a resumed run would train on its dev set; drawn by row, copies of a question
+    (ReFT's svamp_nl.json has 210 of them) would be in both."""
+    rows = numbered("gsm8k", 20)
+    for order in (1, -1):
+        write(tmp_path / "train.jsonl", (rows + rows[:15])[::order])
+        dev, train = ([p.question for p in data.load_problems("gsm8k", split, tmp_path)] for split in ("dev", "train"))
+        assert {*dev} == {rows[i]["question"] for i in (9, 12, 18, 19)}
+        assert not {*dev} & {*train} and len(dev) + len(train) == 35
 
 
 def test_ids_that_occur_twice_get_their_place(tmp_path):
@@ -178,14 +145,16 @@ def test_ids_that_occur_twice_get_their_place(tmp_path):
     assert ids == ["Mercury_0", "Mercury_1", "Mercury_0#2", "Mercury_1#3"]
 
 
-@pytest.mark.parametrize("count, sizes", [(5, [4, 1, 5]), (50, [40, 10, 50]), (7473, [6473, 1000, 7473])])
-def test_dev_is_a_fifth_and_at_most_a_thousand(count, sizes, tmp_path):
+def test_dev_is_a_fifth_and_at_most_a_thousand(tmp_path):
     """From one file, which stands for every split: complete for test, without the dev part for train."""
-    write(tmp_path / "my.jsonl", numbered("gsm8k", count))
-    assert [len(data.load_problems("gsm8k", split, tmp_path / "my.jsonl")) for split in data.SPLITS] == sizes
-    write(tmp_path / "my.jsonl", numbered("gsm8k", 4))
+    path = tmp_path / "my.jsonl"
+    for count, dev in [(5, 1), (7473, 1000)]:
+        write(path, numbered("gsm8k", count))
+        sizes = [len(data.load_problems("gsm8k", split, path)) for split in data.SPLITS]
+        assert sizes == [count - dev, dev, count]
+    write(path, numbered("gsm8k", 4))
     with pytest.raises(SystemExit, match="4 problems: too few"):
-        data.load_problems("gsm8k", "train", tmp_path / "my.jsonl")
+        data.load_problems("gsm8k", "train", path)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -194,17 +163,6 @@ def test_dev_is_a_fifth_and_at_most_a_thousand(count, sizes, tmp_path):
 def test_unknown_names_are_refused(arguments, said):
     with pytest.raises(SystemExit, match=said):
         data.load_problems(*arguments)
-
-
-def test_programs_and_words_come_from_their_files(tmp_path):
-    write(tmp_path / "svamp_nl.json", [ROWS["mathqa-numeric"] | {"question": f"{i}?"} for i in range(10)])
-    write(tmp_path / "svamp_python_sdp.json", [PROGRAM | {"question": f"{i}?"} for i in range(10)])
-    words = TaskOptions(task="svamp", path=str(tmp_path), prompt="reft")
-    assert words.marks == "trigger" and "Therefore" in words.problems("train")[0].solution
-    programs = TaskOptions(task="svamp", path=str(tmp_path), prompt="reft", answer_format="python")
-    problem = programs.problems("train")[0]
-    assert problem.solution == PROGRAM["answer_cot"]
-    assert grade(gold_text(problem, "python"), "4.0", "svamp", "python").verdict == "correct"
 
 
 def test_records_of_both_kinds_of_file():
@@ -216,36 +174,38 @@ def test_records_of_both_kinds_of_file():
         ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": "0.1000"})]
 
 
-@pytest.mark.parametrize("text, place", [
-    ('{"question": "q", "answer": "#### 1"}\nnot json\n', "line 2: not JSON"),
-    ('[{"question": "q", "answer": "#### 1"},\n{"question": "q"}]', "record 2: no field 'answer'"),
-    ('{"question": "q", "answer": "72"}', "line 1: the answer does not end in '#### N'"),
-    ("[1]", "record 1: not an object but 1"), ("\n\n7", "line 3: not an object but 7"),
-    ('{"question": 3, "answer": "#### 1"}', "line 1: "), ('{"question": " ", "answer": "#### 1"}', "line 1: "),
-    ('{"question": "q", "answer": "####"}', "line 1: the question or the answer is empty"),
-    ('[{"question": "q", "answer": "#### 1"}', "line 1: not JSON"),
-    ('[{"question": "q", "answer": "#### 1"}]\n[]', "line 2: not JSON"),
-    ('{"question": "q", "answer_value": null, "answer_cot": 5}', "line 1: "), ("\n", "line 1: no records"),
-    (f'{{"question": {"9" * 5000}}}', "line 1: Exceeds the limit")])
-def test_a_bad_record_is_named(text, place, tmp_path):
+def changed(task: str, **fields) -> str:
+    return json.dumps(ROWS[task] | fields)
+
+
+def choices(count: int) -> dict:
+    return {"stem": "?", "choices": [{"text": "a", "label": str(i + 1)} for i in range(count)]}
+
+
+@pytest.mark.parametrize("task, text, place", [
+    ("gsm8k", '{"question": "q", "answer": "#### 1"}\nnot json\n', "line 2: not JSON"),
+    ("gsm8k", '[{"question": "q", "answer": "#### 1"},\n{"question": "q"}]', "record 2: no field 'answer'"),
+    ("gsm8k", '[{"question": "q", "answer": "#### 1"}]\n[]', "line 2: not JSON"),
+    ("gsm8k", "\n\n7", "line 3: not an object but 7"), ("gsm8k", "\n", "line 1: no records"),
+    ("gsm8k", changed("gsm8k", answer="72"), "line 1: the answer does not end in '#### N'"),
+    ("gsm8k", changed("gsm8k", answer="####"), "line 1: the question or the answer is empty"),
+    ("gsm8k", changed("gsm8k", question=" "), "line 1: the question or the answer is empty"),
+    ("gsm8k", changed("gsm8k", question=3), "line 1: "),
+    ("gsm8k", changed("gsm8k", answer_value=None, answer_cot=5), "line 1: "),
+    ("gsm8k", f'{{"question": {"9" * 5000}}}', "line 1: Exceeds the limit"),
+    ("mathqa", changed("mathqa", correct="f"), "line 1: correct is 'f'"),
+    ("arc", changed("arc", answerKey="D"), "line 1: answerKey 'D'"),
+    ("arc", changed("arc", answerKey="1", question=choices(2)), "line 1: answerKey '1'"),
+    ("arc", changed("arc", answerKey="1", question=choices(6)), "line 1: answerKey '1'"),
+    ("math", changed("math", unique_id="algebra/1"), "line 1: unique_id is 'algebra/1'")])
+def test_a_bad_record_is_named(task, text, place, tmp_path):
     """File, place, fault, and what was expected, before any work starts."""
     path = tmp_path / "train.jsonl"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
-        read_problems(path, "gsm8k")
+        read_problems(path, task)
     said = str(stop.value)
-    assert said.startswith(f"{path}, {place}") and '{"question": ' in said and "Traceback" not in said
-
-
-@pytest.mark.parametrize("task, change", [
-    ("mathqa", {"correct": "f"}), ("arc", {"answerKey": "D"}), ("math", {"answer": ""}),
-    *(("arc", {"answerKey": "1", "question": {"stem": "?", "choices": [
-        {"text": "a", "label": str(i + 1)} for i in range(count)]}}) for count in (2, 6)),
-    ("math", {"unique_id": None}), ("math", {"unique_id": "algebra/1"}), ("svamp", {"Body": None})])
-def test_bad_values_are_refused(task, change, tmp_path):
-    write(tmp_path / "x.jsonl", [ROWS[task] | change])
-    with pytest.raises(SystemExit, match="line 1"):
-        read_problems(tmp_path / "x.jsonl", task)
+    assert said.startswith(f"{path}, {place}") and ' like {"' in said and "Traceback" not in said
 
 
 def test_files_that_are_no_text_or_absent(tmp_path):
@@ -275,31 +235,18 @@ def test_prompts_of_the_papers(prompt, task, begin, end):
     text = prompt_text(prompt, task, "How many?")
     assert text == begin + end and not text.endswith(" ")
     assert prompt_text(prompt, task, "How many?", chat="llama2") == f"[INST] {text.strip()} [/INST]"
-    assert set(CHATS) == {"", "llama2"}
-
-
-@given(st.text())
-@settings(max_examples=50, deadline=None)
-def test_a_question_is_inserted_as_it_is(question):
-    """Braces, percent signs and names of fields in a question are text."""
-    for prompt in PROMPTS:
-        assert question in prompt_text(prompt, "gsm8k", question)
-        assert question.strip() in prompt_text(prompt, "gsm8k", question, chat="llama2")
-    assert "{question}" in prompt_text("irpo", "gsm8k", "{question}")
 
 
 def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
-    """Four solved training problems in the format asked for; where the question is one of them, a fifth
-    takes its place."""
+    """Four solved training problems, in every process the same; where one of them is asked, a fifth takes its place."""
     rows = numbered("math", 40)
-    rows[25]["solution"] = "long " * 80 + ROWS["math"]["solution"]  # else one of the five: too long for a prompt
-    write(tmp_path / "train.jsonl", rows)
-    write(tmp_path / "test.jsonl", numbered("math", 4))
+    rows[25]["solution"] = "long " * 80 + ROWS["math"]["solution"]  # else the first of them: too long for a prompt
+    write(tmp_path / "train.jsonl", rows[:30])
+    write(tmp_path / "test.jsonl", rows[30:])
     options = TaskOptions(task="math", path=str(tmp_path), prompt="irpo")
     examples = data.examples("math", str(tmp_path))
-    train_ids = {p.id for p in data.load_problems("math", "train", tmp_path)}
-    assert len(examples) == 5 and {p.id for p in examples} <= train_ids - {"train/algebra/25.json"}
-    [test] = [p for p in data.load_problems("math", "test", tmp_path) if p.id == "test/algebra/4.json"]
+    assert [p.id for p in examples] == [f"train/algebra/{i}.json" for i in (39, 34, 29, 19, 15)]
+    test = data.load_problems("math", "test", tmp_path)[1]
     for problem in [test, *examples]:
         text = options.prompt_text(problem)
         asked, solved = text.count("Question: "), text.count("Solution: ")
@@ -307,36 +254,32 @@ def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
         assert text.count("Final answer: 2\n\n") == 4 and text.endswith("\nSolution:")
 
 
-@pytest.mark.parametrize("answer_format", [name for name in ANSWER_FORMATS if name != "python"])
-def test_gold_is_written_in_every_format_and_read_back(answer_format):
-    """A winner in another format than the prompt's would teach that format."""
-    problem = read_one("gsm8k")
-    text = gold_text(problem, answer_format)
-    assert EXTRACT[answer_format](text).strip("$") == "7"
-    assert ("<<4+3=7>>" in text) == (answer_format == "hash")
-    assert text.startswith("She has 4+3 = ") and "####" not in text.replace("\n#### 7", "")
+@pytest.mark.parametrize("task, answer_format, text", [
+    ("gsm8k", "hash", ROWS["gsm8k"]["answer"]),
+    ("gsm8k", "final_answer", "She has 4+3 = 7 pens.\nFinal answer: 7"),
+    ("gsm8k", "trigger", "She has 4+3 = 7 pens.\nTherefore, the answer is: 7"),
+    ("gsm8k", "boxed", "She has 4+3 = 7 pens.\nThe answer is \\boxed{7}."),
+    ("gsm8k", "minerva", "She has 4+3 = 7 pens.\nFinal Answer: The final answer is $7$. I hope it is correct."),
+    ("math", "boxed", ROWS["math"]["solution"]),
+    ("math", "final_answer", "It is $\\boxed{2}$.\nFinal answer: 2"),
+    ("mathqa", "trigger", "5 % of 40 = 2 . answer b\nTherefore, the answer is: b")])
+def test_gold_is_written_in_every_format_and_read_back(task, answer_format, text):
+    """A winner in another format than the prompt's would teach that format. In its own format, it is the data set's
+    text."""
+    problem = read_one(task)
+    assert gold_text(problem, answer_format) == text
+    assert EXTRACT[answer_format](text).strip("$") == problem.answer
+    assert gold_text(read_one("arc"), answer_format) == ""
 
 
-def test_gold_in_its_own_format_is_the_data_sets_text():
-    assert gold_text(read_one("gsm8k"), "hash") == ROWS["gsm8k"]["answer"]
-    assert gold_text(read_one("math"), "boxed") == ROWS["math"]["solution"]
-    assert gold_text(read_one("mathqa"), "trigger") == read_one("mathqa").solution
-    assert gold_text(read_one("arc"), "final_answer") == ""
-    assert gold_text(read_one("math"), "final_answer") == "It is $\\boxed{2}$.\nFinal answer: 2"
-    assert gold_text(read_one("gsm8k"), "boxed") == "She has 4+3 = 7 pens.\nThe answer is \\boxed{7}."
-    assert gold_text(read_one("gsm8k"), "trigger") == "She has 4+3 = 7 pens.\nTherefore, the answer is: 7"
-    assert gold_text(read_one("gsm8k"), "minerva") == (
-        "She has 4+3 = 7 pens.\nFinal Answer: The final answer is $7$. I hope it is correct.")
-
-
-def test_a_prompt_brings_its_answer_format():
+@pytest.mark.parametrize("task, flags, marks", [
+    ("gsm8k", {}, "hash"), ("svamp", {}, "trigger"), ("gsm8k", {"prompt": "irpo"}, "final_answer"),
+    ("svamp", {"prompt": "rft"}, "hash"), ("math", {"prompt": "rft"}, "boxed"),
+    ("gsm8k", {"prompt": "reft"}, "trigger"),
+    ("gsm8k", {"prompt": "irpo", "answer_format": "boxed"}, "boxed")])
+def test_a_prompt_brings_its_answer_format(task, flags, marks):
     """--prompt irpo with golds that end in #### taught two formats at once."""
-    assert TaskOptions(task="gsm8k").marks == "hash"
-    assert TaskOptions(task="gsm8k", prompt="irpo").marks == "final_answer"
-    assert TaskOptions(task="svamp").marks == "trigger"
-    assert TaskOptions(task="math", prompt="rft").marks == "boxed"
-    assert TaskOptions(task="gsm8k", prompt="irpo", answer_format="boxed").marks == "boxed"
-    assert set(PROMPT_FORMATS.values()) <= set(ANSWER_FORMATS)
+    assert TaskOptions(task=task, **flags).marks == marks
 
 
 def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
@@ -358,17 +301,16 @@ def sentencepiece_dir(tmp_path_factory):
 def json_dir(folder, template: str, config: dict):
     """A byte-level tokenizer.json as Llama 3 (whose template begins with BOS) or Qwen2 (without one) ship it."""
     tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    names = ["<|begin|>", "<|end|>"]
+    letters = [*names, *tokenizers.pre_tokenizers.ByteLevel.alphabet()]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.add_special_tokens(names)
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        ["a question about pens"] * 3, tokenizers.trainers.BpeTrainer(
-            vocab_size=300, special_tokens=["<|begin|>", "<|end|>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.enable_truncation(12)  # as some files on the Hub have it
     if template:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=[("<|begin|>", 0), ("<|end|>", 1)])
+            single=template, special_tokens=[(name, i) for i, name in enumerate(names)])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -381,7 +323,9 @@ LLAMA3 = ("<|begin|> $A", {"eos_token": "<|end|>"})
 @pytest.mark.parametrize("template, eos, bos", [
     (*LLAMA3, True), ("", {"eos_token": {"content": "<|end|>"}}, False), ("$A <|end|>", LLAMA3[1], False)])
 def test_tokenizer_json(tmp_path, template, eos, bos):
-    """BOS only where the model's own template begins with one; EOS from tokenizer_config.json; nothing is cut off."""
+    """BOS only where the model's own template begins with one; EOS from tokenizer_config.json; nothing is cut off; and
+    the tiktoken file that Llama 3 ships as tokenizer.model is ignored."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     tokenizer = load_tokenizer(json_dir(tmp_path, template, eos))
     assert isinstance(tokenizer, JsonTokenizer)
     text = "a question é数 with <|begin|> and <|end|>"
@@ -396,8 +340,10 @@ def test_tokenizer_json(tmp_path, template, eos, bos):
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_every_prompt_begins_with_one_bos(prompt, chat, tmp_path, sentencepiece_dir):
-    """And a question that holds "</s>" or "<s>" does not end the prompt, or begin another."""
-    text = prompt_text(prompt, "gsm8k", "How many </s> <s> pens <|end|> <|begin|>?", chat=chat)
+    """And the question is text: "</s>" or "<s>" does not end the prompt or begin another, and braces are no field."""
+    question = "How many </s> <s> pens <|end|> <|begin|> are 5% of {question}, {0}, {{}} {or %s}?"
+    text = prompt_text(prompt, "gsm8k", question, chat=chat)
+    assert question in text
     for tokenizer in (load_tokenizer(sentencepiece_dir), load_tokenizer(json_dir(tmp_path, *LLAMA3))):
         bos, *ids = encode_prompt(tokenizer, text)
         assert bos == tokenizer.bos_id is not None and not {tokenizer.bos_id, tokenizer.eos_id} & {*ids}
@@ -423,12 +369,6 @@ def test_a_written_solution_begins_like_a_spoken_one(tmp_path, sentencepiece_dir
     assert encode_solution(other, "So it", "Solution:") == encode_solution(other, "So it", "x\n")
 
 
-def test_a_tiktoken_file_next_to_a_tokenizer_json_is_ignored(tmp_path):
-    """Llama 3 ships one as tokenizer.model."""
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
-    assert isinstance(load_tokenizer(json_dir(tmp_path, *LLAMA3)), JsonTokenizer)
-
-
 @pytest.mark.parametrize("files, said", [
     ({}, "no tokenizer.model and no tokenizer.json"),
     ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, "not a sentencepiece model.*tokenizer.json"),
@@ -446,13 +386,6 @@ def test_broken_tokenizers_are_named(files, said, tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_ids_beyond_the_tokenizer_are_dropped(sentencepiece_dir):
-    """A padded embedding can be sampled from; the error came after all sampling and lost it."""
-    tokenizer = load_tokenizer(sentencepiece_dir)
-    ids = tokenizer.encode("pens")
-    assert tokenizer.decode([*ids, tokenizer.vocab_size + 3]) == "pens"
-
-
 def test_tokenizer_json_without_the_package_names_the_command(tmp_path, monkeypatch):
     folder = json_dir(tmp_path, *LLAMA3)
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # what a missing package raises
@@ -460,11 +393,14 @@ def test_tokenizer_json_without_the_package_names_the_command(tmp_path, monkeypa
         load_tokenizer(folder)
 
 
-def test_a_tokenizer_config_can_leave_bos_out(sentencepiece_dir, tmp_path):
+def test_a_tokenizer_model_within_its_model(sentencepiece_dir, tmp_path):
+    """A padded embedding can be sampled from: the error came after all sampling and lost it. And tokenizer_config.json
+    can leave BOS out."""
     (tmp_path / "tokenizer.model").write_bytes((sentencepiece_dir / "tokenizer.model").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
     tokenizer = load_tokenizer(tmp_path)
-    assert tokenizer.bos_id is None and encode_prompt(tokenizer, "a") == tokenizer.encode("a")
+    assert tokenizer.bos_id is None and encode_prompt(tokenizer, "pens") == (ids := tokenizer.encode("pens"))
+    assert tokenizer.decode([*ids, tokenizer.vocab_size + 3]) == "pens"
 
 
 # --- checks before a run --------------------------------------------------------------------------
@@ -487,51 +423,38 @@ def gsm8k_run(tmp_path_factory, sentencepiece_dir) -> RunConfig:
     return RunConfig(task="gsm8k", path=str(folder / "data"), model=str(folder / "model"))
 
 
-def check(config: RunConfig, tokenizer=None) -> None:
-    check_inputs(config, tokenizer or load_tokenizer(config.model), config.problems("train"), config.problems("test"))
-
-
-def test_inputs_that_fit_are_accepted(gsm8k_run, capsys):
-    check(gsm8k_run)
-    assert capsys.readouterr().out == "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n"
-
-
-@pytest.mark.parametrize("fault, said", [
-    ("digits", r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
-    ("long", "the longest prompt has .* tokens, and with --max_new_tokens 120 it exceeds the model's 128 positions"),
-    ("file", "give the folder"), ("BOS", "only 0 of 18 prompts have exactly one BOS"),
-    ("vocabulary", "the tokenizer gives token .*, and the model knows 24")])
-def test_inputs_that_do_not_fit_are_refused(gsm8k_run, sentencepiece_dir, fault, said, tmp_path):
-    """Before an hour is spent: one file for all splits, which would be tested on what it was trained on; a tokenizer of
-    another model, that adds a BOS itself, or that does not know all digits."""
-    config, own = gsm8k_run, load_tokenizer(gsm8k_run.model)
-    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, encode=own.encode,
-                                decode=own.decode)
-    if fault == "digits":
-        tokenizer.decode = lambda ids: own.decode(ids).replace("7", "1")
-    if fault == "long":
-        config = dataclasses.replace(config, max_new_tokens=120)
-    if fault == "file":
-        config = dataclasses.replace(config, path=f"{config.path}/train.jsonl")
-    if fault == "BOS":
-        tokenizer.encode = lambda text: [own.bos_id, *own.encode(text)]
-    if fault == "vocabulary":
-        save_model(tiny_model(), tmp_path / "model", source=sentencepiece_dir)
-        config = dataclasses.replace(config, model=str(tmp_path / "model"))
-    with pytest.raises(SystemExit, match=said):
-        check(config, tokenizer)
-
-
-def test_a_model_that_was_trained_otherwise_is_asked_with_a_warning(gsm8k_run, tmp_path, capsys):
+@pytest.mark.parametrize("trained_on, warned", [("plain", False), ("irpo", True)])
+def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, warned):
+    """With a warning if the model was trained with another prompt."""
     config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "iter1" / "model"))
-    save_model(tiny_model(vocab_size=load_tokenizer(gsm8k_run.model).vocab_size), config.model, source=gsm8k_run.model)
-    for prompt in ("plain", "irpo"):
-        (tmp_path / "config.json").write_text(json.dumps({"prompt": prompt, "chat": "", "answer_format": ""}))
-        check(config)
-        assert ("warning: " in capsys.readouterr().out) == (prompt == "irpo")
+    shutil.copytree(gsm8k_run.model, config.model)
+    (tmp_path / "config.json").write_text(json.dumps({"prompt": trained_on, "chat": "", "answer_format": ""}))
+    check_inputs(config, load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+    said = capsys.readouterr().out
+    assert said.startswith("check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n")
+    assert ("warning: " in said) == warned
 
 
-# --- show, stream ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("flags, tokenizer, said", [
+    ({}, {"decode": lambda own, ids: own.decode(ids).replace("7", "1")},
+     r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
+    ({}, {"encode": lambda own, text: [own.bos_id, *own.encode(text)]}, "only 0 of 18 prompts have exactly one BOS"),
+    ({}, {"encode": lambda own, text: [*own.encode(text), own.vocab_size]}, "gives token .*, and the model knows"),
+    ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions"),
+    ({"path": __file__}, {}, "give the folder")])
+def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
+    """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another model;
+    one file for all splits, which would be tested on what it was trained on."""
+    own = load_tokenizer(gsm8k_run.model)
+    methods = {name: functools.partial(tokenizer[name], own) if name in tokenizer else getattr(own, name)
+               for name in ("encode", "decode")}
+    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, **methods)
+    problems = [gsm8k_run.problems(split) for split in ("train", "test")]
+    with pytest.raises(SystemExit, match=said):
+        check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)
+
+
+# --- show -----------------------------------------------------------------------------------------
 
 def test_show_paints_the_mask(tmp_path, sentencepiece_dir, monkeypatch, capsys):
     """What is green is what is trained on: the solution in its format, with EOS, and nothing else."""
@@ -549,17 +472,6 @@ def test_show_paints_the_mask(tmp_path, sentencepiece_dir, monkeypatch, capsys):
     monkeypatch.setenv("NO_COLOR", "1")
     show.main()
     assert "\033" not in (plain := capsys.readouterr().out) and plain.count("<EOS>]]") == 2
-
-
-@pytest.mark.parametrize("temperature, top_p, top_k", [(0.0, 1.0, 0), (1.0, 1.0, 0), (1.0, 0.8, 5)])
-def test_a_stream_is_what_generate_draws(temperature, top_p, top_k):
-    """Token by token, the same responses."""
-    model, prompt = tiny_model(), [1, 5, 9, 4]
-    options = dict(max_new_tokens=20, temperature=temperature, top_p=top_p, top_k=top_k, seed=7)
-    [responses] = generate(model, [prompt], num_samples=3, eos_id=2, **options)
-    streams = [list(stream(model, prompt, n, 2, ChatConfig(**options))) for n in range(3)]
-    assert streams == [response.ids for response in responses]
-    assert torch.is_grad_enabled()
 
 
 class Bytes:

@@ -63,7 +63,7 @@ def test_flags_win_over_presets_and_presets_over_defaults():
 def test_kinds_of_flags():
     """Tuples take several values, switches their negation, zero and empty are values like others."""
     config = parsed("--temperature", "0.7", "1.1", "--no-gold", "--dedupe", "--max_pairs", "0", "--alpha", "0",
-                    "--warmup_share", "1")
+                    "--warmup_share", "1", "--select_every", "0")
     assert (config.temperature, config.warmup_share) == ((0.7, 1.1), 1.0)
     assert (config.gold, config.dedupe, config.max_pairs, config.alpha) == (False, True, 0, 0.0)
 

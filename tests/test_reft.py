@@ -27,7 +27,7 @@ from train import Example, autocast, batch_at, micro_batches, new_optimizer
 
 pytestmark = pytest.mark.usefixtures("small_world")
 EVERY = torch.ones(2, 5, dtype=torch.bool)  # mask: all of (2, 6) tokens but the first
-VERDICTS = ("correct", "wrong", "unparsed", "correct", "timeout", "wrong", "correct")
+SCORES = (1.0, 0.1, 0.0, 1.0, 0.0, 0.1, 1.0)
 
 
 def config_of(**options) -> Config:
@@ -39,10 +39,9 @@ def some_rollouts(count: int = 7) -> list[Rollout]:
     """Make ragged rollouts of random tokens; every third is truncated before EOS (2)."""
     rollouts = []
     for i in range(count):
-        finished, verdict = i % 3 != 2, VERDICTS[i % 7]
-        response = random_tokens(50 + i, 1 + 5 * i % 9).tolist() + [2] * finished
-        rollouts.append(Rollout(f"q{i}", random_tokens(i, 1 + 3 * i % 5).tolist(), response, finished,
-                                verdict == "correct", {"correct": 1.0, "wrong": 0.1}.get(verdict, 0.0), i))
+        prompt, response, finished = random_tokens(i, 1 + 3 * i % 5), random_tokens(50 + i, 1 + 5 * i % 9), i % 3 != 2
+        rollouts.append(Rollout(f"q{i}", prompt.tolist(), response.tolist() + [2] * finished, finished,
+                                SCORES[i % 7] == 1.0, SCORES[i % 7], i))
     return rollouts
 
 
@@ -57,21 +56,8 @@ def policy_of(config: Config) -> Policy:
 
 def experience(policy: Policy, rollouts: list[Rollout], config: Config) -> dict[str, torch.Tensor]:
     """Run steps 3 to 5, with a reference of other weights."""
-    parts = micro_batches(rollouts, config.micro_batch_tokens)
-    table = measure(policy, tiny_model(9), rollouts, parts, config)
+    table = measure(policy, tiny_model(9), rollouts, micro_batches(rollouts, config.micro_batch_tokens), config)
     return add_advantages(table, torch.tensor([r.score for r in rollouts]), config)
-
-
-def weights_of(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: weight.detach().clone() for name, weight in module.named_parameters()}
-
-
-def step_of(config: Config, rollouts: list[Rollout]) -> dict[str, torch.Tensor]:
-    """Run steps 3 to 6 and return the change of each weight: minus its gradient, for one update of plain SGD."""
-    policy = policy_of(config)
-    before = weights_of(policy)
-    train_on(policy, tiny_model(9), torch.optim.SGD(policy.parameters(), lr=1.0), rollouts, [], config, 0)
-    return {name: weight - before[name] for name, weight in weights_of(policy).items()}
 
 
 # --- steps 1 and 2: responses and scores -----------------------------------------------------------
@@ -140,12 +126,10 @@ def test_the_table_is_what_each_response_alone_gives(budget, critic):
             weight *= 1.1  # as after some training
         table = measure(policy, reference, rollouts, micro_batches(rollouts, budget), config)
         assert not any(x.requires_grad for x in table.values())
-        for row, r in enumerate(rollouts):
-            columns = columns_of(r)
+        for r in rollouts:
+            columns, values, entropies = columns_of(r), [], []
             mask = [float(columns.start <= t < columns.stop) for t in range(table["mask"].shape[1])]
-            assert table["mask"][row].tolist() == mask
-
-            values, entropies = [], []
+            assert table["mask"][r.row].tolist() == mask
             for t in range(columns.start, columns.stop):
                 prefix = torch.tensor([(r.prompt + r.response)[:t + 1]])
                 trunk = policy.critic if critic == "separate" else policy.model.model
@@ -155,7 +139,7 @@ def test_the_table_is_what_each_response_alone_gives(budget, critic):
             expected = {"values": values, "entropy": entropies, "logps": slow_logps(policy.model, r.prompt, r.response),
                         "ref_logps": slow_logps(reference, r.prompt, r.response)}
             for name, slow in expected.items():
-                assert table[name][row, columns].tolist() == pytest.approx(slow, abs=1e-4), name
+                assert table[name][r.row, columns].tolist() == pytest.approx(slow, abs=1e-4), name
 
 
 def test_the_value_head_starts_at_zero_or_at_random():
@@ -198,14 +182,14 @@ def test_advantages_of_gae_by_slow_loops():
     rollouts = some_rollouts()
     table = experience(policy_of(config), rollouts, config)
     slow = []
-    for row, r in enumerate(rollouts):
-        logps, ref_logps, V = (table[name][row, columns_of(r)].tolist() for name in ("logps", "ref_logps", "values"))
+    for r in rollouts:
+        logps, ref_logps, V = (table[name][r.row, columns_of(r)].tolist() for name in ("logps", "ref_logps", "values"))
         rewards = [-0.3 * (a - b) for a, b in zip(logps, ref_logps)]
         rewards[-1] += r.score
         A = 0.0
         for t in reversed(range(len(rewards))):
             A = rewards[t] + 0.97 * [*V, 0.0][t + 1] - V[t] + 0.97 * 0.9 * A
-            slow.append(((row, len(r.prompt) - 1 + t), A))
+            slow.append(((r.row, len(r.prompt) - 1 + t), A))
             assert float(table["returns"][slow[-1][0]]) == pytest.approx(A + V[t], abs=1e-4)
     mean = fmean(A for _, A in slow)
     std = math.sqrt(fmean((A - mean) ** 2 for _, A in slow))
@@ -218,8 +202,7 @@ def test_advantages_of_gae_by_slow_loops():
 def test_advantages_without_a_critic(advantage):
     """One number for all tokens of a response, from the scores of its own question; the KL to come is taken off, and
     does not decide where all scores of a question are equal."""
-    config = config_of(advantage=advantage, num_samples=3, kl_coef=0.02)
-    scores = [1.0, 0.0, 0.1, 0.1, 0.1, 0.1]
+    config, scores = config_of(advantage=advantage, num_samples=3, kl_coef=0.02), [1.0, 0.0, 0.1, 0.1, 0.1, 0.1]
     rollouts = [replace(r, score=s) for r, s in zip(some_rollouts(6), scores)]
     policy = policy_of(config)
     assert policy.value_head is None
@@ -228,10 +211,10 @@ def test_advantages_without_a_critic(advantage):
     std = math.sqrt(fmean((s - 1.1 / 3) ** 2 for s in scores[:3]))
     compared = {"group": [(s - 1.1 / 3) / std for s in scores[:3]],
                 "rloo": [1.0 - 0.05, 0.0 - 0.55, 0.1 - 0.5]}[advantage] + [0.0] * 3
-    for row, r in enumerate(rollouts):
-        kl = (table["logps"] - table["ref_logps"])[row, columns_of(r)].tolist()
-        expected = [compared[row] - 0.02 * sum(kl[t:]) for t in range(len(kl))]
-        assert table["advantages"][row, columns_of(r)].tolist() == pytest.approx(expected, abs=1e-3)
+    for r in rollouts:
+        kl = (table["logps"] - table["ref_logps"])[r.row, columns_of(r)].tolist()
+        expected = [compared[r.row] - 0.02 * sum(kl[t:]) for t in range(len(kl))]
+        assert table["advantages"][r.row, columns_of(r)].tolist() == pytest.approx(expected, abs=1e-3)
 
 
 # --- step 6: the update ----------------------------------------------------------------------------
@@ -256,23 +239,27 @@ def test_the_first_update_starts_at_ratio_1_and_kl_0(precision, options):
 
 @pytest.mark.parametrize("size, sizes", [(0, [7]), (3, [3, 3, 1]), (100, [7])])
 def test_each_response_is_in_one_mini_batch_of_each_pass(size, sizes, monkeypatch):
-    """And there are ppo_epochs passes; which responses are together differs by step and seed."""
-    updates, orders, rollouts = [], [], some_rollouts()
+    """And there are ppo_epochs passes; which responses are together differs by step and seed. The old log-probs come
+    from the same micro-batches: from others, ratios would start a little off 1."""
+    updates, parts, orders, rollouts = [], [], [], some_rollouts()
     monkeypatch.setattr(reft, "descend", lambda model, optimizer, parts, *rest: (
-        updates.append(sorted(r.id for part in parts for r in part)), train.descend(model, optimizer, parts, *rest))[1])
+        updates.append(parts), train.descend(model, optimizer, parts, *rest))[1])
+    monkeypatch.setattr(reft, "measure", lambda *args: (parts.extend(args[3]), measure(*args))[1])
     for seed, step in ((0, 0), (0, 0), (0, 1), (1, 0)):
         config = config_of(ppo_epochs=3, mini_batch_size=size, micro_batch_tokens=20, seed=seed)
         policy = policy_of(config)
         record = train_on(policy, tiny_model(9), new_optimizer(policy, config), rollouts, [], config, step)
-        orders.append(updates.copy())
+        assert sum(updates, []) == 3 * parts and len(parts) > len(sizes)
+        orders.append([sorted(r.row for part in update for r in part) for update in updates])
         updates.clear()
+        parts.clear()
         assert [len(update) for update in orders[-1]] == 3 * sizes
-        assert Counter(sum(orders[-1], [])) == dict.fromkeys([r.id for r in rollouts], 3)
+        assert Counter(sum(orders[-1], [])) == dict.fromkeys(range(7), 3)
         assert record["tokens"] == 3 * sum(len(r.prompt + r.response) for r in rollouts)
     assert orders[0] == orders[1] and (size != 3 or orders[2] != orders[0] != orders[3])
 
 
-def slow_ppo(policy: Policy, r: Rollout, row: int, table: dict, config: Config) -> dict[str, float]:
+def slow_ppo(policy: Policy, r: Rollout, table: dict, config: Config) -> dict[str, float]:
     """Compute the losses of one response as the paper has them, and what its ratios are."""
     new = slow_logps(policy.model, r.prompt, r.response)
     with torch.no_grad():
@@ -281,7 +268,7 @@ def slow_ppo(policy: Policy, r: Rollout, row: int, table: dict, config: Config) 
     policy_loss, value_loss, ratios = [], [], []
     for i, logp in enumerate(new):
         t = len(r.prompt) - 1 + i
-        old = {name: float(x[row, t]) for name, x in table.items()}
+        old = {name: float(x[r.row, t]) for name, x in table.items()}
         ratios.append(math.exp(logp - old["logps"]))
         clipped = min(max(ratios[-1], 1 - config.clip_range), 1 + config.clip_range)
         policy_loss.append(-min(ratios[-1] * old["advantages"], clipped * old["advantages"]))
@@ -304,37 +291,32 @@ def test_the_loss_is_the_papers(critic):
     with torch.no_grad():
         for weight in moved.parameters():
             weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-    rows = [3, 0, 5, 4]
-    got = ppo_loss(moved, [rollouts[row] for row in rows], table, config)
-    slow = [slow_ppo(moved, rollouts[row], row, table, config) for row in rows]
+    part = [rollouts[row] for row in (3, 0, 5, 4)]
+    got, slow = ppo_loss(moved, part, table, config), [slow_ppo(moved, r, table, config) for r in part]
     for name, x in got.items():
         assert x.tolist() == pytest.approx([one[name] for one in slow], rel=1e-3, abs=1e-3), name
     assert len(got) == 6 and len({one["clip_fraction"] for one in slow}) > 2
 
 
 @pytest.mark.parametrize("critic", ["shared", "separate"])
-def test_micro_batches_do_not_change_the_gradient(critic):
-    """One per response, or all in one: a mean of means would weigh short micro-batches more."""
-    config = config_of(value_init="random", ppo_epochs=1, clip_norm=1e9, critic=critic)
-    steps = [step_of(replace(config, micro_batch_tokens=budget), some_rollouts()) for budget in (1, 30, 10_000)]
-    for name, change in steps[0].items():
-        assert change.any()
-        for other in steps[1:]:
-            torch.testing.assert_close(other[name], change, rtol=1e-3, atol=1e-5)
-
-
-def test_a_policy_step_at_ratio_1_is_reinforce():
-    """Without value loss, the first update is a gradient step on A log pi: mean over each response, then over
-    responses."""
-    config, rollouts = config_of(vf_coef=0.0, ppo_epochs=1, clip_norm=1e9), some_rollouts()
-    step, policy = step_of(config, rollouts), policy_of(config)
-    table = experience(policy, rollouts, config)
+@pytest.mark.parametrize("budget", [1, 30, 10_000])
+def test_the_first_step_is_reinforce_with_a_baseline(critic, budget):
+    """At ratio 1 and with the old V, it is minus the gradient of -A log pi + alpha (V - R)^2 / 2: a mean over each
+    response, then over responses, in whichever micro-batches; all weights take part."""
+    config, rollouts = config_of(vf_coef=2.5, ppo_epochs=1, clip_norm=1e9, value_init="random", critic=critic,
+                                 micro_batch_tokens=budget), some_rollouts()
+    policy, slow = policy_of(config), policy_of(config)
+    train_on(policy, tiny_model(9), torch.optim.SGD(policy.parameters(), lr=1.0), rollouts, [], config, 0)
+    table = experience(slow, rollouts, config)
     for r in rollouts:
-        logps = policy.model(torch.tensor([r.prompt + r.response]))[0].log_softmax(-1)[columns_of(r)]  # (T, V)
-        chosen = logps[range(len(r.response)), r.response]
-        ((table["advantages"][r.row, columns_of(r)] * chosen).mean() / len(rollouts)).backward()
-    for name, weight in policy.model.named_parameters():
-        torch.testing.assert_close(step[f"model.{name}"], weight.grad, rtol=1e-3, atol=1e-5)
+        tokens = torch.tensor([r.prompt + r.response])
+        logps = slow.model(tokens)[0].log_softmax(-1)[columns_of(r)][range(len(r.response)), r.response]
+        values = slow(tokens, tokens[:, 1:] > 0)["values"][0, columns_of(r)]
+        A, R = (table[name][r.row, columns_of(r)] for name in ("advantages", "returns"))
+        ((-A * logps + 2.5 * (values - R).square() / 2).mean() / len(rollouts)).backward()
+    for (name, weight), stepped in zip(slow.named_parameters(), policy.parameters()):
+        torch.testing.assert_close(weight - stepped, weight.grad, rtol=1e-3, atol=1e-4, msg=name)
+        assert weight.grad.any()
 
 
 @pytest.mark.parametrize("options", [{}, {"advantage": "group"}, {"advantage": "rloo"}], ids=str)
@@ -474,9 +456,9 @@ def test_impossible_flags_fail(argv, named, capsys):
 # --- runs ------------------------------------------------------------------------------------------
 
 SMALL = ["--preset", "smoke", "--num_questions", "10", "--max_new_tokens", "24", "--batch_size", "5",
-         "--max_steps", "5", "--eval_every", "2", "--save_every", "2", "--eval_questions", "6", "--eval_samples", "2",
+         "--max_steps", "5", "--eval_every", "2", "--save_every", "2", "--eval_questions", "5", "--eval_samples", "2",
          "--seed", "3", "--mini_batch_size", "2", "--warmup_epochs", "5", "--sft_batch_size", "2", "--sft_lr", "2e-3",
-         "--lr", "1e-3", "--lr_schedule", "linear"]
+         "--lr", "1e-3", "--lr_schedule", "cosine"]
 SHORT = [*SMALL, "--eval_samples", "0", "--warmup_epochs", "1"]
 
 
@@ -488,7 +470,7 @@ def fingerprint(model: torch.nn.Module) -> str:
 
 
 def watch(patch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Note which models answer, train and are the reference in a run."""
+    """Note which models answer, train and are the reference in a run, whose scores differ whatever is sampled."""
     seen = SimpleNamespace(rollouts=[], dev=[], batches=[], fits=[])
 
     def answer(model, tokenizer, problems, options, **how):
@@ -507,6 +489,7 @@ def watch(patch: pytest.MonkeyPatch) -> SimpleNamespace:
         seen.fits.append(SimpleNamespace(model=fingerprint(model), examples=examples, seed=seed))
         return train.fit_sft(model, examples, options, seed, folder)
 
+    patch.setattr(reft, "score", lambda sample, gold, config: sum(sample.ids) % 10 / 10)
     for name, stand_in in (("answer", answer), ("train_on", noted), ("fit_sft", fit_sft)):
         patch.setattr(reft, name, stand_in)
     return seen
@@ -547,7 +530,7 @@ def test_a_run_writes_its_files_and_its_record(run):
     assert [(row["name"], row["iteration"], row["split"]) for row in rows] == [
         ("warm-up", 0, "dev"), ("warm-up", 0, "test"), ("ReFT", 1, "train"), ("ReFT", 1, "dev"), ("ReFT", 1, "test")]
     assert rows[:2] == read_json(run / "iter0" / "eval.json") and rows[3:] == read_json(run / "iter1" / "eval.json")
-    assert all(row["n"] == 6 and len(row["ci95"]) == 2 for row in rows if row["split"] != "train")
+    assert all(row["n"] == 5 and len(row["ci95"]) == 2 for row in rows if row["split"] != "train")
 
     steps = read_lines(run / "iter1" / "train.jsonl")
     assert [step["step"] for step in steps] == list(range(5))
@@ -563,7 +546,7 @@ def test_learning_rates_and_numbers_of_steps(run):
     warm_up, steps = (read_lines(run / f"iter{t}" / "train.jsonl") for t in (0, 1))
     expected = [1e-3, 2e-3, *(2e-3 * (1 - i / 23) for i in range(23))]
     assert [step["lr"] for step in warm_up] == pytest.approx(expected)
-    assert [step["lr"] for step in steps] == pytest.approx([1e-3, 8e-4, 6e-4, 4e-4, 2e-4])
+    assert [step["lr"] for step in steps] == pytest.approx([5e-4 * (1 + math.cos(math.pi * i / 5)) for i in range(5)])
 
 
 def test_a_run_starts_at_its_identities(run):
@@ -591,7 +574,7 @@ def test_which_model_samples_trains_and_is_the_reference(watched, base):
         assert ids == batch_at(step, ids_of("train", 10), 5, seed=3) == [gold.id for gold in batch.golds]
         assert batch.ids == [id for id in ids for _ in range(2)] and batch.step == step
         assert how == {"num_samples": 2, "temperature": 1.0, "seed": derive_seed(3, step, "rollout")}
-    assert seen.dev == [(seen.batches[step].after, ids_of("dev", 6), {}) for step in (1, 3)]
+    assert seen.dev == [(seen.batches[step].after, ids_of("dev", 5), {}) for step in (1, 3)]
 
 
 @pytest.mark.parametrize("t", [0, 1])
@@ -603,7 +586,7 @@ def test_which_model_is_evaluated_on_what(t, name, split, temperature, num_sampl
     wanted = dict(weights=model_hash(run / f"iter{t}" / "model"), split=split, temperature=temperature,
                   num_samples=num_samples, seed=3, max_new_tokens=24, prompt="plain")
     assert {key: settings(path)[key] for key in wanted} == wanted
-    assert [row["id"] for row in read_lines(path)] == ids_of(split, 6)
+    assert [row["id"] for row in read_lines(path)] == ids_of(split, 5)
 
 
 def test_interrupted_and_resumed_equals_uninterrupted(run, base, tmp_path, monkeypatch):
@@ -616,6 +599,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, base, tmp_path, monke
             raise KeyboardInterrupt
         return roll_out(*args)
 
+    watch(monkeypatch)
     monkeypatch.setattr(reft, "roll_out", stop_at_3)
     with pytest.raises(KeyboardInterrupt):
         call(reft, *arguments)

@@ -256,7 +256,7 @@ def started(base, tmp_path, monkeypatch):
         call(rft, *SMALL, "--model", base, *flags, "--run_dir", tmp_path / "run")
         return tmp_path / "run", tunings
 
-    monkeypatch.setattr(rft, "load_trained", lambda start, config: starts.append(Path(start)) or load_model(start))
+    monkeypatch.setattr(rft, "load_for_training", lambda start, config: starts.append(Path(start)) or load_model(start))
     monkeypatch.setattr(rft, "fit_sft", fit_sft)
     monkeypatch.setattr(rft, "evaluate_model", lambda *args: [])
     return run

@@ -1,6 +1,5 @@
 """Responses are draws from the model, and a pure function of seed, prompt and sample number."""
 import copy
-import dataclasses
 import math
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sample
-from model import KVCache, Llama
-from sample import Response, generate, prompt_key, sample_keys, sample_next_token, uniforms
+from sample import Batch, Response, generate, sample_next_token, uniforms
 from tiny import chi_square_p, random_prompts, tiny_model
 
 LENGTHS = [4, 1, 9, 4, 6, 2]
@@ -58,8 +56,10 @@ def test_a_response_ends_with_eos_if_and_only_if_finished():
         assert response.finished or len(response.ids) == 12
         assert 1 <= len(response.ids) <= 12
     assert {response.finished for response in responses} == {True, False}
-    at_the_end = some_responses(tiny_model(), random_prompts(1, LENGTHS), max_new_tokens=1)
-    assert {len(response.ids) for response in sum(at_the_end, [])} == {1}
+    at_the_end = sum(some_responses(tiny_model(), random_prompts(1, LENGTHS), max_new_tokens=1, num_samples=60), [])
+    assert {len(response.ids) for response in at_the_end} == {1}
+    assert all(response.finished == (response.ids[-1] == 2) for response in at_the_end)
+    assert {response.finished for response in at_the_end} == {True, False}
 
 
 def test_samples_of_a_prompt_do_not_share_their_first_token():
@@ -86,40 +86,17 @@ def test_same_seed_same_responses_other_seed_others():
     assert some_responses(model, prompts, seed=large) != first
 
 
-def test_order_and_company_of_prompts_change_nothing():
-    """A prompt's responses are its own: whoever adds a question, drops one or shuffles them gets
-    the same responses to the rest. They changed when the draw was keyed by the place in the
-    list."""
+@pytest.mark.parametrize("changes", [dict(batch_rows=1), dict(batch_rows=7), dict(batch_rows=10), dict(batch_rows=25),
+                                     dict(cache_tokens=40), dict(cache_tokens=150)], ids=str)
+def test_nothing_but_seed_prompt_and_sample_number_matters(changes):
+    """A prompt's responses are its own, whoever adds a question, drops one or shuffles them, and whatever fits into a
+    batch. They changed when the draw was keyed by the place in the list. Sample n is a function of n, too."""
     model, prompts = tiny_model(), random_prompts(4, LENGTHS)
-    whole = some_responses(model, prompts)
-    order = [3, 5, 0, 4, 1, 2]
-    shuffled = some_responses(model, [prompts[i] for i in order])
-    assert [whole[i] for i in order] == shuffled
-    assert [some_responses(model, [prompt])[0] for prompt in prompts] == whole
-
-
-@pytest.mark.parametrize("batch_rows", [1, 7, 10, 25])
-def test_batch_rows_change_nothing(batch_rows):
-    """Random numbers dealt by row of the batch would change with its size."""
-    model, prompts = tiny_model(), random_prompts(5, LENGTHS)
-    whole = some_responses(model, prompts)
-    assert some_responses(model, prompts, batch_rows=batch_rows) == whole
-
-
-def test_drawing_for_some_rows_at_a_time_changes_nothing(monkeypatch):
-    """With a large vocabulary the logits of 256 rows are made at a time; a row that has drawn must not be
-    moved on, or ended, by those that draw after it."""
-    model, prompts = tiny_model(), random_prompts(5, LENGTHS)
-    whole = some_responses(model, prompts, num_samples=100)
-    monkeypatch.setattr(sample, "LOGITS", 0)
-    assert some_responses(model, prompts, num_samples=100) == whole
-
-
-def test_the_first_samples_stay_when_more_are_drawn():
-    """Sample n of a question is a function of n, not of how many there are."""
-    model, prompts = tiny_model(), random_prompts(6, LENGTHS)
-    few, many = some_responses(model, prompts, num_samples=3), some_responses(model, prompts)
-    assert [group[:3] for group in many] == few
+    together, order = some_responses(model, prompts), [3, 5, 0, 4, 1, 2]
+    assert some_responses(model, prompts, **changes) == together
+    assert some_responses(model, [prompts[i] for i in order], **changes) == [together[i] for i in order]
+    assert [some_responses(model, [prompt], **changes)[0] for prompt in prompts] == together
+    assert some_responses(model, prompts, num_samples=3, **changes) == [group[:3] for group in together]
 
 
 def test_rows_that_leave_equal_rows_that_never_leave():
@@ -147,14 +124,14 @@ def test_progress_is_told_every_response_and_token():
 
 # --- rows that end make room ----------------------------------------------------------------------
 
-def watch_admissions(monkeypatch) -> list[tuple[int, list[int]]]:
-    """Prompts that begin together, and the own lengths of the rows at work at that time."""
-    seen, admit = [], sample.admit
+def watch_beginnings(monkeypatch) -> list[tuple[int, list[int]]]:
+    """Prompts that begin together, and the own lengths of the rows that are busy at that time."""
+    seen, begin = [], Batch.begin
 
-    def watched(model, rows, prompts, slots, settings):
-        seen.append((len(prompts), rows.cache.lengths[rows.live].tolist()))
-        admit(model, rows, prompts, slots, settings)
-    monkeypatch.setattr(sample, "admit", watched)
+    def watched(self, prompts, slots):
+        seen.append((len(prompts), self.cache.lengths[self.live].tolist()))
+        begin(self, prompts, slots)
+    monkeypatch.setattr(Batch, "begin", watched)
     return seen
 
 
@@ -165,10 +142,10 @@ def many_responses(**changes) -> list[list[Response]]:
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_questions_that_begin_late_get_the_responses_they_get_alone(monkeypatch, temperature):
-    """A question enters rows that others have left, at places with old keys, values and lengths behind
-    it, beside rows in the midst of theirs: what it finds there, or does to them, must not show."""
+    """A question takes over rows that others have left, with old keys, values and lengths in them, next to rows in the
+    middle of theirs: what it finds there, or does to them, must not show."""
     alone = [many_responses_of(i, temperature) for i in range(14)]
-    seen = watch_admissions(monkeypatch)
+    seen = watch_beginnings(monkeypatch)
     together = many_responses(temperature=temperature, batch_rows=12)
     assert together == alone
     beside = [lengths for _, lengths in seen if lengths]
@@ -183,71 +160,44 @@ def many_responses_of(question: int, temperature: float) -> list[Response]:
 
 @pytest.mark.parametrize("batch_rows, cache_tokens", [(12, None), (9, None), (1024, 500), (1024, 900)])
 def test_the_cache_stays_within_its_budget(monkeypatch, batch_rows, cache_tokens):
-    """Memory that grows with the number of questions runs out in the night. Counted: columns of rows and
-    of prompts together, whenever the cache is made or grows."""
-    sizes, make, grow = [], KVCache.__init__, KVCache.grow
-    caches = []
+    """Memory that grows with the number of questions runs out in the night. Counted: columns of rows and of prompts
+    together, after each step."""
+    sizes, step = [], Batch.step
 
-    def count() -> None:
-        rows = [cache for cache in caches if cache.prompts is not None]
-        for cache in rows:
-            sizes.append((len(cache.lengths), sum(c.keys[0].shape[0] * c.keys[0].shape[2]
-                                                  for c in (cache, cache.prompts))))
-
-    def made(self, *args, **kwargs):
-        make(self, *args, **kwargs)
-        caches.append(self)
-        count()
-
-    def grown(self, *args):
-        grow(self, *args)
-        count()
-    whole = many_responses()
-    monkeypatch.setattr(KVCache, "__init__", made)
-    monkeypatch.setattr(KVCache, "grow", grown)
-    assert many_responses(batch_rows=batch_rows, cache_tokens=cache_tokens) == whole
+    def counted(self):
+        step(self)
+        caches = (self.cache, self.cache.prompts)
+        sizes.append((len(self.cache.lengths), sum(c.keys[0].shape[0] * c.keys[0].shape[2] for c in caches)))
+    together = many_responses()
+    monkeypatch.setattr(Batch, "step", counted)
+    assert many_responses(batch_rows=batch_rows, cache_tokens=cache_tokens) == together
     assert max(rows for rows, _ in sizes) <= batch_rows
     if cache_tokens:
         assert cache_tokens / 2 < max(tokens for _, tokens in sizes) <= cache_tokens
 
 
-def test_more_samples_cost_no_more_prompt(monkeypatch):
-    """32 samples of a 300-token prompt instead of one: as many tokens through the model before the first
-    is drawn, as much memory for the prompt."""
-    model, cost = tiny_model(max_position_embeddings=512), {}
-    prompt, enter = random_prompts(60, [300]), KVCache.enter
+def test_more_samples_cost_no_more_prompt():
+    """32 samples of a 300-token prompt instead of one: as many tokens through the model before the first is drawn."""
+    model, prompt = tiny_model(max_position_embeddings=512), random_prompts(60, [300])
     for num_samples in (1, 32):
-        tokens, memory = [], []
-
-        def hidden(x, cache, tokens=tokens):
-            tokens.append(x.numel())
-            return Llama.hidden(model, x, cache)
-
-        def entered(self, *args, memory=memory):
-            enter(self, *args)
-            memory.append(sum(x.numel() for x in self.prompts.keys + self.prompts.values))
-        monkeypatch.setattr(model, "hidden", hidden)
-        monkeypatch.setattr(KVCache, "enter", entered)
+        tokens = []
+        hook = model.model.register_forward_pre_hook(lambda module, args, seen=tokens: seen.append(args[0].numel()))
         some_responses(model, prompt, num_samples=num_samples, max_new_tokens=3, eos_id=-1)
-        assert tokens[1:] == [num_samples] * 2
-        cost[num_samples] = (tokens[0], memory)
-    assert cost[1] == cost[32]
-    assert cost[1][0] == 300
+        hook.remove()
+        assert tokens == [300, num_samples, num_samples]
+
+
+def test_prompts_are_computed_in_parts(monkeypatch):
+    """A short prompt among long ones must not let all of them be computed, padded and scored, at once."""
+    prompts = random_prompts(80, [2, *[15] * 5, 60])
+    alone = [some_responses(tiny_model(), [prompt], num_samples=2, max_new_tokens=4)[0] for prompt in prompts]
+    monkeypatch.setattr(sample, "PREFILL_TOKENS", 40)
+    seen = watch_beginnings(monkeypatch)
+    assert some_responses(tiny_model(), prompts, num_samples=2, max_new_tokens=4) == alone
+    assert [count for count, _ in seen] == [2, 2, 2, 1]
 
 
 # --- what a GPU does, as far as a CPU can tell ------------------------------------------------------
-
-def state_of(rows: sample.Rows) -> dict[str, int]:
-    """Where in memory everything lies that one decoding step leaves to the next, and how much is looked at."""
-    objects = {"rows": rows, "cache": rows.cache, "prompts": rows.cache.prompts}
-    names = {"rows": ["keys", "tokens", "drawn", "live"], "cache": ["lengths", "places", "row_at"],
-             "prompts": ["lengths"]}
-    state = {f"{key}.{name}": getattr(objects[key], name).data_ptr()
-             for key, group in names.items() for name in group}
-    for key in ("cache", "prompts"):
-        state |= {f"{key}.{i}": x.data_ptr() for i, x in enumerate(objects[key].keys + objects[key].values)}
-    return state | {"window": rows.cache.window, "prompts.window": rows.cache.prompts.window}
-
 
 class Waits(TorchDispatchMode):
     """Counts operations whose result a GPU would have to be waited for."""
@@ -259,60 +209,41 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_a_decoding_step_can_be_recorded_and_replayed(monkeypatch):
-    """A CUDA graph works on the memory it was recorded with, and must not wait. So a step may move
-    nothing, and what moves between two steps must change the layout by which recorded() knows. The
-    habits of a GPU (all memory at once, a look every eight steps, rows that stay when they have ended)
-    give the responses that a CPU's do."""
-    layouts, replays, rows_seen = [], [], []
-    init = sample.Rows.__init__
+def memory_of(batch: Batch) -> set[int]:
+    """Where everything lies that one decoding step leaves to the next."""
+    cache, prompts = batch.cache, batch.cache.prompts
+    tensors = [batch.uniforms, batch.ids, batch.newest, batch.live, cache.lengths, cache.place, cache.row_at,
+               prompts.lengths, *cache.keys, *cache.values, *prompts.keys, *prompts.values]
+    return {tensor.data_ptr() for tensor in tensors}
 
-    def remembered(self, *args):
-        init(self, *args)
-        rows_seen.append(self)
 
-    def prepare(step, cache):
-        recorded_state = {}
+@pytest.mark.parametrize("changes", [dict(batch_rows=12), {}, dict(batch_rows=3), dict(temperature=0, batch_rows=12),
+                                     dict(top_p=0.9, top_k=12, batch_rows=12)], ids=str)
+def test_a_decoding_step_can_be_recorded_and_replayed(monkeypatch, changes):
+    """A CUDA graph works on the memory it was recorded with, and must not wait. So a step may move nothing, and what
+    moves between two steps must change what `recorded` goes by: rows and windows. Looking only every eighth step, as
+    on a GPU, gives the responses that a CPU's habits do."""
+    expected, make, step, layouts, memories = many_responses(**changes), Batch.__init__, Batch.step, [], []
 
-        def run():
-            rows = rows_seen[-1]
-            before = state_of(rows)
-            if layouts and layouts[-1] == cache.layout():
-                assert before == recorded_state
-                replays.append(1)
-            layouts.append(cache.layout())
-            with Waits() as waits:
-                step()
-            assert waits.count == 2  # the checks of the length, which are made on a CPU only
-            assert state_of(rows) == before
-            recorded_state.clear()
-            recorded_state.update(before)
-        return run
-    expected = {name: many_responses(**options) for name, options in GPU_CASES.items()}
-    monkeypatch.setattr(sample.Rows, "__init__", remembered)
-    monkeypatch.setitem(sample.HABITS, "cpu",
-                        dataclasses.replace(sample.HABITS["cuda"], prepare=prepare, columns=16))
-    for name, options in GPU_CASES.items():
-        assert many_responses(**options) == expected[name], name
+    def made(self, *args, **options):
+        make(self, *args, **options)
+        self.check_every = 8
+
+    def watched(self):
+        before = memory_of(self)
+        layout = len(self.owner), self.cache.window, self.cache.prompts.window
+        if layouts and layouts[-1] == layout:
+            assert memories[-1] == before
+        with Waits() as waits:
+            step(self)
+        assert waits.count == 2  # the checks of lengths, which are made on a CPU only
+        assert memory_of(self) == before
+        layouts.append(layout)
+        memories.append(before)
+    monkeypatch.setattr(Batch, "__init__", made)
+    monkeypatch.setattr(Batch, "step", watched)
+    assert many_responses(**changes) == expected
     assert len(set(layouts)) < len(layouts) / 4
-    assert len(replays) > len(layouts) / 2
-
-
-GPU_CASES = {"refilled": dict(batch_rows=12), "all at once": {}, "one question": dict(batch_rows=3),
-             "greedy": dict(temperature=0, batch_rows=12), "nucleus": dict(top_p=0.9, top_k=12, batch_rows=12)}
-
-
-def test_prompts_are_computed_in_parts(monkeypatch):
-    """A short prompt among long ones must not let all of them be computed, padded and scored, at once."""
-    parts = []
-    prefill = sample.prefill
-    monkeypatch.setattr(sample, "PREFILL_TOKENS", 40)
-    monkeypatch.setattr(sample, "prefill", lambda model, prompts: parts.append(prompts) or prefill(model, prompts))
-    prompts = random_prompts(80, [2, *[15] * 5, 60])
-    alone = [some_responses(tiny_model(), [prompt], num_samples=2, max_new_tokens=4)[0] for prompt in prompts]
-    parts.clear()
-    assert some_responses(tiny_model(), prompts, num_samples=2, max_new_tokens=4) == alone
-    assert [len(part) for part in parts] == [2, 2, 2, 1]
 
 
 # --- bfloat16 -------------------------------------------------------------------------------------
@@ -374,9 +305,8 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p):
     top_p of the wrong end, or probabilities left unnormalised give p far below 1e-6."""
     row = [1.3, -0.4, 0.2, 2.1, -2.0, 0.9, 0.0, 1.7, -1.1, 0.5]
     n = 20_000
-    keys = sample_keys(11, torch.arange(n), torch.zeros(n, dtype=torch.long))
     logits = torch.tensor(row).expand(n, -1)
-    tokens = sample_next_token(logits, uniforms(keys, 0), temperature, top_p, top_k)
+    tokens = sample_next_token(logits, uniforms(11, [1], 1, n)[0], temperature, top_p, top_k)
     expected = slow_distribution(row, temperature, top_k, top_p)
     counts = torch.bincount(tokens, minlength=len(row)).tolist()
     assert all(count == 0 for count, p in zip(counts, expected) if p == 0)
@@ -392,9 +322,8 @@ def test_draws_follow_the_distribution_over_blocks_of_the_vocabulary(temperature
     n, generator = 60_000, torch.Generator().manual_seed(1)
     row = (1.5 * torch.randn(150, generator=generator)).tolist()
     row[sample.BLOCK:2 * sample.BLOCK] = [-math.inf] * sample.BLOCK
-    keys = sample_keys(12, torch.arange(n), torch.zeros(n, dtype=torch.long))
     logits = torch.tensor(row).expand(n, -1)
-    tokens = sample_next_token(logits, uniforms(keys, 0), temperature, top_p, top_k)
+    tokens = sample_next_token(logits, uniforms(12, [1], 1, n)[0], temperature, top_p, top_k)
     expected = slow_distribution(row, temperature, top_k, top_p)
     counts = torch.bincount(tokens, minlength=len(row)).tolist()
     assert len(counts) == len(row)
@@ -446,14 +375,18 @@ def test_temperature_zero_takes_the_best_whatever_the_random_number():
 
 # --- the random numbers --------------------------------------------------------------------------
 
-def uniform_grid(seed: int = 0, questions: int = 60, samples: int = 40,
-                 steps: int = 30) -> torch.Tensor:
-    """(questions, samples, steps): all the numbers that a small run draws from."""
-    q = torch.arange(questions).repeat_interleave(samples)
-    n = torch.arange(samples).repeat(questions)
-    keys = sample_keys(seed, q, n)
-    numbers = torch.stack([uniforms(keys, s) for s in range(steps)], -1)
-    return numbers.view(questions, samples, steps)
+def uniform_grid(seed: int = 0) -> torch.Tensor:
+    """(60 questions, 40 samples, 30 steps): all the numbers that a small run draws from."""
+    return torch.stack([uniforms(seed, [1, question], 40, 30) for question in range(60)])
+
+
+def test_a_number_is_a_function_of_seed_prompt_sample_and_step():
+    """Of prompts as lists: the same tokens in another order, or digits that read alike, are other prompts. More samples
+    or longer responses change no number."""
+    prompts = [[5, 6], [6, 5], [5, 6, 6], [56], [1, 23], [12, 3], [1, 2, 3], [1], [1, 1]]
+    assert len({float(uniforms(0, prompt, 1, 1)) for prompt in prompts}) == len(prompts)
+    many = uniforms(2 ** 56 - 1, [5, 6], 8, 30)  # a seed as derive_seed gives them
+    assert torch.equal(uniforms(2 ** 56 - 1, [5, 6], 3, 10), many[:3, :10])
 
 
 def test_uniforms_are_uniform():
@@ -473,14 +406,6 @@ def test_no_random_number_is_used_twice():
     draws. Among 2 * 72,000 numbers of 53 bits one true coincidence has a chance of 1e-6."""
     u = torch.cat([uniform_grid(0).flatten(), uniform_grid(1).flatten()])
     assert u.unique().numel() == u.numel()
-
-
-def test_every_prompt_has_its_own_key():
-    """Prompts of the same tokens in another order, or of digits that read alike, are not the
-    same."""
-    prompts = [[5, 6], [6, 5], [5, 6, 6], [56], [1, 23], [12, 3], [1, 2, 3], [1], [1, 1]]
-    assert len({prompt_key(prompt) for prompt in prompts}) == len(prompts)
-    assert all(-2 ** 63 <= prompt_key(prompt) < 2 ** 63 for prompt in prompts)
 
 
 NEIGHBOURS = {  # two slices of the grid whose numbers must not know of each other

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import train
 from checkpoint import save_model
+from infra.progress import summary
 from losses import nll_loss
 from tiny import random_tokens, slow_logps, tiny_model
-from train import (Example, TrainOptions, batch_at, learning_rate, load_trained, micro_batches, new_optimizer,
-                   num_steps, packed_logps, response_logps, summary, trained)
+from train import (Example, TrainOptions, batch_at, learning_rate, load_for_training, micro_batches, new_optimizer,
+                   num_steps, packed_logps, response_logps, train_once)
 
 FP32 = TrainOptions(lr=1.0, batch_size=7, clip_norm=1e9, precision="fp32")
 
@@ -376,7 +377,7 @@ def gradients_of(folder: Path, **options) -> tuple[Tensor, dict, int]:
     """Losses and gradients of ragged examples, and how often a block was run."""
     runs = []
     save_model(tiny_model(sharpness=0.7), folder)
-    model = load_trained(folder, dataclasses.replace(FP32, **options))
+    model = load_for_training(folder, dataclasses.replace(FP32, **options))
     model.model.layers[1].input_layernorm.register_forward_hook(lambda *args: runs.append(1))
     loss = nll(model, examples())["loss"]
     loss.sum().backward()
@@ -433,11 +434,11 @@ def test_a_finished_model_is_never_trained_again(tmp_path):
     save_model(tiny_model(1), tmp_path / "source")
     (tmp_path / "run" / "state").mkdir(parents=True)
     record = {"step": 0, "loss": 1.0, "tokens": 3}
-    made = trained(tmp_path / "run", str(tmp_path / "source"), lambda: (tiny_model(2), [record]))
+    made = train_once(tmp_path / "run", str(tmp_path / "source"), lambda: (tiny_model(2), [record]))
     assert made == str(tmp_path / "run" / "model") and not (tmp_path / "run" / "state").exists()
     assert (tmp_path / "run" / "train.jsonl").read_text() == '{"step": 0, "loss": 1.0, "tokens": 3}\n'
     before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    assert trained(tmp_path / "run", str(tmp_path / "source"), lambda: pytest.fail("trained again")) == made
+    assert train_once(tmp_path / "run", str(tmp_path / "source"), lambda: pytest.fail("trained again")) == made
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
 
 

@@ -1,21 +1,18 @@
 """Compare speed and memory with other programs: sampling with transformers' `generate`, a DPO + NLL step with TRL.
 
-All engines get the same random weights and work: prompts of 90 to 110 % of --prompt_tokens and --new_tokens for
-every response (EOS is ruled out), or the same pairs. One thing differs: TRL's `sft` term is a mean over the tokens of
-the batch, eq. 1's over sequences. No engine's step computes reference log-probabilities, and tokens are those of prompt
-+ chosen + prompt + rejected without padding, so the ratio is that of pairs per second. Each measurement is a process of
-its own, so that its peak memory is its own. Engines try their settings twice, then the fastest ones take turns.
+All engines get the same random weights and work: prompts of --prompt_tokens and --new_tokens for every response (EOS
+is ruled out), or the same pairs. One thing differs: TRL's `sft` term is a mean over the tokens of the batch, eq. 1's
+over sequences. No engine's step computes reference log-probabilities, and tokens are those of prompt + chosen + prompt
++ rejected without padding, so the ratio is that of pairs per second. Each measurement is a process of its own, so that
+its peak memory is its own; engines take turns.
 
     python -m tools.bench --peer_python /path/to/python                # one that has trl; about 30 minutes
     python -m tools.bench --halves sampling --shapes toy --rounds 1    # a first impression
     python -m tools.bench --preset gpu
-
-On a machine that others use too, compare tokens per CPU second, with --threads 1: threads that wait count as work.
 """
 import importlib.metadata
 import json
 import os
-import platform
 import random
 import shutil
 import subprocess
@@ -23,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -45,23 +42,17 @@ SHAPES = {  # random weights
     "toy": ModelConfig(288, 128, 336, 4, 4, 2, 32),
     "6.5m": ModelConfig(4096, 256, 704, 6, 8, 4, 32),
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's
-POINTS = {"sampling": [{"num_samples": n} for n in (1, 4, 16, 32)], "training": [{"num_samples": ""}]}
+SAMPLES = {"sampling": (1, 4, 16, 32), "training": (0,)}  # responses to a prompt
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH, STEPS = 32, 8  # pairs of a training step, steps of an epoch
 BOS, EOS = 1, 2
 Tick = Callable[[], None]
 
 
-# --- sampling engines -------------------------------------------------------------------------------
-
 def random_prompts(job: dict) -> list[list[int]]:
     """Draw rows / N prompts of random tokens; number i does not depend on how many there are."""
-    prompts, mean = [], job["prompt_tokens"]
-    for i in range(job["rows"] // job["num_samples"]):
-        draw = random.Random(i)
-        prompts.append(draw.choices(range(3, SHAPES[job["shape"]].vocab_size),
-                                    k=draw.randint(int(0.9 * mean), int(1.1 * mean))))
-    return prompts
+    return [random.Random(i).choices(range(3, SHAPES[job["shape"]].vocab_size), k=job["prompt_tokens"])
+            for i in range(job["rows"] // job["num_samples"])]
 
 
 def sample_ours(job: dict, tick: Tick) -> int:
@@ -77,21 +68,15 @@ def sample_ours(job: dict, tick: Tick) -> int:
 def sample_transformers(job: dict, tick: Tick) -> int:
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]]).to(device()).eval()
-    prompts = random_prompts(job)
-    longest = max(map(len, prompts))
-    padding = [longest - len(prompt) for prompt in prompts]  # on the left
-    tokens = torch.tensor([[0] * n + prompt for n, prompt in zip(padding, prompts)], device=device())
-    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device())
+    tokens = torch.tensor(random_prompts(job), device=device())
     tick()
     for _ in range(2):
-        out = model.generate(tokens, attention_mask=mask, num_return_sequences=job["num_samples"], do_sample=True,
-                             temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
+        out = model.generate(tokens, attention_mask=torch.ones_like(tokens), num_return_sequences=job["num_samples"],
+                             do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0,
                              min_new_tokens=job["new_tokens"], max_new_tokens=job["new_tokens"])
         tick()
-    return out[:, longest:].numel()
+    return out[:, tokens.shape[1]:].numel()
 
-
-# --- training engines -------------------------------------------------------------------------------
 
 def random_pairs(job: dict) -> list[Pair]:
     """Draw pairs of random tokens: prompts of 60 to 100, responses of 20 to 40 where --prompt_tokens is 100."""
@@ -163,22 +148,19 @@ class Engine:
     """A program to compare. run(job, tick) has a process of its own: it calls tick when it is ready and after each of
     several equal pieces of work, of which the first is a warm-up, and returns the tokens of one piece."""
     run: Callable[[dict, Tick], float]
-    settings: list[dict]  # what it tries
+    settings: dict[str, dict] = field(default_factory=lambda: {"": {}})  # name -> what is set, each measured
     packages: tuple[str, ...] = ()  # that a Python must have to run it
 
 
 ENGINES = {
     "sampling": {
-        "ours": Engine(sample_ours, [{"dtype": dtype} for dtype in DTYPES]),
-        "transformers": Engine(sample_transformers, [{"dtype": dtype, "rows": rows} for dtype in DTYPES
-                                                     for rows in (64, 256)], ("transformers",))},
+        "ours": Engine(sample_ours),
+        "transformers": Engine(sample_transformers, {"256 rows": {"rows": 256}}, ("transformers",))},
     "training": {
-        "ours": Engine(train_ours, [{"dtype": dtype} for dtype in DTYPES]),
-        "trl": Engine(train_trl, [{"dtype": dtype, "attention": attention} for dtype in DTYPES
-                                  for attention in ("sdpa", "eager")], ("trl", "transformers", "datasets"))}}
+        "ours": Engine(train_ours),
+        "trl": Engine(train_trl, {name: {"attention": name} for name in ("sdpa", "eager")},
+                      ("trl", "transformers", "datasets"))}}
 
-
-# --- measuring --------------------------------------------------------------------------------------
 
 def measure(job: dict) -> dict:
     """Do a job here: tokens and seconds of a piece of work, and the process's peak memory in MB."""
@@ -189,14 +171,14 @@ def measure(job: dict) -> dict:
     def tick() -> None:
         if device() == "cuda":
             torch.cuda.synchronize()
-        ticks.append((time.perf_counter(), time.process_time()))
+        ticks.append(time.perf_counter())
 
     tokens = engine.run(job, tick)
     if job["half"] == "sampling" and tokens != len(random_prompts(job)) * job["num_samples"] * job["new_tokens"]:
         raise SystemExit(f"{job['engine']} sampled {tokens} tokens, not what was asked for")
-    wall, cpu = (median(after[i] - before[i] for before, after in pairwise(ticks[1:])) for i in range(2))
+    wall = median(after - before for before, after in pairwise(ticks[1:]))
     versions = {name: importlib.metadata.version(name) for name in ("torch", *engine.packages)}
-    return {**job, "tokens": tokens, "wall": wall, "cpu": cpu, "peak_mb": peak_memory(), "versions": versions}
+    return {**job, "tokens": tokens, "wall": wall, "peak_mb": peak_memory(), "versions": versions}
 
 
 def peak_memory() -> float:
@@ -217,20 +199,16 @@ def measure_elsewhere(python: str, job: dict) -> dict:
         raise SystemExit(f"the measurement {job} failed: {done.stderr[-2000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     print(*(result[name] for name in ("shape", "engine", "setting", "num_samples")),
-          f"{speed(result):,.0f} tokens/s, {result['peak_mb']:,.0f} MB", flush=True)
+          f"{result['tokens'] / result['wall']:,.0f} tokens/s, {result['peak_mb']:,.0f} MB", flush=True)
     return result
-
-
-def speed(result: dict, clock: str = "wall") -> float:
-    return result["tokens"] / result[clock]
 
 
 def pythons_of(half: str, peer_python: str) -> dict[str, str]:
     """Find for each engine a Python that has its packages; say which engines are left out."""
     found = {}
     for name, engine in ENGINES[half].items():
+        imports = f"import {', '.join(('torch', *engine.packages))}"
         for python in filter(None, (peer_python, sys.executable)):  # the latter where both have them
-            imports = "import " + ", ".join(("torch", *engine.packages))
             if subprocess.run([python, "-c", imports], capture_output=True).returncode == 0:
                 found[name] = python
         if name not in found:
@@ -239,46 +217,32 @@ def pythons_of(half: str, peer_python: str) -> dict[str, str]:
 
 
 def bench(half: str, shape: str, config: "Config") -> list[dict]:
-    """Try all settings (of sampling with N = 16), then measure the fastest of each engine in turns."""
-    pythons, points, chosen = pythons_of(half, config.peer_python), POINTS[half], {}
+    """Measure all engines and settings in turns."""
+    pythons = pythons_of(half, config.peer_python)
     with tempfile.TemporaryDirectory() as folder:
         save_model(initialize(Llama(SHAPES[shape]), 0), Path(folder) / "model")
-        for name, python in pythons.items():
-            jobs = [asdict(config) | {"half": half, "shape": shape, "model": f"{folder}/model", "engine": name,
-                                      "setting": " ".join(map(str, setting.values())), **setting}
-                    for setting in ENGINES[half][name].settings]
-            tried = [(speed(measure_elsewhere(python, job | points[len(points) // 2])), i)
-                     for _ in range(2) for i, job in enumerate(jobs)]  # twice: a busy minute must not decide
-            chosen[name] = jobs[max(tried)[1]]
-        return [measure_elsewhere(python, chosen[name] | point)
-                for _ in range(config.rounds) for point in points for name, python in pythons.items()]
+        return [measure_elsewhere(pythons[name], asdict(config) | setting | {
+                    "half": half, "shape": shape, "model": f"{folder}/model", "engine": name, "setting": setting_name,
+                    "num_samples": n})
+                for _ in range(config.rounds) for n in SAMPLES[half] for name in pythons
+                for setting_name, setting in ENGINES[half][name].settings.items()]
 
 
 def table(results: list[dict]) -> str:
     """Write Markdown: medians over rounds, and how many times as fast ours is."""
     groups: dict[tuple, list[dict]] = {}
     for result in results:
-        groups.setdefault((result["shape"], result["num_samples"], result["engine"]), []).append(result)
-    medians = {key: [median(speed(result, clock) for result in group) for clock in ("wall", "cpu")]
-               for key, group in groups.items()}
-    lines = ["| model | N | engine | setting | tokens/s (lowest to highest) | tokens per CPU second | peak MB "
-             "| ours is faster by | in CPU seconds |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
-    for (shape, n, engine), group in groups.items():
-        wall, cpu = medians[shape, n, engine]
-        by_wall, by_cpu = (ours / other for ours, other in zip(medians[shape, n, "ours"], (wall, cpu)))
-        low, high = (choose(map(speed, group)) for choose in (min, max))
-        lines.append(f"| {shape} | {n} | {engine} | {group[0]['setting']} | {wall:,.0f} ({low:,.0f} to {high:,.0f}) "
-                     f"| {cpu:,.0f} | {median(result['peak_mb'] for result in group):,.0f} "
-                     f"| **{by_wall:.1f}** | {by_cpu:.1f} |")
+        key = [result[name] for name in ("shape", "num_samples", "engine", "setting")]
+        groups.setdefault(tuple(key), []).append(result)
+    lines = ["| model | N | engine | setting | tokens/s (lowest to highest) | peak MB | ours is faster by |",
+             "|---|---:|---|---|---:|---:|---:|"]
+    for (shape, n, engine, setting), group in groups.items():
+        speeds, ours = ([result["tokens"] / result["wall"] for result in found]
+                        for found in (group, groups[shape, n, "ours", ""]))
+        lines.append(f"| {shape} | {n or ''} | {engine} | {setting} | {median(speeds):,.0f} ({min(speeds):,.0f} to "
+                     f"{max(speeds):,.0f}) | {median(result['peak_mb'] for result in group):,.0f} "
+                     f"| **{median(ours) / median(speeds):.1f}** |")
     return "\n".join(lines) + "\n"
-
-
-def hardware() -> str:
-    if device() == "cuda":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
 @dataclass(frozen=True)
@@ -286,9 +250,10 @@ class Config(Options):
     halves: tuple[str, ...] = option(tuple(ENGINES), "what is compared", choices=ENGINES)
     shapes: tuple[str, ...] = option(("toy", "6.5m"), "sizes of the random models", choices=SHAPES)
     rows: int = option(1024, "responses in one measurement of our sampling", low=32)
-    prompt_tokens: int = option(100, "mean length of a prompt", low=10)
+    prompt_tokens: int = option(100, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
     micro_batch_tokens: int = option(4096, "of our training", low=1)
+    dtype: str = option("bf16", "of all engines", choices=DTYPES)
     rounds: int = option(3, "measurements behind each median", low=1)
     threads: int = option(os.cpu_count(), "on a CPU", low=1)
     peer_python: str = option("", "a Python that has what this one lacks, like trl")
@@ -304,10 +269,10 @@ def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     if config.peer_python and not shutil.which(config.peer_python):
         raise SystemExit(f"--peer_python {config.peer_python}: there is no such program")
-    record = {"hardware": hardware(), "threads": config.threads, "load": os.getloadavg()[0],
-              **dict(line.split(None, 1) for line in run_card().splitlines())}
-    text = (f"# Benchmark\n\n{record['hardware']}, {config.threads} threads, torch {torch.__version__}; commit "
-            f"{record['commit']}; {config.rounds} rounds; load of the machine at the start {record['load']:.1f}.\n")
+    record = dict(line.split(None, 1) for line in run_card().splitlines())
+    text = "# Benchmark\n\n" + "".join(f"- {name}: {value}\n" for name, value in record.items())
+    text += (f"- {config.dtype}, {config.threads} threads, {config.rounds} rounds; load of the machine at the start "
+             f"{os.getloadavg()[0]:.1f}\n")
     for half in config.halves:
         record[half] = [result for shape in config.shapes for result in bench(half, shape, config)]
         text += f"\n## {half.capitalize()}\n\n{table(record[half])}"

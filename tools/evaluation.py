@@ -22,7 +22,7 @@ from rewards import grade_all, require_math_verify
 class Config(SampleOptions):
     model: str = option("", "model directory")
     split: str = option("test", "train, dev or test", data.SPLITS)
-    limit: int = option(0, "only the first problems, this many; 0: all", low=0)
+    limit: int = option(0, "use only the first N problems; 0: all", low=0)
     num_samples: int = option(1, "responses per question", low=1)
     temperature: float = option(0.0, "0: always the most likely token", low=0)
     seed: int = option(0, "same seed, same responses")

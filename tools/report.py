@@ -12,37 +12,29 @@ import json
 import math
 import re
 import sys
-import textwrap
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
 from infra.run import ROOT, read_json, run_script, write_json
-from reft import letter
-from rewards import read_number
-from tools.page import Picture, Table, make_table, plain, point, publish, text_of
+from tools.page import fenced, make_table, point, publish, render
 
 PAPER = read_json(ROOT / "results" / "paper.json")
 TABLES = PAPER["tables"]  # title, note, columns
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
          10: 2.262}  # of Student's t with n - 1 degrees of freedom; for more than 10 seeds the last is a bit too wide
-GRID = re.compile(r"alpha([\d.]+)-beta([\d.]+)")  # cells of a sweep
 
-
-# --- loader ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
     """A run as its files tell it. models[i] holds all that is known of a model: how it was made, how it does."""
     path: Path
-    config: dict
     models: list[dict]
     steps: list[dict]  # train.jsonl of the last model
     card: dict  # command, commit, machine, minutes
     finished: bool
     kind: str  # irpo, rft or reft (and rerank)
-    label: str = ""
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -69,11 +61,12 @@ def load_run(path: Path) -> Run:
             by_model.setdefault(row["name"], []).append(row)
     if not by_model:
         raise SystemExit(f"{path} has no evaluated model yet: wait for its iter0/eval.json")
-    log = {(line.get("folder"), line["event"]): line for line in read_jsonl(path / "log.jsonl")}
+
+    log = {(line.get("folder"), line["event"]): line["seconds"] for line in read_jsonl(path / "log.jsonl")}
     models = [model_record(rows, log) for rows in by_model.values()]
     first_start = (path / "command.txt").read_text(encoding="utf-8").split("\n\n")[0]
     card = dict(line.split(maxsplit=1) for line in first_start.splitlines())
-    card["minutes"] = round(sum(line["seconds"] for line in log.values()) / 60, 1)
+    card["minutes"] = round(sum(log.values()) / 60, 1)
     steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl")
     if warned := Counter(name for step in steps for name in step.get("warnings", ())):
         card["warnings"] = ", ".join(f"{name} at {count} batches" for name, count in warned.items())
@@ -81,46 +74,31 @@ def load_run(path: Path) -> Run:
         middle = next(accuracy for step, accuracy, *_ in dev if 2 * step >= dev[-1][0])
         models[-1] |= {"dev_lowest": min(accuracy for _, accuracy, *_ in dev), "dev_halfway": middle}
     kind = {"M0": "irpo", "SFT": "rft", "RFT": "rft"}.get(models[0]["name"], "reft")
-    return Run(path, read_json(path / "config.json"), models, steps, card, finished, kind)
+    return Run(path, models, steps, card, finished, kind)
 
 
 def model_record(rows: list[dict], log: dict) -> dict:
     """Join a model's rows: keys of test stay as they are, those of dev and of its making become dev_X and train_X."""
-    record = {"name": rows[0]["name"], "iteration": rows[0].get("iteration")}
+    record = {}
     for row in rows:
         prefix = {"dev": "dev_", "train": "train_"}.get(row["split"], "")
-        record |= {prefix + key: value for key, value in row.items() if key not in ("name", "iteration", "split")}
+        record |= {prefix + {"ci95": "accuracy_ci95"}.get(key, key): value for key, value in row.items()}
+    record |= {"name": rows[0]["name"], "iteration": rows[0].get("iteration")}
     for tag, values in record.get("tags", {}).items():
-        record |= {f"{tag}={value}": f"{part['accuracy']:.1%} of {part['share']:.0%}" for value, part in values.items()}
-        if tag == "style":
-            record["careful"] = values.get("careful", {"share": 0.0})["share"]
-    for key in [key for key in record if key.startswith("maj@")]:
-        record["vote_gain"] = record[key] - record["accuracy"]
+        for value, part in values.items():
+            record |= {f"{tag}={value}": part["accuracy"], f"share of {tag}={value}": part["share"]}
+    for vote in [value for key, value in record.items() if key.startswith("maj@")]:
+        record["vote_gain"] = vote - record["accuracy"]
     if probe := record.get("train_probe"):
         record |= {f"{key}_change": probe[-1][key] - probe[0][key] for key in probe[0] if key != "step"}
-    for (folder, event), line in log.items():
-        if folder == f"iter{record['iteration']}":
-            record[f"seconds_{event}"] = line["seconds"]
-    return record
-
-
-def label_runs(runs: list[Run]) -> list[Run]:
-    """Label each run with its method and with what tells it from the other runs of that method."""
-    unsaid = ("run_dir", "weights", "problems", "pooled")
-    methods = [title(run.kind, "dpo" if run.kind == "irpo" and not run.config["alpha"]
-                     else run.config.get("method", run.models[-1]["name"])) for run in runs]
-    labels = []
-    for run, method in zip(runs, methods):
-        peers = [peer.config for peer, other in zip(runs, methods) if other == method]
-        labels.append(", ".join([method, *(
-            f"{name}={value}" for name, value in run.config.items()
-            if name not in unsaid and any(peer.get(name) != value for peer in peers))]))
-    return [replace(run, label=label if labels.count(label) == 1 else f"{label}, {run.path}")  # labels are keys
-            for run, label in zip(runs, labels)]
+    if len(shares := record.get("train_exclusive", ())) > 1:
+        record |= {f"only model {m}": share for m, share in enumerate(shares)}
+    return record | {f"seconds_{event}": seconds for (folder, event), seconds in log.items()
+                     if folder == f"iter{record['iteration']}"}
 
 
 def title(kind: str, cell: str) -> str:
-    """Name a cell's row; a cell that is named by its flags, reft+gae_lambda@0.5, becomes "ReFT, gae_lambda 0.5"."""
+    """Name a cell; one that is named by its flags, reft+gae_lambda@0.5, becomes "ReFT, gae_lambda 0.5"."""
     name, *flags = cell.split("+")
     return ", ".join([PAPER[kind]["cells"].get(name, name), *(flag.replace("@", " ") for flag in flags)])
 
@@ -134,21 +112,15 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
     if len(kinds) > 1:
         raise SystemExit(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
-    flags = any("+" in name for name in names)  # a table of flags is not expected to hold other cells
-    known = [cell for cell in PAPER[kinds[0]]["cells"] if cell in names or not flags]
-    order = known + sorted(names - {*known})
-    if all(map(GRID.fullmatch, names)):
-        alphas, betas = zip(*(GRID.fullmatch(name).groups() for name in names))
-        kinds, order = ["sweep"], [f"alpha{alpha}-beta{beta}" for beta in sorted({*betas}, key=float)
-                                   for alpha in sorted({*alphas}, key=float)]
+    kind = "sweep" if names <= PAPER["sweep"]["cells"].keys() else kinds[0]
+    known = PAPER[kind]["cells"]  # all of them are expected, but not in a table that has other cells, too
+    order = [cell for cell in known if cell in names or names <= known.keys()] + sorted(names - known.keys())
     seeds = sorted({int(path.name[1:]) for path in folders})
     cells = {cell: {s: found[path] for s in seeds if (path := root / cell / f"s{s}") in found} for cell in order}
     missing = [f"{cell}/s{seed}" if runs else cell for cell, runs in cells.items()
                for seed in (seeds if runs else seeds[:1]) if seed not in runs]
-    return kinds[0], {cell: runs for cell, runs in cells.items() if runs}, missing
+    return kind, {cell: runs for cell, runs in cells.items() if runs}, missing
 
-
-# --- estimates -------------------------------------------------------------------------------------
 
 def estimate(values: dict[int, float]) -> dict:
     """Return the mean over seeds and half the width of its 95 % Student interval, which one seed does not have."""
@@ -159,54 +131,46 @@ def estimate(values: dict[int, float]) -> dict:
 
 def estimates(found: dict[int, dict]) -> dict[str, dict]:
     """Turn seed -> record into an estimate per number; that of a single run keeps its interval over test questions."""
-    summary = {}
+    summary = {"seeds": len(found)}
     for key in dict.fromkeys(key for record in found.values() for key in record):
-        values = {seed: record[key] for seed, record in found.items() if isinstance(record.get(key), (int, float))}
-        if values and re.fullmatch(PAPER["measures"], key):
+        default = 0.0 if key.startswith("share of") else None  # no such response in that seed
+        values = {seed: record.get(key, default) for seed, record in found.items()}
+        if values := {seed: value for seed, value in values.items() if isinstance(value, (int, float))}:
             summary[key] = estimate(values)
-    if len(found) == 1 and "accuracy" in summary:
-        summary["accuracy"]["ci95"] = next(iter(found.values()))["ci95"]
+            for record in found.values() if len(found) == 1 else ():
+                summary[key] |= {"ci95": record[f"{key}_ci95"]} if f"{key}_ci95" in record else {}
     return summary
 
 
-def summarize(kind: str, cells: dict) -> dict:
-    """Estimate every model of every cell, with the paper's accuracy beside it."""
-    summary = {}
+def summarize(cells: dict, kind: str = "") -> dict:
+    """Estimate every model of every cell, in a table with the paper's accuracy next to it."""
+    paper, summary = PAPER[kind].get("accuracy", {}) if kind else {}, {}
     for cell, runs in cells.items():
         names = dict.fromkeys(model["name"] for run in runs.values() for model in run.models)
         models = {name: estimates({seed: model for seed, run in runs.items() for model in run.models
                                    if model["name"] == name}) for name in names}
-        for name, accuracy in PAPER[kind].get("accuracy", {}).get(cell, {}).items():
-            if name in models:
-                models[name]["accuracy"]["paper"] = accuracy
-        summary[cell] = {"label": title(kind, cell), "models": models,
+        for name in models.keys() & paper.get(cell, {}).keys():
+            models[name]["accuracy"]["paper"] = paper[cell][name]
+        summary[cell] = {"label": title(kind, cell) if kind else cell, "models": models,
                          "runs": {seed: run.card for seed, run in runs.items()}}
     return summary
 
 
-def estimate_paths(runs: dict[int, Run]) -> dict[int, dict]:
-    """k -> estimates of the paths among the first k samples of a question, with the paper's number beside."""
+def estimate_paths(cells: dict) -> dict[int, dict]:
+    """k -> estimates of the paths among the first k samples of a question, with the paper's number next to it, in the
+    cell of the largest k, from whose samples the others select."""
     by_k: dict[int, dict[int, dict]] = {}
-    for seed, run in runs.items():
+    for seed, run in cells[max(cells, key=samples_of)].items():
         for row in run.models[-1].get("train_over_k", []):
             by_k.setdefault(row["k"], {})[seed] = row
-    found = {k: estimates(rows) for k, rows in by_k.items()}
-    for k, paper in PAPER["rft"]["distinct_paths_and_gold"].items():
-        if int(k) in found:
-            found[int(k)]["distinct_paths_and_gold"]["paper"] = paper
+    found, paper = {k: estimates(rows) for k, rows in by_k.items()}, PAPER["rft"]["distinct_paths_and_gold"]
+    for k in found.keys() & map(int, paper):
+        found[k]["distinct_paths_and_gold"]["paper"] = paper[str(k)]
     return found
 
 
-def add_letters(cells: dict) -> None:
-    """Count right letters of ReFT's greedy answers, too, as the runs that are graded by letter do themselves."""
-    choices = max((run.config["num_choices"] for run in cells.get("letters", {}).values()), default=0)
-    for run in cells.get("reft", {}).values() if choices else []:
-        for model in run.models:
-            rows = read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl")
-            letters = [(letter(row["samples"][0]["answer"], choices), letter(read_number(row["gold"]), choices))
-                       for row in rows if "id" in row]
-            if letters:
-                model["letter_accuracy"] = fmean(given is not None and given == right for given, right in letters)
+def samples_of(cell: str) -> int:
+    return int(cell[1:]) if re.fullmatch(r"k\d+", cell) else 0
 
 
 def find_claims(kind: str, cells: dict) -> list[dict]:
@@ -224,8 +188,8 @@ def find_claims(kind: str, cells: dict) -> list[dict]:
         scale = 100 if unit == "points" else 1
         if by_seed := {seed: round(scale * (high[seed] - low[seed]), 9) for seed in sorted(high.keys() & low.keys())}:
             difference = estimate(by_seed)
-            found.append({"claim": text, "difference": difference, "unit": unit, "here": verdict(difference),
-                          "by_seed": ", ".join(f"{value:+.3g}" for value in by_seed.values())})
+            found.append({"claim": text, "difference": difference, "unit": unit, "here": verdict(difference), "by_seed":
+                          ", ".join(f"{value:+.3g}" for value in by_seed.values())})
     return found
 
 
@@ -237,48 +201,18 @@ def verdict(difference: dict) -> str:
     return "shown" if mean > 0 else "the other way"
 
 
-# --- tables ----------------------------------------------------------------------------------------
-
-def tables_of_runs(runs: list[Run]) -> list[Table]:
-    """What the screen shows of a few runs, and then everything that report.md shows."""
-    rows = [([run.label, model["name"]], model) for run in runs for model in run.models]
-    names = ("screen", "accuracy", "kinds", "samples", "training", "rollouts", "cost")
-    return [*(make_table(TABLES[name], ["run", "model"], rows) for name in names), paths_table({0: runs[0]})]
-
-
-def tables_of_cells(cells: dict, summary: dict, claims: list[dict]) -> list[Table]:
-    """Everything that NAME.md shows of cells and seeds; models that cells start from come first, equal ones once."""
-    starts, ends, known = [], [], set()
-    for cell in sorted(summary.values(), key=lambda cell: -len(cell["runs"])):
-        name, row = next(iter(cell["models"].items()))
-        if len(cell["models"]) > 1 and not (measured := {*zip(row["accuracy"]["values"].items(),
-                                                              row["dev_accuracy"]["values"].values())}) <= known:
-            starts.append(([f"start of {cell['label']}" if known else "start", name], row))
-            known |= measured
+def model_tables(summary: dict) -> list[str]:
+    """Show every model of every cell; a first model with the figures of another's in the same seeds only once."""
+    rows: dict[tuple, tuple[list[str], dict]] = {}
     for cell in summary.values():
-        ends += [([cell["label"], name], row) for name, row in [*cell["models"].items()][len(cell["models"]) > 1:]]
-    rows = [(names, row | {"seeds": row["accuracy"]["n"]}) for names, row in starts + ends]
-    shares = [run.models[-1]["train_exclusive"] for run in cells.get("pool", {}).values()]
-    pool = [([f"model {m}"], {"share": estimate(dict(enumerate(column)))}) for m, column in enumerate(zip(*shares))]
-    return [*(make_table(TABLES[name], ["cell", "model"], rows) for name in ("models", "rollouts")),
-            paths_table(cells[main_cell(cells)]), make_table(TABLES["pool"], ["pooled"], pool),
-            make_table(TABLES["claims"], ["claim"], [([claim["claim"]], claim) for claim in claims])]
+        for i, (name, model) in enumerate(cell["models"].items()):
+            values = [str(model[key]["values"]) for key in ("accuracy", "dev_accuracy") if key in model]
+            start = i == 0 and len(cell["models"]) > 1
+            known = rows.setdefault((name, *values) if start else (cell["label"], name), ([cell["label"], name], {}))
+            known[1].update(model | known[1])
+    names = ("models", "responses", "samples", "training", "rollouts", "cost")
+    return [make_table(TABLES[name], ["cell", "model"], [*rows.values()]) for name in names]
 
-
-def paths_table(runs: dict[int, Run]) -> Table:
-    return make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in estimate_paths(runs).items()])
-
-
-def main_cell(cells: dict) -> str:
-    """RFT's largest k, from whose samples the other cells select."""
-    return max(cells, key=samples_of)
-
-
-def samples_of(cell: str) -> int:
-    return int(cell[1:]) if re.fullmatch(r"k\d+", cell) else 0
-
-
-# --- pictures --------------------------------------------------------------------------------------
 
 def curve(records: list[list[dict]], key: str) -> list[tuple]:
     """(step, mean over runs, lowest, highest) of a measure, from the training record of each run."""
@@ -287,13 +221,6 @@ def curve(records: list[list[dict]], key: str) -> list[tuple]:
         value = step[key]["accuracy"] if isinstance(step[key], dict) else step[key]
         values.setdefault(step["step"] + 1, []).append(value)
     return [(step, fmean(found), min(found), max(found)) for step, found in sorted(values.items())]
-
-
-def over_models(models: list[dict], pattern: str) -> dict[str, list[tuple]]:
-    """A line over M_t for each key that matches."""
-    keys = dict.fromkeys(key for model in models for key in model if re.fullmatch(pattern, key))
-    return {key.removeprefix("train_").replace("_", " "): [
-        point(t, model[key]) for t, model in enumerate(models) if key in model] for key in keys}
 
 
 def probe_lines(models: list[dict]) -> dict[str, list[tuple]]:
@@ -309,88 +236,53 @@ def probe_lines(models: list[dict]) -> dict[str, list[tuple]]:
     return lines
 
 
-def pictures_of_runs(runs: list[Run]) -> list[Picture]:
-    """What was measured of a few runs."""
-    accuracy = {run.label: [(t, model["accuracy"], *model["ci95"]) for t, model in enumerate(run.models)]
-                for run in runs}
-    coverage = {run.label: over_models(run.models, "train_(all_right|mixed|all_wrong)") for run in runs}
-    passk = {runs[0].label: over_models(runs[0].models, r"pass@\d+")}
-    return [Picture("accuracy.png", {"": accuracy}, "test accuracy, 95% interval", "model", share=True),
-            Picture("logps.png", {run.label: probe_lines(run.models) for run in runs}, "mean summed log-prob", "step"),
-            Picture("coverage.png", coverage, "training questions", "iteration", share=True),
-            Picture("passk.png", passk, "test questions", "model", share=True),
-            *paths_pictures({0: runs[0]}),
-            *batch_pictures({run.label: [run.steps] for run in runs if run.kind == "reft"}, "rollouts.png")]
+def over_models(summary: dict) -> dict[str, dict]:
+    """Accuracy over M_t for each cell, in the panel that its label names ("β=0.1: α=1"), and the paper's."""
+    panels: dict[str, dict] = {}
+    for cell in summary.values():
+        panel, _, line = cell["label"].rpartition(": ")
+        found = [(model["iteration"]["mean"], model["accuracy"]) for model in cell["models"].values()
+                 if "iteration" in model]
+        panels.setdefault(panel or "here", {})[line] = [point(t, accuracy) for t, accuracy in found]
+        panels.setdefault("the paper", {})[line] = [
+            point(t, accuracy["paper"]) for t, accuracy in found if "paper" in accuracy]
+    return panels
 
 
-def pictures_of_cells(kind: str, cells: dict, summary: dict) -> list[Picture]:
-    """Curves over batches of ReFT, accuracy over k of RFT, and over M_t of IRPO (a sweep: a panel per beta)."""
-    if kind == "reft":
-        steps = {title(kind, cell): [run.steps for run in runs.values()] for cell, runs in cells.items()}
-        return batch_pictures(steps, "accuracy.png")
-    if kind == "rft":
-        accuracy = {cell: [*row["models"].values()][-1]["accuracy"] for cell, row in summary.items()}
-        over_k = [point(samples_of(cell), accuracy[cell]) for cell in cells if samples_of(cell)]
-        across = {title(kind, cell): accuracy[cell] for cell in ("matched", "none", "pool") if cell in cells}
-        across |= {name: row["accuracy"] for name, row in summary[main_cell(cells)]["models"].items() if name == "SFT"}
-        lines = {"RFT": over_k, **{name: [point(None, value)] for name, value in across.items()}}
-        return [Picture("accuracy.png", {"": lines}, "test accuracy", "k, samples per question", share=True, log=True),
-                *paths_pictures(cells[main_cell(cells)])]
-
-    def panels(measure: str) -> dict[str, dict]:
-        found: dict[str, dict] = {}
-        for cell, row in summary.items():
-            alpha, beta = GRID.fullmatch(cell).groups() if kind == "sweep" else ("", "")
-            panel, line = (f"β={beta}", f"α={alpha}") if beta else ("here", row["label"])
-            found.setdefault(panel, {})[line] = [
-                point(int(name[1:]), model[measure]) for name, model in row["models"].items() if measure in model]
-            if measure == "accuracy" and cell in PAPER[kind].get("accuracy", {}):
-                found.setdefault(f"the paper: {PAPER[kind]['measured']}", {})[line] = [
-                    point(int(name[1:]), value) for name, value in PAPER[kind]["accuracy"][cell].items()]
-        return found
-
-    return [Picture("accuracy.png", panels("accuracy"), "test accuracy", "model", share=True),
-            Picture("logps.png", panels("chosen_change"), "change of the chosen log-prob", "model")]
+def over_k(summary: dict) -> dict[str, dict]:
+    """RFT's accuracy over k; that of SFT is k = 0."""
+    models = {samples_of(cell): [*row["models"].values()] for cell, row in summary.items() if samples_of(cell)}
+    points = [point(k, rows[-1]["accuracy"]) for k, rows in models.items()]
+    starts = [point(0, rows[0]["accuracy"]) for k, rows in models.items() if len(rows) > 1 and k == max(models)]
+    return {"": {"RFT": starts + points}} if models else {}
 
 
-def paths_pictures(runs: dict[int, Run]) -> list[Picture]:
-    """RFT's distinct paths over k, and how many questions have how many correct samples."""
-    paths = {key.replace("_", " "): [point(k, row[key]) for k, row in estimate_paths(runs).items()]
-             for key in ("distinct_paths", "distinct_paths_and_gold")}
-    counts = [run.models[-1].get("train_histogram", {}) for run in runs.values()]
-    most = max((int(n) for count in counts for n in count), default=-1)
-    histogram = [point(n, fmean(count.get(str(n), 0) for count in counts)) for n in range(most + 1)]
-    return [Picture("paths.png", {"": paths}, "paths per question", "k, samples per question", log=True),
-            Picture("solved.png", {"": {"questions with this many correct samples": histogram}}, "questions",
-                    "correct among the samples")]
+def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
+    """Draw accuracy over M_t (RFT: over k), log-probs of pairs, and ReFT's curves: mean and range of the seeds."""
+    runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
+    ks, label = over_k(summary), "test accuracy, 95% interval"
+    probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
+    drawn = {"accuracy.png": render(ks, label, "k, samples per question", share=True, log=True) if ks
+             else render(over_models(summary), label, "model", share=True),
+             "logps.png": render(probes, "mean summed log-prob, first seed", "step")}
+    for name, (key, label) in PAPER["curves"].items():
+        lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
+        share = key in ("dev", "accuracy", "eos_rate")
+        drawn[f"{name}.png"] = render({"": lines}, label, "batches of questions", share)
+    return drawn
 
 
-def batch_pictures(steps: dict[str, list[list[dict]]], of_rollouts: str) -> list[Picture]:
-    """ReFT's curves over batches of questions: mean and range of the seeds."""
-    return [Picture(of_rollouts if key == "accuracy" else f"{key}.png", {
-        label: {name: curve(records, key) for name, records in steps.items()}}, label, "batches of questions",
-        share=key in ("dev", "accuracy", "eos_rate")) for key, label in PAPER["curves"].items()]
-
-
-# --- page and commands -----------------------------------------------------------------------------
-
-def findings(runs: list[Run]) -> list[str]:
-    """Say what the numbers of a few runs say."""
-    ends = runs[0].models[:1] + runs[0].models[1:][-1:]
-    lines = [f"{runs[0].label}: " + "; ".join(
-        f"{model['name']} answers {model['accuracy']:.1%} of {model['n']:,} test questions (95% interval "
-        f"{text_of(model['ci95'], '.1%')})" for model in ends) + "."]
-    trained = [run for run in runs if len(run.models) > 1]
-    if len(trained) > 1:
-        t = min(len(run.models) for run in trained) - 1  # the last iteration that all of them have
-        best, *others = sorted(trained, key=lambda run: -run.models[t]["accuracy"])
-        close = [run.label for run in others if run.models[t]["ci95"][1] >= best.models[t]["ci95"][0]]
-        lines.append(f"At {best.models[t]['name']} {best.label} is the most accurate; its interval overlaps "
-                     f"{'that of ' + ' and '.join(close) if close else 'no other'}.")
-    if len({run.models[0]["accuracy"] for run in runs}) > 1:
+def findings(runs: dict[str, Run]) -> list[str]:
+    """Say how each run was made, what the first one's numbers say, and what is odd about the others."""
+    main, run = next(iter(runs.items()))
+    lines = [f"{label}: " + "; ".join(f"{key} {value}" for key, value in run.card.items())
+             for label, run in runs.items()]
+    lines += [f"{main}: {model['name']} answers {model['accuracy']:.1%} of {model['n']:,} test questions (95% interval "
+              "{:.1%} to {:.1%}).".format(*model["accuracy_ci95"]) for model in run.models[:1] + run.models[1:][-1:]]
+    if len({run.models[0]["accuracy"] for run in runs.values()}) > 1:
         lines.append("The runs differ in their first models already: not the same base, or not the same questions.")
-    return lines + [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated."
-                    for run in runs if not run.finished]
+    return lines + [f"{label} is unfinished: {run.models[-1]['name']} is the last model evaluated."
+                    for label, run in runs.items() if not run.finished]
 
 
 def before_and_after(run: Run) -> list[str]:
@@ -400,34 +292,35 @@ def before_and_after(run: Run) -> list[str]:
         run.path / f"iter{model['iteration']}" / "eval_samples.jsonl") if "id" in row} for model in ends)
     right = {id: tuple(answers[id]["verdict"] == "correct" for answers in (first, last)) for id in first if id in last}
     better, worse = ([id for id in right if right[id] == change] for change in ((False, True), (True, False)))
-    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n{textwrap.indent(answers[id]['text'].strip(), '    ')}"
+    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n\n{fenced(answers[id]['text'].strip())}"
              for id in better[:3] for model, answers in zip(ends, (first, last))]
-    return [*texts, f"From {ends[0]['name']} to {ends[1]['name']}, {len(better):,} questions went from wrong to right "
-            f"and {len(worse):,} from right to wrong."] if ends[0] is not ends[1] else []
+    return ["## Before and after", *texts, f"From {ends[0]['name']} to {ends[1]['name']}, {len(better):,} questions "
+            f"went from wrong to right and {len(worse):,} from right to wrong."] if ends[0] is not ends[1] else []
 
 
 def report_runs(paths: list[Path], out: Path) -> None:
     """Write report.md, report.html and the pictures of a few runs."""
-    runs = label_runs([load_run(path) for path in paths])
-    screen, *tables = tables_of_runs(runs)
-    cards = [f"{run.label}: " + "; ".join(f"{key} {value}" for key, value in run.card.items()) for run in runs]
-    publish(out, "report", findings(runs) + cards, tables, pictures_of_runs(runs),
-            [*before_and_after(runs[0]), plain(screen)])
+    runs = {str(path): load_run(path) for path in paths}
+    cells = {label: {0: run} for label, run in runs.items()}
+    summary = summarize(cells)
+    models, *others = model_tables(summary)
+    texts = before_and_after(next(iter(runs.values())))
+    publish(out, "report", findings(runs), pictures(cells, summary), [models, *others, *texts], [*texts, models])
 
 
 def report_table(root: Path, out: Path) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     kind, cells, missing = load_table(root)
-    add_letters(cells)
-    summary, claims = summarize(kind, cells), find_claims(kind, cells)
+    summary, claims, paths = summarize(cells, kind), find_claims(kind, cells), estimate_paths(cells)
     name = PAPER[kind]["name"]
-    write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims,
-                                      "paths": estimate_paths(cells[main_cell(cells)])})
+    write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims, "paths": paths})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
     facts += [f"Warnings of {cell}/s{seed}: {run.card['warnings']}." for cell, runs in cells.items()
               for seed, run in runs.items() if "warnings" in run.card]
-    tables = tables_of_cells(cells, summary, claims)
-    publish(out, name, facts, tables, pictures_of_cells(kind, cells, summary), [plain(t) for t in tables if t.rows])
+    models, *others = model_tables(summary)
+    main = [models, make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in paths.items()]),
+            make_table(TABLES["claims"], ["claim"], [([claim["claim"]], claim) for claim in claims])]
+    publish(out, name, facts, pictures(cells, summary), [*main, *others], main)
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from infra.parallel import computed, device
 from infra.run import derive_seed, hash_of, once, open_run, read_records, run_script, write_jsonl
 from infra.state import drop_states
 from model import Llama, pad
-from train import Example, TrainOptions, autocast, fit, load_trained, micro_batches
+from train import Example, TrainOptions, autocast, fit, load_for_training, micro_batches
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def read_inputs(config: Config) -> tuple[list[Labelled], list[Answered], str]:
 
 def rerank(labelled: list[Labelled], candidates: list[Answered], config: Config, run: Path) -> dict:
     """Steps 2 and 3: the figures of results.json."""
-    model = load_trained(config.model, config, RewardModel)
+    model = load_for_training(config.model, config, RewardModel)
     records = fit(model, labelled, classification_loss, config, derive_seed(config.seed, "rerank"), run)
     flat = iter(scores(model, [Example(q.id, q.prompt_ids, s.ids) for q in candidates for s in q.samples], config))
     by_question = [[next(flat) for _ in question.samples] for question in candidates]

@@ -15,7 +15,7 @@ from data.tokenizer import load_tokenizer
 from infra.config import option, parse_config
 from infra.run import hash_of, open_run, run_script
 from model import Llama
-from train import Example, TrainOptions, fit_sft, load_trained, trained
+from train import Example, TrainOptions, fit_sft, load_for_training, train_once
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ def main() -> None:
     run = open_run(config, weights=model_hash(config.model) if config.model else "", problems=hash_of(*problems))
 
     def train() -> tuple[Llama, list[dict]]:
-        tokenizer, model = load_tokenizer(start), load_trained(start, config)
+        tokenizer, model = load_tokenizer(start), load_for_training(start, config)
         examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
         return model, fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
 
     start = config.model or fresh_model(
         [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
         config.num_layers, config.max_positions, config.seed)
-    print(f"{trained(run, start, train)} is complete")
+    print(f"{train_once(run, start, train)} is complete")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,40 @@
+"""What is shown and recorded of long work: progress bars with rates, and figures over the steps of a run."""
+import time
+from statistics import fmean
+
+from tqdm import tqdm
+
+from infra.parallel import rank
+
+
+class Progress(tqdm):
+    """A bar on rank 0 that shows tokens per second; without a label it is hidden."""
+
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
+        super().__init__(desc=label, total=total, initial=done, unit=unit, dynamic_ncols=True,
+                         disable=not label or rank() > 0)
+        self.tokens, self.began = 0, time.perf_counter()
+
+    def advance(self, count: int, tokens: int, **figures: float) -> None:
+        """Move on by `count` units, which took this many tokens; show figures, too."""
+        self.tokens += tokens
+        shown = [f"{name} {value:.3f}" for name, value in figures.items()]
+        speed = self.tokens / (time.perf_counter() - self.began)
+        self.set_postfix_str(", ".join([*shown, f"{speed:,.0f} tok/s"]), refresh=False)
+        self.update(count)
+
+
+def summary(records: list[dict]) -> dict:
+    """Count steps and tokens, and reduce every measured value over the last quarter of the steps."""
+    counted = [record for record in records if not record.get("skipped")] or records
+    last_quarter = counted[-max(1, len(counted) // 4):]
+    names = {name for record in last_quarter for name, value in record.items() if isinstance(value, float)}
+    return {**{name: mean_or_max(name, [record[name] for record in last_quarter if name in record])
+               for name in sorted(names)},
+            "steps": len(records), "skipped": sum(record.get("skipped", 0) for record in records),
+            "tokens_trained": sum(record["tokens"] for record in records)}
+
+
+def mean_or_max(name: str, values: list[float]) -> float:
+    """Reduce a measured value to its mean, or to its maximum where its name begins with ratio."""
+    return max(values) if name.startswith("ratio") else fmean(values)
