@@ -37,7 +37,7 @@ setup: .venv/runtime  ## virtual environment with the runtime packages and matpl
 lint: .venv/development  ## ruff alone
 	$(PY) -m ruff check .
 test: lint  ## lint and all tests, without network once the packages are there
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n 2 --dist loadfile
 
 data: setup  ## a task's data set, into downloads/TASK: make data TASK=gsm8k
 	$(PY) -m data.download --task $(TASK) $(ARGS)

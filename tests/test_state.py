@@ -14,7 +14,7 @@ import torch
 import torture
 from infra.run import StopAsked
 from infra.state import load_state, save_state, states
-from runs import base  # noqa: F401 (a fixture)
+from runs import SMALL, base  # noqa: F401 (one is a fixture)
 from test_train import FP32, examples, nll
 from tiny import tiny_model
 from train import TrainOptions, fit, new_optimizer
@@ -222,6 +222,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted_if_asked(tmp_path):
 
 def test_a_killed_driver(base, tmp_path, capsys, monkeypatch):  # noqa: F811
     """One of the kills of `make torture`, at a moment drawn from the length of the run."""
+    monkeypatch.setitem(torture.RUNS, "irpo", ["irpo.py", *SMALL, "--iterations", "1", "--save_every", "1"])
     monkeypatch.setattr(sys, "argv", ["torture.py", "--out", str(tmp_path / "out"), "--kills", "1",
                                       "--methods", "irpo", "--model", str(base)])
     with pytest.raises(SystemExit) as ended:
