@@ -341,6 +341,15 @@ def test_a_token_of_probability_zero_is_never_drawn(u, top_k, top_p):
         assert 0 <= token < size and logits[0, token] > -math.inf
 
 
+def test_rounding_between_blocks_draws_no_token_of_probability_zero():
+    """64 tokens of weight 1, and one of 1e-14 in the next block: the rest of the random number there is below 0."""
+    logits = torch.zeros(1, 2 * sample.BLOCK)
+    logits[0, sample.BLOCK:] = -math.inf
+    logits[0, sample.BLOCK + 5] = math.log(1e-14)
+    token = int(sample_next_token(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0, 1.0, 0))
+    assert logits[0, token] > -math.inf
+
+
 @pytest.mark.parametrize("u", [0.0, 0.999])
 def test_temperature_zero_takes_the_best_whatever_the_random_number(u):
     """Greedy must not divide by zero, nor draw."""
