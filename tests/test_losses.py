@@ -1,6 +1,5 @@
 """Each formula against a slow loop written from the paper, on ragged masks, and its identities."""
 import math
-import random
 
 import pytest
 import torch
@@ -8,8 +7,7 @@ from torch import Tensor
 
 import losses
 from losses import (dpo_loss, dpo_nll_loss, entropies, gae, group_normalized, in_chunks, kl_shaped_rewards,
-                    leave_one_out, masked_mean, nll_loss, ppo_policy_loss, ppo_value_loss, token_logps,
-                    whiten)
+                    leave_one_out, masked_mean, nll_loss, ppo_policy_loss, ppo_value_loss, token_logps, whiten)
 
 SPANS = [(0, 3), (2, 9), (4, 5), (0, 9), (1, 8)]  # where each sequence's response lies
 
@@ -26,6 +24,18 @@ def four_sums(seed: int, n: int = 6) -> list[Tensor]:
     """Summed log-probabilities: chosen, rejected, and both under the reference."""
     generator = torch.Generator().manual_seed(seed)
     return [-30 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+def noise(seed: int, scale: float = 1.0) -> Tensor:
+    """Float64 numbers (5, 9), junk included where the mask is off."""
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(5, 9, generator=generator, dtype=torch.float64)
+
+
+def ratio_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """New and old log-probs whose ratios lie on both sides of the clip, advantages, mask."""
+    old_logps, mask = ragged(seed)
+    return old_logps + noise(seed + 1, 0.3), old_logps, noise(seed + 2), mask
 
 
 def slow_dpo(won: float, lost: float, ref_won: float, ref_lost: float, beta: float) -> float:
@@ -50,8 +60,7 @@ def test_token_logps_scores_each_token_one_place_before():
 
 
 def test_token_logps_are_float32_whatever_the_logits():
-    """A log-softmax in bfloat16 rounds each token by up to 0.02 nats; over a response that adds
-    up."""
+    """A log-softmax in bfloat16 rounds each token by up to 0.02 nats; over a response that adds up."""
     generator = torch.Generator().manual_seed(1)
     logits = (10 * torch.randn(2, 50, 40, generator=generator)).bfloat16()
     tokens = torch.randint(0, 40, (2, 50), generator=generator)
@@ -99,8 +108,7 @@ def test_chunks_change_neither_value_nor_gradient(monkeypatch, size, multiple, t
 
 
 def test_token_logps_gradient_is_one_hot_minus_softmax():
-    """The gradient of a token's log-probability, and none from the last place, which scores
-    nothing."""
+    """The gradient of a token's log-probability, and none from the last place, which scores nothing."""
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(1, 4, 5, generator=generator).requires_grad_()
     tokens = torch.tensor([[1, 4, 0, 2]])
@@ -126,27 +134,18 @@ def test_nll_is_the_mean_over_each_response(seed):
     torch.testing.assert_close(nll_loss(logps, mask.double()), got)  # a 0/1 mask is as good
 
 
-def test_padding_changes_nothing():
-    """Neither other values where the mask is off nor a wider batch may reach a sequence's loss."""
-    logps, mask = ragged(4)
-    junk = torch.where(mask, logps, torch.full_like(logps, -1e6))
-    torch.testing.assert_close(nll_loss(junk, mask), nll_loss(logps, mask))
-    wider = torch.cat([logps, torch.full((5, 4), -50.0)], 1)
-    wider_mask = torch.cat([mask, torch.zeros(5, 4, dtype=torch.bool)], 1)
-    torch.testing.assert_close(nll_loss(wider, wider_mask), nll_loss(logps, mask))
-    alone = [nll_loss(logps[i:i + 1], mask[i:i + 1]) for i in range(5)]
-    torch.testing.assert_close(torch.cat(alone), nll_loss(logps, mask))
-
-
 # --- DPO -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("beta", [0.05, 0.1, 1.0])
-def test_dpo_is_equation_7(beta):
-    """A sign, a reference on the wrong side, or a beta on one of the two ratios only."""
-    sums = four_sums(5)
-    got = dpo_loss(*sums, beta)
-    for values, loss in zip(zip(*(s.tolist() for s in sums)), got.tolist()):
-        assert loss == pytest.approx(slow_dpo(*values, beta))
+@pytest.mark.parametrize("beta, alpha", [(0.05, 1.0), (0.1, 0.3), (1.0, 2.0), (0.3, 0.0)])
+def test_dpo_is_equation_7_and_with_nll_equation_1(beta, alpha):
+    """Of the DPO and the IRPO paper, term by term: a sign, a reference on the wrong side, or a beta on one of the two
+    ratios only."""
+    sums, lengths = four_sums(5), torch.tensor([1, 5, 16, 40, 2, 7])
+    plain, both = dpo_loss(*sums, beta), dpo_nll_loss(*sums, lengths, beta, alpha)
+    for i, (won, *others) in enumerate(zip(*(x.tolist() for x in sums))):
+        expected = slow_dpo(won, *others, beta)
+        assert float(plain[i]) == pytest.approx(expected)
+        assert float(both[i]) == pytest.approx(expected - alpha * won / int(lengths[i]))
 
 
 def test_dpo_starts_at_ln_2_with_gradient_half_beta():
@@ -179,42 +178,20 @@ def test_dpo_cares_about_margins_only():
     torch.testing.assert_close(swapped - loss, margin)
 
 
-# --- DPO + NLL -----------------------------------------------------------------------------------
-
 # Two pairs by hand, beta 0.1.
 # Pair 1: margin (-10 + 11) - (-12 + 11) = 2, ln(1 + e^-0.2) = 0.598139, NLL 10 / 5 = 2.
 # Pair 2: margin (-8 + 6) - (-4 + 7) = -5, ln(1 + e^0.5) = 0.974077, NLL 8 / 16 = 0.5.
-@pytest.mark.parametrize("alpha, expected", [(1.0, [2.598139, 1.474077]),
-                                             (0.5, [1.598139, 1.224077]),
+@pytest.mark.parametrize("alpha, expected", [(1.0, [2.598139, 1.474077]), (0.5, [1.598139, 1.224077]),
                                              (0.0, [0.598139, 0.974077])])
 def test_dpo_nll_two_pairs_by_hand(alpha, expected):
-    """Alpha on the wrong term (as in the paper's first version), an NLL that is not divided by the
-    chosen length, or one of the rejected response."""
-    loss = dpo_nll_loss(torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -4.0]),
-                        torch.tensor([-11.0, -6.0]), torch.tensor([-11.0, -7.0]),
-                        torch.tensor([5, 16]), beta=0.1, alpha=alpha)
+    """Alpha on the wrong term (as in the paper's first version), an NLL that is not divided by the chosen length, or
+    one of the rejected response."""
+    loss = dpo_nll_loss(torch.tensor([-10.0, -8.0]), torch.tensor([-12.0, -4.0]), torch.tensor([-11.0, -6.0]),
+                        torch.tensor([-11.0, -7.0]), torch.tensor([5, 16]), beta=0.1, alpha=alpha)
     assert loss.tolist() == pytest.approx(expected, abs=2e-6)
 
 
-def test_dpo_nll_is_equation_1():
-    """IRPO's eq. 1 term by term on random numbers."""
-    rng = random.Random(0)
-    for _ in range(20):
-        won, lost, ref_won, ref_lost = sums = [-rng.uniform(1, 40) for _ in range(4)]
-        length, beta, alpha = rng.randint(1, 50), rng.uniform(0.05, 1), rng.uniform(0, 2)
-        got = dpo_nll_loss(*(torch.tensor([x]).double() for x in sums),
-                           torch.tensor([length]), beta, alpha)
-        expected = slow_dpo(won, lost, ref_won, ref_lost, beta) - alpha * won / length
-        assert float(got) == pytest.approx(expected)
-
-
 # --- PPO: rewards and advantages -----------------------------------------------------------------
-
-def noise(seed: int, scale: float = 1.0) -> Tensor:
-    """Float64 numbers (5, 9), junk included where the mask is off."""
-    generator = torch.Generator().manual_seed(seed)
-    return scale * torch.randn(5, 9, generator=generator, dtype=torch.float64)
-
 
 def slow_gae(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
     """A_t = sum over l of (gamma lam)^l delta_{t+l}, as written, for one response."""
@@ -226,8 +203,8 @@ def slow_gae(rewards: list[float], values: list[float], gamma: float, lam: float
 
 @pytest.mark.parametrize("kl_coef", [0.0, 0.05, 1.0])
 def test_rewards_are_the_score_at_the_end_and_the_kl_everywhere(kl_coef):
-    """A score on the place after EOS, on the last column of the padded batch, or on every token; a
-    KL with the wrong sign, or one that is charged for the prompt."""
+    """A score on the place after EOS, on the last column of the padded batch, or on every token; a KL with the wrong
+    sign, or one that is charged for the prompt."""
     logps, mask = ragged(20)
     ref_logps, scores = ragged(21)[0], [1.0, 0.1, 0.0, 1.0, 0.1]
     got = kl_shaped_rewards(torch.tensor(scores), logps, ref_logps, mask, kl_coef).tolist()
@@ -238,7 +215,7 @@ def test_rewards_are_the_score_at_the_end_and_the_kl_everywhere(kl_coef):
             assert got[row][t] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 1.0), (0.9, 0.7), (0.0, 0.5)])
+@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (1.0, 1.0), (0.9, 0.7), (0.0, 0.5), (1.0, 0.0)])
 def test_gae_is_equation_16(gamma, lam):
     """A sum that leaks from one response's padding, or from a value after EOS, into the next."""
     rewards, values, mask = noise(22), noise(23), ragged(0)[1]
@@ -249,18 +226,6 @@ def test_gae_is_equation_16(gamma, lam):
         assert advantages[row].tolist() == pytest.approx(expected)
         targets = [A + float(V) for A, V in zip(slow, values[row, a:b])]
         assert returns[row].tolist() == pytest.approx([0.0] * a + targets + [0.0] * (9 - b))
-
-
-def test_gae_at_its_ends():
-    """lambda = 1 is the reward to go minus the value, lambda = 0 the one-step error."""
-    rewards, values, mask = noise(24), noise(25), ragged(0)[1]
-    advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
-    to_go = (rewards * mask).flip(-1).cumsum(-1).flip(-1) * mask
-    torch.testing.assert_close(returns, to_go)
-    torch.testing.assert_close(advantages, to_go - values * mask)
-    one_step, _ = gae(rewards, values, mask, 1.0, 0.0)
-    for row, (_, b) in enumerate(SPANS):
-        assert float(one_step[row, b - 1]) == pytest.approx(float((rewards - values)[row, b - 1]))
 
 
 @pytest.mark.parametrize("padding", [2, 0], ids=["EOS", "truncated"])
@@ -281,8 +246,8 @@ def test_value_targets_of_three_tokens_by_hand(padding):
 
 
 def test_whitening_is_over_all_tokens_of_the_batch():
-    """Mean 0 and variance 1 over the tokens under the mask, not per response (which would make a
-    bad response as good as a right one) and not with the padding."""
+    """Mean 0 and variance 1 over the tokens under the mask, not per response (which would make a bad response as good
+    as a right one) and not with the padding. Equal numbers become 0: all responses right, no KL, nothing to learn."""
     x, mask = 3 * noise(26) + 2, ragged(0)[1]
     tokens = [float(x[row, t]) for row, (a, b) in enumerate(SPANS) for t in range(a, b)]
     mean = sum(tokens) / len(tokens)
@@ -292,6 +257,7 @@ def test_whitening_is_over_all_tokens_of_the_batch():
         for t in range(9):
             expected = (float(x[row, t]) - mean) / std if a <= t < b else 0.0
             assert float(got[row, t]) == pytest.approx(expected, abs=1e-6)
+    torch.testing.assert_close(whiten(torch.ones(5, 9), mask), torch.zeros(5, 9))
 
 
 def test_whitening_with_given_statistics_is_that_of_the_whole_batch():
@@ -305,15 +271,9 @@ def test_whitening_with_given_statistics_is_that_of_the_whole_batch():
     assert not torch.allclose(alone, whiten(x, mask), atol=0.01)
 
 
-def test_whitening_of_equal_numbers_is_zero():
-    """All responses right and no KL: nothing to learn, and no division by zero."""
-    mask = ragged(0)[1]
-    torch.testing.assert_close(whiten(torch.ones(5, 9), mask), torch.zeros(5, 9))
-
-
 def test_group_baselines():
-    """(r - mean) / std of a question's own samples, and r minus the mean of the others. Scores that
-    are all 0.1 have a rounding error for a standard deviation, which must not be divided by."""
+    """(r - mean) / std of a question's own samples, and r minus the mean of the others. Scores that are all 0.1 have a
+    rounding error for a standard deviation, which must not be divided by."""
     scores = torch.tensor([[1.0, 0.0, 0.1, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 1.0]])
     normalized, others = group_normalized(scores), leave_one_out(scores)
     for row, values in enumerate(scores.tolist()):
@@ -328,16 +288,10 @@ def test_group_baselines():
 
 # --- PPO: losses ---------------------------------------------------------------------------------
 
-def ratio_inputs(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """New and old log-probs whose ratios lie on both sides of the clip, advantages, mask."""
-    old_logps, mask = ragged(seed)
-    return old_logps + noise(seed + 1, 0.3), old_logps, noise(seed + 2), mask
-
-
 @pytest.mark.parametrize("clip_range", [0.05, 0.2])
 def test_policy_loss_is_equation_7(clip_range):
-    """min taken for max, a clip that holds gains back only or losses only, a mean over the batch's
-    tokens in place of each response's own."""
+    """min taken for max, a clip that holds gains back only or losses only, a mean over the batch's tokens in place of
+    each response's own."""
     logps, old_logps, advantages, mask = ratio_inputs(30)
     got = ppo_policy_loss(logps, old_logps, advantages, mask, clip_range)
     sides = set()
@@ -362,8 +316,7 @@ def test_policy_gradient_stops_where_the_clip_says():
 
 
 def test_policy_gradient_at_ratio_1_is_reinforce():
-    """Before the first update the clip and the ratio do nothing: the gradient is that of the mean
-    of -A log pi."""
+    """Before the first update the clip and the ratio do nothing: the gradient is that of the mean of -A log pi."""
     _, old_logps, advantages, mask = ratio_inputs(40)
     logps, plain = (old_logps.clone().requires_grad_() for _ in range(2))
     loss = ppo_policy_loss(logps, old_logps, advantages, mask, 0.2)
@@ -389,14 +342,14 @@ def test_value_loss_is_the_larger_of_two_errors(clip_range):
 
 
 def test_masked_places_have_no_say_and_get_no_gradient():
-    """Prompt and padding: whatever stands there, losses and gradients of the response stay, and
-    there is none for the rest. A ratio of e^800 is infinite, and 0 times that is no number."""
+    """Prompt and padding: whatever stands there, losses and gradients of the response stay, and there is none for the
+    rest. A ratio of e^800 is infinite, and 0 times that is no number."""
     logps, old_logps, advantages, mask = ratio_inputs(60)
     results = []
     for junk in (0.0, 800.0):
         x = [torch.where(mask, v, torch.full_like(v, junk)).requires_grad_()
              for v in (logps, advantages, noise(63), noise(64))]
-        loss = (ppo_policy_loss(x[0], old_logps, x[1], mask, 0.2)
+        loss = (ppo_policy_loss(x[0], old_logps, x[1], mask, 0.2) + nll_loss(x[0], mask)
                 + ppo_value_loss(x[2], noise(65), x[3], mask, 0.2))
         gradients = torch.autograd.grad(loss.sum(), x)
         assert all(torch.equal(g[~mask], torch.zeros_like(g[~mask])) for g in gradients)
@@ -408,28 +361,30 @@ def test_masked_places_have_no_say_and_get_no_gradient():
         torch.testing.assert_close(clean, other)
 
 
-def test_padding_changes_nothing_in_ppo():
-    """A longer response in the batch makes the others' rows wider, on the right."""
-    logps, old_logps, advantages, mask = ratio_inputs(70)
-    wide = [torch.cat([x, torch.full((5, 3), 9.0)], 1) for x in (logps, old_logps, advantages)]
-    wide_mask = torch.cat([mask, torch.zeros(5, 3, dtype=torch.bool)], 1)
-
-    def everything(logps, old_logps, advantages, mask):
-        rewards = kl_shaped_rewards(torch.ones(5), logps, old_logps, mask, 0.1)
-        tokens = [rewards, *gae(rewards, advantages, mask, 1.0, 0.95), whiten(advantages, mask)]
-        return [*(x[:, :9] for x in tokens), ppo_policy_loss(logps, old_logps, advantages, mask, 0.2),
-                ppo_value_loss(logps, old_logps, advantages, mask, 0.2)]
-
-    for narrow, padded in zip(everything(logps, old_logps, advantages, mask),
-                              everything(*wide, wide_mask)):
-        torch.testing.assert_close(narrow, padded)
-
-
 # --- all -----------------------------------------------------------------------------------------
 
+def test_padding_and_company_change_nothing():
+    """Neither a longer response in the batch, which makes rows wider on the right, nor the other rows."""
+    logps, old_logps, advantages, mask = ratio_inputs(70)
+    inputs = logps, old_logps, advantages, mask
+    wide = *(torch.cat([x, torch.full((5, 3), 9.0)], 1) for x in inputs[:3]), torch.cat([mask, mask[:, :3] & False], 1)
+
+    def everything(logps, old_logps, advantages, mask):
+        rewards = kl_shaped_rewards(torch.ones(len(mask)), logps, old_logps, mask, 0.1)
+        white = whiten(advantages, mask, *torch.tensor([0.5, 2.0]))  # its own mean and variance are the batch's
+        tokens = [rewards, *gae(rewards, advantages, mask, 1.0, 0.95), white]
+        return [*(x[:, :9] for x in tokens), nll_loss(logps, mask),
+                ppo_policy_loss(logps, old_logps, advantages, mask, 0.2),
+                ppo_value_loss(logps, old_logps, advantages, mask, 0.2)]
+
+    alone = [everything(*(x[i:i + 1] for x in inputs)) for i in range(5)]
+    for narrow, padded, *rows in zip(everything(*inputs), everything(*wide), *alone, strict=True):
+        torch.testing.assert_close(padded, narrow)
+        torch.testing.assert_close(torch.cat(rows), narrow)
+
+
 def test_gradients_in_float64():
-    """Analytic against numeric gradients: a detach or an in-place write in the middle fails
-    here."""
+    """Analytic against numeric gradients: a detach or an in-place write in the middle fails here."""
     logps, mask = ragged(8)
     chosen, rejected, ref_chosen, ref_rejected = (s.requires_grad_() for s in four_sums(9))
     lengths = torch.arange(1, 7)
@@ -445,8 +400,7 @@ def test_gradients_in_float64():
 
 
 def test_inputs_are_unchanged():
-    """A write through a view of the labels once made a later count of response tokens twice as
-    large."""
+    """A write through a view of the labels once made a later count of response tokens twice as large."""
     logps, mask = ragged(10)
     sums, lengths = four_sums(11), torch.arange(1, 7)
     logits, tokens = torch.randn(2, 5, 7), torch.randint(0, 7, (2, 5))

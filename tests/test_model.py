@@ -1,269 +1,263 @@
 """One forward for training and decoding: every way to compute the logits gives the same logits."""
-import math
-
 import pytest
 import torch
+from torch import Tensor
 
 from losses import token_logps
-from model import KVCache, Llama, rope_frequencies
+from model import KVCache, Llama, pad, rope_frequencies
 from tiny import LLAMA3, random_prompts, random_tokens, slow_angle, slow_logits, tiny_model
 
 CLOSE = dict(rtol=0, atol=2e-4)  # logits here are about 1 to 5
-
-
-def new_cache(model, rows: int, capacity: int) -> KVCache:
-    return KVCache(model.config, rows, capacity, "cpu", torch.float32)
-
-
-def forked(model, prompts: list[list[int]], num_samples: int, capacity: int, slots: int = 0) -> KVCache:
-    """A cache of num_samples rows behind each prompt; prompts of all lengths, padded with junk."""
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    tokens = torch.full((len(prompts), int(lengths.max())), 7)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
-    prefilled = new_cache(model, *tokens.shape)
-    model(tokens, prefilled)
-    Q, R = len(prompts), len(prompts) * num_samples
-    cache = KVCache(model.config, R, capacity, "cpu", torch.float32, new_cache(model, slots or Q, 0), num_samples)
-    cache.begin(prefilled, lengths, torch.arange(Q), torch.arange(R))
-    return cache
-
-
 SHAPES = {
-    "mha": dict(num_key_value_heads=4), "gqa": dict(num_key_value_heads=2),
-    "mqa": dict(num_key_value_heads=1), "llama3": dict(rope_scaling=LLAMA3),
-    "tied": dict(tie_word_embeddings=True), "bias": dict(attention_bias=True),
+    "mha": dict(num_key_value_heads=4), "gqa": dict(num_key_value_heads=2), "mqa": dict(num_key_value_heads=1),
+    "llama3": dict(rope_scaling=LLAMA3), "tied": dict(tie_word_embeddings=True), "bias": dict(attention_bias=True),
     "wide heads": dict(head_dim=12), "epsilon": dict(rms_norm_eps=0.3),
 }
+
+close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
 def test_forward_is_the_published_equations(shape):
-    """A wrong norm, rotation, head grouping, scale or residual is off from Llama written in
-    loops."""
-    model = tiny_model(**SHAPES[shape])
-    tokens = random_tokens(1, 12)
-    torch.testing.assert_close(model(tokens[None])[0].double(), slow_logits(model, tokens.tolist()),
-                               **CLOSE)
+    """A wrong norm, rotation, head grouping, scale or residual is off from Llama written in loops."""
+    model, tokens = tiny_model(**SHAPES[shape]), random_tokens(1, 12)
+    close(model(tokens[None])[0].double(), slow_logits(model, tokens.tolist()), **CLOSE)
 
 
 def test_attention_bias_is_on_q_k_and_v():
-    """As Qwen2 has it: one that is missed in the model would be missed by the equations above,
-    too."""
-    biases = {name.split(".")[-2] for name in tiny_model(attention_bias=True).state_dict()
-              if name.endswith(".bias")}
+    """As Qwen2 has it: the slow equations use what biases there are, and would miss one with the model."""
+    biases = {name.split(".")[-2] for name in tiny_model(attention_bias=True).state_dict() if name.endswith(".bias")}
     assert biases == {"q_proj", "k_proj", "v_proj"}
     assert not any(name.endswith(".bias") for name in tiny_model().state_dict())
+
+
+def test_llama3_scaling_slows_long_waves_only():
+    """Short waves stay, waves longer than the old context are slowed by the factor, and between them is a smooth mix;
+    swapping low and high, or dividing turns by 2 pi twice, fails."""
+    model = tiny_model(head_dim=32, rope_scaling=LLAMA3)
+    got = rope_frequencies(model.config, "cpu").tolist()
+    assert got == pytest.approx([slow_angle(model.config, i, 1) for i in range(16)], rel=1e-5)
+    ratios = [frequency / 100.0 ** (-i / 16) for i, frequency in enumerate(got)]
+    assert ratios[0] == pytest.approx(1) and ratios[-1] == pytest.approx(1 / 8)
+    assert sum(1 / 7.9 < ratio < 0.99 for ratio in ratios) >= 2  # the smooth middle was tested
 
 
 @torch.no_grad()
 def test_logits_are_float32_even_from_bfloat16_weights():
     """Log-probabilities of 200 tokens summed from bfloat16 logits are off by about a nat."""
-    model = tiny_model().to(torch.bfloat16)
-    assert model(random_tokens(1, 1, 6)).dtype == torch.float32
+    assert tiny_model().bfloat16()(random_tokens(1, 1, 6)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("chunks", [[1] * 12, [12], [5, 1, 3, 3], [1, 11], [6, 6]])
+@torch.no_grad()
+def test_a_token_changes_nothing_before_it_and_something_after():
+    """A mask that hides too little leaks the answer, or lets padding in; one that hides too much forgets the past."""
+    model, tokens = tiny_model(), random_tokens(6, 1, 10)
+    logits = model(tokens)
+    for t in range(1, 10):
+        changed = tokens.clone()
+        changed[0, t] = 3 + (tokens[0, t] - 2) % 21
+        gap = (model(changed) - logits).abs().amax(-1)[0]
+        assert gap[:t].max() < 2e-4 and gap[t:].min() > 1e-3
+        close(model(tokens[:, :t]), logits[:, :t], **CLOSE)
+
+
+def test_padding_is_on_the_right_to_a_multiple():
+    tokens, lengths = pad([[3, 4, 5], [6]], "cpu", multiple=2)
+    assert tokens.tolist() == [[3, 4, 5, 0], [6, 0, 0, 0]] and lengths.tolist() == [3, 1]
+    assert pad([[3, 4, 5], [6]], "cpu")[0].shape == (2, 3)
+    assert pad([[3, 4]], "cpu", multiple=2)[0].shape == (1, 2)
+
+
+# --- the cache -------------------------------------------------------------------------------------
+
+def new_cache(model: Llama, rows: int, columns: int) -> KVCache:
+    return KVCache(model.config, rows, columns, "cpu", torch.float32)
+
+
+def prefilled(model: Llama, prompts: list[list[int]]) -> tuple[KVCache, Tensor]:
+    """A cache of prompts of all lengths, padded with junk, and the lengths."""
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    tokens = torch.tensor([prompt + [7] * (int(lengths.max()) - len(prompt)) for prompt in prompts])
+    cache = new_cache(model, *tokens.shape)
+    model(tokens, cache)
+    return cache, lengths
+
+
+class Rows:
+    """Rows of a cache that continue shared prompts, and the sequence that each stands for."""
+
+    def __init__(self, model: Llama, prompts: list[list[int]], num_samples: int, columns: int, slots: int = 0) -> None:
+        self.model, R = model, len(prompts) * num_samples
+        shared = new_cache(model, slots or len(prompts), 0)
+        self.cache = KVCache(model.config, R, columns, "cpu", torch.float32, shared, num_samples)
+        self.cache.begin(*prefilled(model, prompts), torch.arange(len(prompts)), torch.arange(R))
+        self.sequences = {row: prompts[row // num_samples] for row in range(R)}
+
+    def step(self, seed: int, num_tokens: int = 1) -> None:
+        """Feed random tokens. Logits of every sequence are those of a full forward, and unused rows stay finite."""
+        tokens = random_tokens(seed, len(self.cache.lengths), num_tokens)
+        logits = self.model(tokens, self.cache)
+        assert logits.isfinite().all()
+        for row, ids in self.sequences.items():
+            self.sequences[row] = ids + tokens[row].tolist()
+            close(logits[row], self.model(torch.tensor([self.sequences[row]]))[0, len(ids):], **CLOSE)
+
+
+@pytest.mark.parametrize("chunks", [[1] * 12, [12], [5, 1, 3, 3], [1, 11], [6, 6]], ids=str)
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 @torch.no_grad()
 def test_cached_forward_equals_full_forward(chunks, kv_heads):
-    """A causal mask aligned to the top left is right for one token or a first chunk and wrong for
-    several tokens behind a cached prefix: they saw only the start of it."""
-    model = tiny_model(num_key_value_heads=kv_heads)
-    tokens = random_tokens(2, 3, 12)
-    cache, parts = new_cache(model, 3, 12), []
-    for chunk in tokens.split(chunks, dim=1):
-        parts.append(model(chunk, cache))
-    torch.testing.assert_close(torch.cat(parts, 1), model(tokens), **CLOSE)
+    """A causal mask aligned to the top left is right for one token or a first chunk, and wrong for several tokens after
+    a cached prefix."""
+    model, tokens = tiny_model(num_key_value_heads=kv_heads), random_tokens(2, 3, 12)
+    cache = new_cache(model, 3, 12)
+    logits = torch.cat([model(chunk, cache) for chunk in tokens.split(chunks, dim=1)], 1)
+    close(logits, model(tokens), **CLOSE)
 
 
 @pytest.mark.parametrize("shape", ["mha", "gqa", "mqa", "llama3", "bias"])
-@pytest.mark.parametrize("chunks", [[1, 1, 1, 1, 1, 1], [3, 1, 2], [2, 4]])
+@pytest.mark.parametrize("chunks", [[1] * 6, [3, 1, 2], [2, 4]], ids=str)
 @torch.no_grad()
-def test_forked_rows_equal_full_forward(shape, chunks):
-    """Rows behind a shared prompt must see all of their own prompt, none of its padding, and start
-    at its true length: one position off, or padding let in, and the logits differ."""
-    model = tiny_model(**SHAPES[shape])
-    prompts, num_samples = random_prompts(10, [3, 9, 1, 6]), 3
-    own = random_tokens(3, len(prompts) * num_samples, sum(chunks))
-    cache = forked(model, prompts, num_samples, sum(chunks))
-    parts = [model(chunk, cache) for chunk in own.split(chunks, dim=1)]
-    for row, logits in enumerate(torch.cat(parts, 1)):
-        prompt = prompts[row // num_samples]
-        full = model(torch.tensor([prompt + own[row].tolist()]))[0, len(prompt):]
-        torch.testing.assert_close(logits, full, **CLOSE)
+def test_rows_that_share_a_prompt_equal_full_forward(shape, chunks):
+    """They must see all of their own prompt, none of its padding or of another sample, and start at its true length."""
+    rows = Rows(tiny_model(**SHAPES[shape]), random_prompts(10, [3, 9, 1, 6]), 3, sum(chunks))
+    for seed, num_tokens in enumerate(chunks):
+        rows.step(seed, num_tokens)
 
 
 @torch.no_grad()
 def test_rows_that_leave_do_not_change_those_that_stay():
-    """After `keep`, rows must still find their own prompt and keys: an old row number finds
-    others'."""
-    model = tiny_model(num_key_value_heads=1)
-    prompts, num_samples = random_prompts(20, [5, 2, 8]), 4
-    own = random_tokens(4, 12, 7)
-    cache, rows = forked(model, prompts, num_samples, 7), torch.arange(12)
-    for step in range(7):
-        logits = model(own[rows, step][:, None], cache)[:, -1]
-        for row, got in zip(rows.tolist(), logits):
-            prompt = prompts[row // num_samples]
-            full = model(torch.tensor([prompt + own[row, :step + 1].tolist()]))[0, -1]
-            torch.testing.assert_close(got, full, **CLOSE)
-        leave = {1: [0, 5], 3: [1, 2, 3], 4: [11]}.get(step, [])  # question 0 is gone after step 3
-        stay = torch.tensor([row not in leave for row in rows.tolist()])
-        if not stay.all():
-            cache.keep(stay.nonzero()[:, 0])
-            rows = rows[stay]
-    assert len(rows) == 6
+    """After `keep`, rows must still find their own prompt and keys: an old row number finds others'."""
+    rows = Rows(tiny_model(num_key_value_heads=1), random_prompts(20, [5, 2, 8]), 4, 7)
+    for seed, leave in enumerate([[], [0, 5], [], [0, 1, 2], [6], [], []]):  # question 0 is gone after the fourth step
+        rows.step(seed)
+        stay = [row for row in rows.sequences if row not in leave]
+        rows.cache.keep(torch.tensor(stay))
+        rows.sequences = {new: rows.sequences[old] for new, old in enumerate(stay)}
+    assert len(rows.sequences) == len(rows.cache.lengths) == 6 and len(rows.cache.prompts.lengths) == 2
 
 
 @torch.no_grad()
-def test_sibling_rows_do_not_share_their_own_tokens():
-    """Samples of one prompt part ways: the same next token after other own tokens scores
-    otherwise."""
-    model = tiny_model()
-    cache = forked(model, random_prompts(30, [4]), 2, 2)
-    model(torch.tensor([[5], [9]]), cache)
-    a, b = model(torch.tensor([[6], [6]]), cache)[:, -1]
-    assert (a - b).abs().max() > 0.1
+def test_rows_that_begin_anew_equal_full_forward():
+    """A row that has finished is given to another prompt, longer or shorter than what was there before, while others
+    are halfway: old keys, an old length, or another row's place in the grid, and the logits differ. The tokens of rows
+    and prompts that nobody uses are drawn, too."""
+    model, N = tiny_model(), 2
+    second = random_prompts(90, [4, 14])
+    rows = Rows(model, random_prompts(80, [9, 3, 5]), N, 12, slots=5)
+    for seed in range(5):
+        rows.step(seed)
+    # prompts 0 and 2 end; of the new ones one takes the place of prompt 2, the other a new place; slot 3 is empty
+    rows.cache.begin(*prefilled(model, second), torch.tensor([4, 2]), torch.tensor([0, 5, 1, 4]))
+    rows.sequences |= {0: second[0], 5: second[0], 1: second[1], 4: second[1]}
+    for seed in range(5, 9):
+        rows.step(seed)
+    del rows.sequences[0], rows.sequences[5]
+    rows.cache.lengths[[0, 5]] = 0
+    rows.cache.place[[0, 5]] = 3 * N
+    rows.step(9)
+    rows.cache.look_at(16)
+    for seed in range(10, 12):
+        rows.step(seed)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("limits", [dict(max_position_embeddings=12), dict(sliding_window=12)], ids=str)
+def test_a_sequence_beyond_the_limit_is_refused(limits):
+    """Attention here has no window: a longer input than Mistral's would see what it must not, and the model talk
+    nonsense after a while. Prompt, cached tokens and new ones count together."""
+    model = tiny_model(**limits)
+    assert model.config.max_length == 12 and model(random_tokens(1, 1, 12)).shape == (1, 12, 24)
+    cache, rows = new_cache(model, 1, 13), Rows(model, random_prompts(5, [2, 9]), 2, 4)
+    for chunk in (9, 3):
+        model(random_tokens(2, 1, chunk), cache)
+    rows.step(3, 3)
+    for tokens, full in ((random_tokens(1, 1, 13), None), (random_tokens(4, 1, 1), cache),
+                         (random_tokens(7, 4, 1), rows.cache)):
+        with pytest.raises(ValueError, match="13 tokens exceed the 12 positions"):
+            model(tokens, full)
 
 
 @torch.no_grad()
 def test_a_row_never_writes_beyond_its_columns():
     """What follows them in memory are the columns of another row."""
-    model = tiny_model()
-    cache = forked(model, random_prompts(1, [3, 5]), 2, 4)
-    model(random_tokens(1, 4, 4), cache)
+    rows = Rows(tiny_model(), random_prompts(1, [3, 5]), 2, 4)
+    rows.step(1, 4)
     with pytest.raises(ValueError, match="has 4 columns.* token 5"):
-        model(random_tokens(2, 4, 1), cache)
+        rows.step(2)
 
 
-@torch.no_grad()
-def test_rows_that_begin_anew_equal_full_forward():
-    """A row that has ended is given to another prompt, longer or shorter than what was there before, while
-    others are in the midst of theirs: old keys, an old length, or another row's place in the grid, and the
-    logits differ. Rows and prompts that nobody uses must stay finite: their tokens are drawn, too."""
-    model, N = tiny_model(), 2
-    first, second = random_prompts(80, [9, 3, 5]), random_prompts(90, [4, 14])
-    cache = forked(model, first, N, 12, slots=5)
-    sequences = {row: list(first[row // N]) for row in range(6)}
-
-    def step(seed: int) -> None:
-        tokens = random_tokens(seed, 6)
-        logits = model(tokens[:, None], cache)[:, -1]
-        assert logits.isfinite().all()
-        for row, ids in sequences.items():
-            ids.append(int(tokens[row]))
-            full = model(torch.tensor([ids]))[0, -1]
-            torch.testing.assert_close(logits[row], full, **CLOSE)
-    for seed in range(5):
-        step(seed)
-    # prompts 0 and 2 end; of the new ones one takes the place of prompt 2, the other a new place
-    prefilled = new_cache(model, 2, 14)
-    model(torch.tensor([second[0] + [7] * 10, second[1]]), prefilled)
-    cache.begin(prefilled, torch.tensor([4, 14]), torch.tensor([4, 2]), torch.tensor([0, 5, 1, 4]))
-    sequences |= {0: list(second[0]), 5: list(second[0]), 1: list(second[1]), 4: list(second[1])}
-    # slot 3 is empty
-    for seed in range(5, 9):
-        step(seed)
-    del sequences[0], sequences[5]
-    cache.lengths[[0, 5]] = 0
-    cache.place[[0, 5]] = 3 * N
-    step(9)
-    cache.look_at(16)
-    for seed in range(10, 12):
-        step(seed)
-
-
-@torch.no_grad()
-def test_right_padding_changes_nothing():
-    """Without a look into the future, tokens after a sequence's end cannot change its logits."""
-    model = tiny_model()
-    tokens = random_tokens(5, 1, 7)
-    for junk in (0, 2, 23):
-        padded = torch.cat([tokens, torch.full((1, 5), junk)], 1)
-        torch.testing.assert_close(model(padded)[:, :7], model(tokens), **CLOSE)
-
-
-@torch.no_grad()
-def test_a_token_changes_nothing_before_it_and_something_after():
-    """A mask that hides too little leaks the answer; one that hides too much forgets the past."""
-    model = tiny_model()
-    tokens = random_tokens(6, 1, 10)
-    for t in range(1, 9):
-        changed = tokens.clone()
-        changed[0, t] = 3 + (tokens[0, t] - 2) % 21
-        gap = (model(changed) - model(tokens)).abs().amax(-1)[0]
-        assert gap[:t].max() < 2e-4
-        assert (gap[t:] > 1e-3).all()
-
-
-# --- log-probabilities without logits ------------------------------------------------------------
+# --- log-probabilities without logits ----------------------------------------------------------------
 
 SPANS = [(0, 3), (2, 9), (4, 5), (0, 11), (5, 5)]  # columns that are scored in each of five rows
 
 
-def ragged_mask() -> torch.Tensor:
+def ragged_mask() -> Tensor:
     columns = torch.arange(11)
     return torch.stack([(columns >= a) & (columns < b) for a, b in SPANS])
 
 
-def value_and_gradients(model: Llama, logps) -> tuple[torch.Tensor, dict]:
+def value_and_gradients(model: Llama, logps: Tensor) -> tuple[Tensor, dict]:
     """Of a sum in which every column has a weight of its own, so that none can stand in for another."""
     model.zero_grad()
     (logps * random_tokens(8, *logps.shape)).sum().backward()
     return logps.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("rows_at_once", [1, 4, 100])
 @pytest.mark.parametrize("tied", [False, True])
-def test_logps_are_those_of_the_naive_way(monkeypatch, tied, rows_at_once):
-    """Value and gradient of full logits, gathered; 0 where the mask is off, in one chunk or many."""
+def test_logps_are_those_of_the_naive_way(monkeypatch, tied, rows_at_once, autocast):
+    """Value and gradient of full logits, gathered; 0 where the mask is off, in one chunk or many. Under autocast, what
+    the backward pass repeats must be in bfloat16, as it was the first time."""
     monkeypatch.setattr(Llama, "rows_at_once", rows_at_once)
     model, tokens, mask = tiny_model(sharpness=0.7, tie_word_embeddings=tied), random_tokens(7, 5, 12), ragged_mask()
-    expected, slopes = value_and_gradients(model, token_logps(model(tokens), tokens) * mask)
-    got, gradients = value_and_gradients(model, model.logps(tokens, mask))
-    assert got.dtype == torch.float32 and not got[~mask].any()
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
-    for name in slopes:
-        torch.testing.assert_close(gradients[name], slopes[name], rtol=0, atol=1e-6 * float(slopes[name].abs().max()))
-
-
-def test_logps_under_autocast_are_those_of_the_naive_way(monkeypatch):
-    """The computation that the backward pass repeats must be in bfloat16, as the first one was."""
-    monkeypatch.setattr(Llama, "rows_at_once", 4)
-    model, tokens, mask = tiny_model(sharpness=0.7), random_tokens(7, 5, 12), ragged_mask()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         naive, ours = token_logps(model(tokens), tokens) * mask, model.logps(tokens, mask)
     expected, slopes = value_and_gradients(model, naive)
     got, gradients = value_and_gradients(model, ours)
-    assert got.dtype == torch.float32
-    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    for name in slopes:
-        torch.testing.assert_close(gradients[name], slopes[name], rtol=0, atol=0.01 * float(slopes[name].abs().max()))
+    assert got.dtype == torch.float32 and not got[~mask].any()
+    close(got, expected, rtol=0, atol=1e-5)
+    for name, slope in slopes.items():
+        close(gradients[name], slope, rtol=0, atol=(0.01 if autocast else 1e-6) * float(slope.abs().max()))
+
+
+@pytest.mark.parametrize("rows_at_once", [4, 100])
+def test_scores_and_entropies_are_those_of_the_equations(monkeypatch, rows_at_once):
+    """One pass of the network serves both; an entropy is a diagnostic, and no gradient flows back from it."""
+    monkeypatch.setattr(Llama, "rows_at_once", rows_at_once)
+    model, tokens, mask = tiny_model(sharpness=0.7), random_tokens(7, 5, 12), ragged_mask()
+    hidden = model.model(tokens)
+    scores, entropies = model.score(hidden, tokens, mask), model.entropy(hidden, mask)
+    assert scores.requires_grad and not entropies.requires_grad
+    for row in range(5):
+        logps = slow_logits(model, tokens[row].tolist())[:-1].log_softmax(-1)
+        for got, slow in ((scores, logps.gather(-1, tokens[row, 1:, None])[:, 0]),
+                          (entropies, -(logps.exp() * logps).sum(-1))):
+            close(got[row].double(), torch.where(mask[row], slow, 0.0), **CLOSE)
 
 
 def test_the_head_sees_only_places_that_are_scored(monkeypatch):
     """(B, T, V) is what runs out of memory: no more than rows_at_once rows, and none for a prompt."""
     monkeypatch.setattr(Llama, "rows_at_once", 4)
     monkeypatch.setattr("losses.ROWS", 1)
-    model, seen = tiny_model(), []
+    model, mask, seen = tiny_model(), ragged_mask(), []
     model.lm_head.register_forward_hook(lambda head, inputs, logits: seen.append(logits.shape))
-    mask = ragged_mask()
     logps = model.logps(random_tokens(7, 5, 12), mask)
-    assert all(rows <= 4 and V == 24 for rows, V in seen) and sum(rows for rows, _ in seen) == mask.sum()
+    assert sum(rows for rows, _ in seen) == mask.sum()
     logps.sum().backward()
-    assert all(len(shape) == 2 and shape[0] <= 4 for shape in seen)
+    assert all(rows <= 4 for rows, _ in seen)
     assert not model.logps(random_tokens(7, 5, 12), torch.zeros_like(mask)).any()
 
 
 PACKED = [([3, 4, 5, 6], [[7, 8, 2], [9, 2]]), ([5], [[6, 2], [7, 7, 7, 2]]), ([8, 3, 9], [[2], [4, 2], [5, 6, 7]])]
 
 
-def packed(groups) -> list[torch.Tensor]:
+def packed() -> list[Tensor]:
     """Tokens, positions and segments (B, 16) of rows prompt[:-1], then prompt[-1] + response for each response."""
     rows = []
-    for prompt, responses in groups:
+    for prompt, responses in PACKED:
         row = [(token, i, 0) for i, token in enumerate(prompt[:-1])]
         for number, response in enumerate(responses, start=1):
             row += [(token, len(prompt) - 1 + i, number) for i, token in enumerate(prompt[-1:] + response)]
@@ -271,78 +265,39 @@ def packed(groups) -> list[torch.Tensor]:
     return [torch.tensor([[cell[i] for cell in row] for row in rows]) for i in range(3)]
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("shape", ["mha", "gqa", "llama3"])
-def test_packed_responses_are_the_sequences_they_stand_for(shape):
+def test_packed_responses_are_the_sequences_they_stand_for(shape, recompute):
     """A response in a row with others has the log-probabilities, and gives the gradients, that it has alone after its
-    prompt: no look at the other one, no position off, the shared prompt counted for both."""
+    prompt: no look at the other one, no position off, the shared prompt counted for both. Also where activations are
+    recomputed, with the same masks and positions."""
     model = tiny_model(sharpness=0.7, **SHAPES[shape])
-    tokens, positions, segments = packed(PACKED)
+    tokens, positions, segments = packed()
     mask = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    model.model.checkpoint_activations = recompute
     got = model.logps(tokens, mask, positions, segments)
     got.sum().backward()
+    model.model.checkpoint_activations = False
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for row, (prompt, responses) in enumerate(PACKED):
-        for i, response in enumerate(responses):
+        for number, response in enumerate(responses, start=1):
             alone = torch.tensor([prompt + response])
-            logps = token_logps(model(alone), alone)[0, len(prompt) - 1:]
-            torch.testing.assert_close(got[row, segments[row, 1:].eq(i + 1) & mask[row]], logps, rtol=0, atol=1e-5)
-            logps.sum().backward()
+            slow = token_logps(slow_logits(model, alone[0].tolist())[None], alone)[0, len(prompt) - 1:]
+            close(got[row, segments[row, 1:].eq(number) & mask[row]], slow, rtol=0, atol=1e-5)
+            token_logps(model(alone), alone)[0, len(prompt) - 1:].sum().backward()
     for name, p in model.named_parameters():
-        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-4, atol=1e-5)
+        close(gradients[name], p.grad, rtol=1e-4, atol=1e-5)
 
 
-def test_llama3_scaling_slows_long_waves_only():
-    """Short waves stay, waves longer than the old context are slowed by the factor, between them a
-    smooth mix; swapping low and high, or dividing turns by 2 pi twice, fails."""
-    model = tiny_model(head_dim=32, rope_scaling=LLAMA3)
-    got = rope_frequencies(model.config, "cpu").tolist()
-    expected = [slow_angle(model.config, i, 1) for i in range(16)]
-    assert got == pytest.approx(expected, rel=1e-5)
-    plain = [100.0 ** (-i / 16) for i in range(16)]
-    ratios = [frequency / base for frequency, base in zip(got, plain)]
-    assert ratios[0] == pytest.approx(1)
-    assert ratios[-1] == pytest.approx(1 / 8)
-    assert sum(1 / 7.9 < ratio < 0.99 for ratio in ratios) >= 2  # the smooth middle was tested
-
-
-@torch.no_grad()
-def test_attention_depends_on_distance_only():
-    """Rotary positions: the same tokens later in the context attend to each other the same way."""
-    model = tiny_model(num_hidden_layers=1)
-    prompt, places = random_tokens(7, 1, 5), torch.arange(5)[None]
-    here, later, stretched = (model.model(prompt, None, p) for p in (places, places + 40, 2 * places))
-    torch.testing.assert_close(later, here, **CLOSE)
-    assert not torch.allclose(stretched, here, atol=1e-3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("limits", [dict(max_position_embeddings=12), dict(sliding_window=12)])
-def test_a_sequence_beyond_the_limit_is_refused(limits):
-    """Attention here has no window: a longer input than Mistral's would see what it must not, and
-    talk nonsense after a while. Prompt, cached tokens and new ones count together."""
-    model = tiny_model(**limits)
-    assert model.config.max_length == 12
-    assert model(random_tokens(1, 1, 12)).shape == (1, 12, 24)
-    with pytest.raises(ValueError, match="13 tokens exceed the 12 positions"):
-        model(random_tokens(1, 1, 13))
-    cache = new_cache(model, 1, 13)
-    model(random_tokens(2, 1, 9), cache)
-    model(random_tokens(3, 1, 3), cache)
-    with pytest.raises(ValueError, match="13 tokens exceed the 12 positions"):
-        model(random_tokens(4, 1, 1), cache)
-    rows = forked(model, random_prompts(5, [2, 9]), 2, 4)
-    model(random_tokens(6, 4, 3), rows)
-    with pytest.raises(ValueError, match="13 tokens exceed the 12 positions"):
-        model(random_tokens(7, 4, 1), rows)
-
-
-@torch.no_grad()
-def test_slow_reference_is_what_it_claims():
-    """The yardstick itself: uniform attention over equal keys, and angles that grow with
-    position."""
-    model = tiny_model()
-    assert slow_angle(model.config, 0, 3) == 3.0
-    assert slow_angle(model.config, 2, 10) == pytest.approx(10 * 100 ** -0.5)
-    assert math.isclose(float(slow_logits(model, [5])[0, 0]),
-                        float(model(torch.tensor([[5]]))[0, 0, 0]), abs_tol=1e-3)
+def test_checkpointed_activations_change_no_gradient():
+    """Equal to the bit: the same operations once more. And every block must run again, or no memory is saved."""
+    model, tokens, mask, runs = tiny_model(), random_tokens(7, 5, 12), ragged_mask(), []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *args: runs.append(1))
+    results = []
+    for model.model.checkpoint_activations in (False, True):
+        results.append(value_and_gradients(model, model.logps(tokens, mask)))
+    (expected, slopes), (got, gradients) = results
+    assert len(runs) == 2 * (1 + 2)
+    assert torch.equal(got, expected) and all(torch.equal(gradients[name], slopes[name]) for name in slopes)
