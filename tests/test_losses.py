@@ -43,7 +43,7 @@ def slow_dpo(won: float, lost: float, ref_won: float, ref_lost: float, beta: flo
     return -math.log(1 / (1 + math.exp(-(beta * (won - ref_won) - beta * (lost - ref_lost)))))
 
 
-# --- token_logps ---------------------------------------------------------------------------------
+# --- log-probabilities and entropies -----------------------------------------------------------------
 
 def test_token_logps_scores_each_token_one_place_before():
     """Labels that are not shifted, or shifted twice, or a softmax over the wrong axis."""
@@ -167,17 +167,6 @@ def test_dpo_stays_finite_at_large_margins():
     torch.testing.assert_close(loss, torch.tensor([0.0, 1000.0]))
 
 
-def test_dpo_cares_about_margins_only():
-    """Policy and reference may both give a response any constant more: only the ratio counts."""
-    chosen, rejected, ref_chosen, ref_rejected = four_sums(7)
-    loss = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, 0.2)
-    shifted = dpo_loss(chosen + 7, rejected - 3, ref_chosen + 7, ref_rejected - 3, 0.2)
-    torch.testing.assert_close(shifted, loss)
-    swapped = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, 0.2)
-    margin = 0.2 * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    torch.testing.assert_close(swapped - loss, margin)
-
-
 # Two pairs by hand, beta 0.1.
 # Pair 1: margin (-10 + 11) - (-12 + 11) = 2, ln(1 + e^-0.2) = 0.598139, NLL 10 / 5 = 2.
 # Pair 2: margin (-8 + 6) - (-4 + 7) = -5, ln(1 + e^0.5) = 0.974077, NLL 8 / 16 = 0.5.
@@ -272,9 +261,9 @@ def test_whitening_with_given_statistics_is_that_of_the_whole_batch():
 
 
 def test_group_baselines():
-    """(r - mean) / std of a question's own samples, and r minus the mean of the others. Scores that are all 0.1 have a
-    rounding error for a standard deviation, which must not be divided by."""
-    scores = torch.tensor([[1.0, 0.0, 0.1, 1.0], [0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 1.0]])
+    """(r - mean) / std of a question's own samples, and r minus the mean of the others. 30 scores that are all 0.1
+    have a rounding error for a standard deviation, which must not be divided by."""
+    scores = torch.tensor([[1.0, 0.0, 0.1, 1.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
     normalized, others = group_normalized(scores), leave_one_out(scores)
     for row, values in enumerate(scores.tolist()):
         mean = sum(values) / 4
@@ -284,6 +273,7 @@ def test_group_baselines():
             assert float(normalized[row, i]) == pytest.approx(expected, abs=1e-3)
             rest = (sum(values) - value) / 3
             assert float(others[row, i]) == pytest.approx(value - rest, abs=1e-6)
+    assert group_normalized(torch.full((1, 30), 0.1)).abs().max() < 1e-3
 
 
 # --- PPO: losses ---------------------------------------------------------------------------------
@@ -304,15 +294,6 @@ def test_policy_loss_is_equation_7(clip_range):
             sides.add((A > 0, ratio > clipped, ratio < clipped))
         assert float(got[row]) == pytest.approx(-total / (b - a))
     assert len(sides) == 6  # the numbers reach every case: A of both signs, above, below, within
-
-
-def test_policy_gradient_stops_where_the_clip_says():
-    """No gradient for more of what is already 20 % likelier; but one for taking back too much."""
-    old = torch.zeros(1, 4)
-    logps = torch.tensor([[1.3, 0.7, 1.3, 0.7]]).log().requires_grad_()
-    advantages, mask = torch.tensor([[1.0, -1.0, -1.0, 1.0]]), torch.ones(1, 4)
-    ppo_policy_loss(logps, old, advantages, mask, 0.2).sum().backward()
-    assert logps.grad[0].tolist() == pytest.approx([0.0, 0.0, 1.3 / 4, -0.7 / 4])
 
 
 def test_policy_gradient_at_ratio_1_is_reinforce():
