@@ -160,6 +160,9 @@ def test_rows_that_begin_anew_equal_full_forward():
     rows.cache.look_at(16)
     for seed in range(10, 12):
         rows.step(seed)
+    rows.cache.keep(torch.tensor([1, 2, 4]))  # those of prompt 2 are not neighbours
+    rows.sequences = {new: rows.sequences[old] for new, old in enumerate([1, 2, 4])}
+    rows.step(12)
 
 
 @torch.no_grad()

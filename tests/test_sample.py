@@ -118,7 +118,8 @@ def test_finished_rows_make_room_within_the_budget(alone, batch_rows, cache_toke
     watched = Watched(tiny_model(), prompts=some_prompts(), batch_rows=batch_rows, cache_tokens=cache_tokens)
     assert watched.responses == alone
     assert sum(busy > 0 for busy in watched.busy) >= 3
-    assert max(rows for rows, length in watched.shapes if length == 1) <= batch_rows
+    rows = [rows for rows, length in watched.shapes if length == 1]
+    assert rows[-1] < max(rows) <= batch_rows  # once no question waits, rows that have finished are dropped
     if cache_tokens:
         assert cache_tokens / 2 < max(watched.columns) <= cache_tokens
 
@@ -218,6 +219,7 @@ class Graph(TorchDispatchMode):
 
     def replay(self) -> None:
         Graph.replays += 1
+        assert Graph.replays < 5000, "no row finishes"
         for function, args, kwargs, out in self.operations:
             inputs = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
             news = tree_leaves(function(*args, **kwargs))
