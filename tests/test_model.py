@@ -23,6 +23,7 @@ def test_forward_is_the_published_equations(shape):
     """A wrong norm, rotation, head grouping, scale or residual is off from Llama written in loops."""
     model, tokens = tiny_model(**SHAPES[shape]), random_tokens(1, 12)
     close(model(tokens[None])[0].double(), slow_logits(model, tokens.tolist()), **CLOSE)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == (shape == "tied")
 
 
 def test_attention_bias_is_on_q_k_and_v():
