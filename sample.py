@@ -14,6 +14,7 @@ import runpy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,10 +36,10 @@ class Response:
 
 def uniforms(seed: int, prompt: list[int], num_samples: int, count: int) -> Tensor:
     """(N, count) float64 in [0, 1): row n, a function of (seed, prompt, n) alone, draws the tokens of sample n."""
-    digest, generator = hashlib.sha256(repr((seed, prompt)).encode()).digest(), torch.Generator()
-    name = int.from_bytes(digest[:7], "big")
-    return torch.stack([torch.rand(count, dtype=torch.float64, generator=generator.manual_seed(name ^ sample))
-                        for sample in range(num_samples)])
+    # not torch.Generator, which keeps only 32 bits of a seed on a CPU: some prompts would share their numbers
+    key = int.from_bytes(hashlib.sha256(repr((seed, prompt)).encode()).digest()[:8], "big")
+    streams = (numpy.random.Generator(numpy.random.Philox(key=[key, sample])) for sample in range(num_samples))
+    return torch.from_numpy(numpy.stack([stream.random(count) for stream in streams]))
 
 
 def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
