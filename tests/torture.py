@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    if args.model is None:
+    if args.model is None and args.methods != ["sft"]:
         base = args.out / "base"
         finish(start(["train.py", *TINY, "--max_steps", "60"], base, 1), base)
         args.model = base / "run" / "model"
