@@ -1,6 +1,8 @@
 """What several ranks compute, written to a folder for test_parallel.py to compare: run under torchrun.
 
-    torchrun --standalone --nproc_per_node 2 tests/ranks.py OUT MODEL
+    torchrun --standalone --nproc_per_node 2 tests/ranks.py OUT MODEL OTHERS
+
+OTHERS: the folder that another number of ranks has written, from whose state these resume.
 """
 import dataclasses
 import json
@@ -27,54 +29,57 @@ from train import TrainOptions, accumulate, descend, load_for_training, micro_ba
 
 FP32 = TrainOptions(lr=1e-2, batch_size=7, precision="fp32", micro_batch_tokens=20)
 MADE_OF = "the same"
-TRAINED_FOR = 3
+
+
+def options_here(**changes) -> TrainOptions:
+    """With several nodes there is one replica on each, sharded within."""
+    return dataclasses.replace(FP32, shard_within_node=parallel.node_size() < world(), **changes)
 
 
 def keep(folder: Path, name: str, tensors: dict) -> None:
-    """Full tensors of a sharded module, in a file."""
+    """Write full tensors of a sharded module to a file."""
     full = {key: full_weight(x.detach()).contiguous().clone() for key, x in tensors.items()}
     if rank() == 0:
         save_file(full, folder / f"{name}.safetensors")
 
 
-def gradients(folder: Path, model_dir: str, **options) -> list[float]:
-    """Of one batch in micro-batches, none of whose numbers is a multiple of 2 or 4; and all losses."""
-    module = load_for_training(model_dir, dataclasses.replace(FP32, **options))
-    batches = micro_batches(examples(), FP32.micro_batch_tokens)
+def gradients(folder: Path, model_dir: str) -> list[float]:
+    """Accumulate over one batch in micro-batches, whose number is no multiple of 2 or 4; return all losses."""
+    module, batches = load_for_training(model_dir, options_here()), micro_batches(examples(), FP32.micro_batch_tokens)
     assert len(batches) % 2 and len(batches) > 4, len(batches)
     values = accumulate(module, batches, nll, "fp32")
-    keep(folder, "-".join(["gradients", *options]), {name: p.grad for name, p in module.named_parameters()})
+    keep(folder, "gradients", {name: p.grad for name, p in module.named_parameters()})
     return values["loss"]
 
 
-def trained(folder: Path, model_dir: str) -> tuple[str, list[dict]]:
-    """A few steps from the start, or from the state that is there, saved after the third of five."""
-    module = load_for_training(model_dir, FP32)
+def trained(folder: Path, model_dir: str, states: Path) -> list[dict]:
+    """Take five steps from the start, or the last two from a state that is there; save one after the third."""
+    module = load_for_training(model_dir, options_here())
     with torch.no_grad():
         nll(module, examples())
     optimizer = new_optimizer(module, FP32)
-    records = load_state(folder / "state", module, optimizer, MADE_OF)
+    records = load_state(states, module, optimizer, MADE_OF)
     with torch.no_grad():  # a forward without a backward must not leave weights gathered
         nll(module, examples())
-    started = len(records)
+    name = "resumed-" + states.parent.name if records else "trained"
     while len(records) < 5:
         batches = micro_batches(examples(seed=len(records)), FP32.micro_batch_tokens)
         values = descend(module, optimizer, batches, nll, FP32)
         records.append({"loss": sum(values["loss"]), "grad_norm": values["grad_norm"][0]})
-        if len(records) == TRAINED_FOR and not started:
-            save_state(folder / "state", module, optimizer, records, MADE_OF)
-    keep(folder, f"trained-from-{started}", dict(module.named_parameters()))
+        if len(records) == 3 and name == "trained":
+            save_state(states, module, optimizer, records, MADE_OF)
+    keep(folder, name, dict(module.named_parameters()))
     return records
 
 
 def skipped(model_dir: str) -> tuple[bool, float]:
-    """A loss that is infinite on one rank only: all must leave the step out together."""
+    """Take a step with a loss that is infinite on one rank only: all must leave the step out together."""
     def loss(model, batch):
         found = nll(model, batch)
         bad = [math.inf if e.id == "item-3" else 1.0 for e in batch]
         return found | {"loss": found["loss"] * found["loss"].new_tensor(bad)}
 
-    options = dataclasses.replace(FP32, skip_nonfinite=True)
+    options = options_here(skip_nonfinite=True)
     module = load_for_training(model_dir, options)
     before = [full_weight(weight.detach()).clone() for weight in module.parameters()]
     batches = micro_batches(examples(), FP32.micro_batch_tokens)
@@ -84,23 +89,22 @@ def skipped(model_dir: str) -> tuple[bool, float]:
 
 
 def ppo(folder: Path, model_dir: str) -> dict:
-    """A batch of PPO, with a reference of other weights, a critic and whitened advantages."""
-    config = config_of(micro_batch_tokens=20, value_init="random", lr=1e-3)
+    """Train on a batch of PPO, with a reference of other weights, a critic and whitened advantages."""
+    config = config_of(micro_batch_tokens=20, value_init="random", lr=1e-3,
+                       shard_within_node=options_here().shard_within_node)
     policy = load_for_training(model_dir, config, lambda model: reft.Policy(model, config))
     reference = load_for_training(f"{model_dir}-reference", config).requires_grad_(False)
-    optimizer = new_optimizer(policy, config)
-    record = reft.train_on(policy, reference, optimizer, some_rollouts(), [], config, 0)
+    record = reft.train_on(policy, reference, new_optimizer(policy, config), some_rollouts(), [], config, 0)
     keep(folder, "ppo", dict(policy.named_parameters()))
     return record
 
 
 def sampled(model_dir: str) -> dict:
-    """From a split model, from the whole one, and from one in training."""
-    prompts = random_prompts(0, [3, 9, 1])
+    """Sample from a split model, from a complete one, and from a copy of one in training."""
+    prompts, ranks = random_prompts(0, [3, 9, 1]), min(2, world())
     found = {}
-    for name, model in (("whole", load_model(model_dir)),
-                        ("split", load_model(model_dir, ranks=min(2, world()))),
-                        ("of training", sampler_of(load_for_training(model_dir, FP32), ranks=min(2, world())))):
+    for name, model in (("complete", load_model(model_dir)), ("split", load_model(model_dir, ranks=ranks)),
+                        ("of training", sampler_of(load_for_training(model_dir, options_here()), ranks=ranks))):
         found[name] = [[r.ids for r in group] for group in
                        generate(model, prompts, num_samples=3, max_new_tokens=12, eos_id=2, seed=0)]
         found[f"logits {name}"] = model(random_tokens(5, 2, 7)).flatten().tolist()[:50]
@@ -113,7 +117,7 @@ def agreements() -> dict:
         done: list[int] = []
         results = parallel.computed(list(range(count)), lambda i, done=done: done.append(i) or i * i)
         assert results == [i * i for i in range(count)], results
-        found["dealt"][count] = parallel.gather(done)
+        found["dealt"][str(count)] = parallel.gather(done)
     try:
         parallel.by_first(lambda: sys.exit("no"))
     except SystemExit as error:
@@ -121,27 +125,20 @@ def agreements() -> dict:
     return found
 
 
-def main() -> None:
-    folder, model_dir = Path(sys.argv[1]), sys.argv[2]
-    parallel.start()
-    checkpoint.sampling_dtype = lambda: torch.float32  # responses are compared exactly
-    if parallel.node_size() < world():  # several nodes: one replica on each, sharded within
-        gradients(folder, model_dir, shard_within_node=True)
-        return parallel.finish()
-    found = {"records": trained(folder, model_dir)}
-    if not parallel.by_first((folder / "trained-from-3.safetensors").exists):  # it did not resume from a state
-        found |= everything(folder, model_dir)
+def compute(folder: Path, model_dir: str, others: Path | None) -> None:
+    """Compute everything, and resume from the state made here and from the one in the folder of other ranks."""
+    module = load_for_training(model_dir, options_here())
+    save_model(module, folder / "saved", source=model_dir)
+    found = {"records": trained(folder, model_dir, folder / "state"), "agreements": agreements(),
+             "losses": gradients(folder, model_dir), "skipped": skipped(model_dir), "ppo": ppo(folder, model_dir),
+             "samples": sampled(model_dir)}
+    found["resumed"] = [trained(folder, model_dir, made / "state") for made in (folder, others) if made]
     if rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))
-    parallel.finish()
-
-
-def everything(folder: Path, model_dir: str) -> dict:
-    module = load_for_training(model_dir, FP32)
-    save_model(module, folder / "saved", source=model_dir)
-    return {"agreements": agreements(), "losses": gradients(folder, model_dir), "skipped": skipped(model_dir),
-            "ppo": ppo(folder, model_dir), "samples": sampled(model_dir)}
 
 
 if __name__ == "__main__":
-    main()
+    parallel.start()
+    checkpoint.sampling_dtype = lambda: torch.float32  # responses are compared exactly
+    compute(*map(Path, sys.argv[1:]))
+    parallel.finish()

@@ -1,7 +1,6 @@
 """The number of ranks changes the order of additions, and nothing else."""
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -12,19 +11,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint
+import irpo
+import ranks as computed_by
 from checkpoint import model_hash, save_model
 from infra import parallel
-from runs import SMALL, base  # noqa: F401 (one is a fixture)
+from runs import SMALL, call
 from tiny import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
-RANKS = (1, 2)
+RANKS = (1, 2, 4)
 
 
 def started(*command) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
-    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *map(str, command)], cwd=ROOT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            start_new_session=True)
 
 
 def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
@@ -37,26 +39,39 @@ def ended(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-def under_torchrun(ranks: int, *command) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    return ended(started(*launcher, *command))
+def two_ranks(*command) -> subprocess.CompletedProcess:
+    return ended(started("--standalone", "--nproc_per_node=2", *command))
+
+
+def two_nodes(*command) -> list[subprocess.CompletedProcess]:
+    """Two nodes of two ranks, both on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = probe.getsockname()[1]
+    nodes = [started("--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2", "--master_addr=localhost",
+                     f"--master_port={port}", *command) for node in range(2)]
+    return [ended(node) for node in nodes]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, tuple[Path, dict]]:
-    """ranks -> folder and findings of tests/ranks.py, all from the same weights."""
-    model = tmp_path_factory.mktemp("model") / "m"
+    """ranks -> folder and findings of tests/ranks.py, all from the same weights: 1 in this process, 2, and 4 on two
+    nodes, where weights are sharded within a node, and a gradient is summed within and across."""
+    model, found = tmp_path_factory.mktemp("model") / "m", {}
     save_model(tiny_model(num_key_value_heads=2), model)
     save_model(tiny_model(9), f"{model}-reference")
-    found = {}
-    for ranks in RANKS:
-        folder = tmp_path_factory.mktemp(f"ranks{ranks}")
-        done = under_torchrun(ranks, "tests/ranks.py", folder, model)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "abort" not in done.stderr.lower(), done.stderr[-3000:]
+    folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}-") for ranks in RANKS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "sampling_dtype", lambda: torch.float32)  # responses are compared exactly
+        computed_by.compute(folders[1], model, None)
+    done = [two_ranks("tests/ranks.py", folders[2], model, folders[1])]
+    done += two_nodes("tests/ranks.py", folders[4], model, folders[2])
+    for process in done:
+        assert process.returncode == 0, process.stderr[-3000:]
+        assert "abort" not in process.stderr.lower(), process.stderr[-3000:]
+    for ranks, folder in folders.items():
         found[ranks] = folder, json.loads((folder / "found.json").read_text())
-    found["model"] = model
-    return found
+    return found | {"model": model}
 
 
 def assert_near(one: Path, other: Path, **tolerance) -> None:
@@ -67,34 +82,13 @@ def assert_near(one: Path, other: Path, **tolerance) -> None:
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
-def test_gradients(results, ranks):
+def test_training(results, ranks):
     """Averages of averages, a division too many by the number of ranks, or a micro-batch that is computed again and
-    counted: each is far outside 1e-6."""
+    counted: each is far outside 1e-6 in the gradients. Then five steps with clipping and AdamW."""
     (one, before), (many, now) = results[1], results[ranks]
     assert_near(one / "gradients.safetensors", many / "gradients.safetensors", rtol=1e-5, atol=1e-6)
     assert now["losses"] == pytest.approx(before["losses"], rel=1e-6)
-
-
-def test_gradients_sharded_within_nodes(results, tmp_path):
-    """Two nodes of two ranks, both on this machine: weights are sharded within a node, and a gradient is summed
-    within and across."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    nodes = [started("-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}", "--nproc_per_node=2",
-                     "--master_addr=localhost", f"--master_port={port}", "tests/ranks.py", tmp_path, results["model"])
-             for node in range(2)]
-    for done in map(ended, nodes):
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert_near(results[1][0] / "gradients.safetensors", tmp_path / "gradients-shard_within_node.safetensors",
-                rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("ranks", RANKS[1:])
-def test_training(results, ranks):
-    """Five steps with clipping and AdamW."""
-    (one, before), (many, now) = results[1], results[ranks]
-    assert_near(one / "trained-from-0.safetensors", many / "trained-from-0.safetensors", rtol=1e-3, atol=1e-4)
+    assert_near(one / "trained.safetensors", many / "trained.safetensors", rtol=1e-3, atol=1e-4)
     assert [r["grad_norm"] for r in now["records"]] == pytest.approx([r["grad_norm"] for r in before["records"]],
                                                                      rel=1e-4)
 
@@ -111,40 +105,39 @@ def test_ppo(results, ranks):
         assert now["ppo"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
 
 
-@pytest.mark.parametrize("written, read", [(2, 2), (1, 2), (2, 1)])
-def test_a_state_resumes_on_any_number_of_ranks(results, written, read, tmp_path):
-    """With the same number to the bit."""
-    shutil.copytree(results[written][0] / "state", tmp_path / "state")
-    done = under_torchrun(read, "tests/ranks.py", tmp_path, results["model"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    before = load_file(results[written][0] / "trained-from-0.safetensors")
-    after = load_file(tmp_path / "trained-from-3.safetensors")
-    for name, weight in before.items():
-        if written == read:
-            assert torch.equal(after[name], weight), name
-        torch.testing.assert_close(after[name], weight, rtol=1e-3, atol=1e-4)
-    records = json.loads((tmp_path / "found.json").read_text())["records"]
-    assert records[:3] == results[written][1]["records"][:3]
+def test_a_state_resumes_on_any_number_of_ranks(results, tmp_path):
+    """With the same number to the bit; from 1 to 2 and from 2 to 4 up to rounding, and back to 1."""
+    for ranks in RANKS:
+        folder, found = results[ranks]
+        before, after = (load_file(folder / name) for name in (
+            "trained.safetensors", f"resumed-{folder.name}.safetensors"))
+        assert all(torch.equal(after[name], weight) for name, weight in before.items())
+        assert found["resumed"][0] == found["records"]
+    for written, read in ((1, 2), (2, 4)):
+        folder, found = results[read]
+        assert_near(results[written][0] / "trained.safetensors",
+                    folder / f"resumed-{results[written][0].name}.safetensors", rtol=1e-3, atol=1e-4)
+        assert found["resumed"][1][:3] == results[written][1]["records"][:3]
+    computed_by.trained(tmp_path, results["model"], results[4][0] / "state")
+    assert_near(results[4][0] / "trained.safetensors", tmp_path / f"resumed-{results[4][0].name}.safetensors",
+                rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_samples(results, ranks):
-    """A model split over ranks gives the same responses; so does a copy of one in training."""
+    """A model split over ranks gives the same responses; so does a copy of one in training. It is saved complete."""
     found = results[ranks][1]["samples"]
-    assert found["whole"] == results[1][1]["samples"]["whole"]
+    assert found["complete"] == results[1][1]["samples"]["complete"]
     for name in ("split", "of training"):
-        assert found[name] == found["whole"]
-        assert found[f"logits {name}"] == pytest.approx(found["logits whole"], abs=1e-4)
-
-
-@pytest.mark.parametrize("ranks", RANKS)
-def test_a_sharded_model_is_saved_whole(results, ranks):
+        assert found[name] == found["complete"]
+        assert found[f"logits {name}"] == pytest.approx(found["logits complete"], abs=1e-4)
     assert model_hash(results[ranks][0] / "saved") == model_hash(results["model"])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
 def test_agreements(results, ranks):
-    """Every item is counted once; where items do not divide evenly, the first one is computed again."""
+    """Every item is counted once; where items do not divide evenly, the first one is computed again. A step whose loss
+    is not finite on one rank is left out by all."""
     found = results[ranks][1]["agreements"]
     assert found["seen"] == list(range(ranks)) and found["first"] == "rank 0"
     assert found["said by all"] == ["no"] * ranks
@@ -152,38 +145,28 @@ def test_agreements(results, ranks):
         count = int(count)
         assert {len(items) for items in computed} == {-(-count // ranks)}
         assert sorted(sum(computed, [])) == sorted([*range(count), *[0] * (-count % ranks)])
+    assert results[ranks][1]["skipped"] == [True, 1.0]
 
 
-@pytest.mark.parametrize("ranks", RANKS)
-def test_all_ranks_leave_a_step_out_together(results, ranks):
-    untouched, count = results[ranks][1]["skipped"]
-    assert untouched is True and count == 1.0
-
-
-def test_a_driver_with_two_ranks(base, tmp_path):  # noqa: F811
+def test_a_script_with_two_ranks(base, tmp_path, capsys):
     """IRPO as a user starts it: the first samples are those of one rank, byte for byte, and the accuracies too; only
-    rank 0 speaks."""
+    rank 0 speaks. An error is told once and ends both ranks."""
     arguments = [*SMALL, "--batch_rows", "6", "--precision", "fp32", "--model", base, "--iterations", "1"]
-    runs = {ranks: tmp_path / str(ranks) for ranks in (1, 2)}
-    outputs = {ranks: under_torchrun(ranks, "irpo.py", *arguments, "--run_dir", run) for ranks, run in runs.items()}
-    for done in outputs.values():
-        assert done.returncode == 0, done.stderr[-3000:]
-    assert outputs[2].stdout == outputs[1].stdout.replace(str(runs[1]), str(runs[2]))
+    one, two = tmp_path / "1", tmp_path / "2"
+    call(irpo, *arguments, "--run_dir", one)
+    done = two_ranks("irpo.py", *arguments, "--run_dir", two)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout == capsys.readouterr().out.replace(str(one), str(two))
     for name in ("iter0/eval_samples.jsonl", "iter1/samples.jsonl"):
-        assert (runs[1] / name).read_bytes() == (runs[2] / name).read_bytes(), name
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
     # one iteration of Adam's steps: every weight must have come the same way
-    assert_near(runs[1] / "iter1/model/model.safetensors", runs[2] / "iter1/model/model.safetensors",
-                rtol=1e-2, atol=1e-3)
-    one, two = (json.loads((run / "results.json").read_text()) for run in runs.values())
-    assert [row for row in one if row["iteration"] == 0] == [row for row in two if row["iteration"] == 0]
-    assert [row.keys() for row in one] == [row.keys() for row in two]
-    assert "2 ranks" in (runs[2] / "command.txt").read_text()
-    assert not list(runs[2].rglob("*.tmp"))
+    assert_near(*(run / "iter1/model/model.safetensors" for run in (one, two)), rtol=1e-2, atol=1e-3)
+    rows, others = (json.loads((run / "results.json").read_text()) for run in (one, two))
+    assert [row for row in rows if row["iteration"] == 0] == [row for row in others if row["iteration"] == 0]
+    assert [row.keys() for row in rows] == [row.keys() for row in others]
+    assert "2 ranks" in (two / "command.txt").read_text() and not list(two.rglob("*.tmp"))
 
-
-def test_an_error_is_told_once_and_ends_all_ranks(base, tmp_path):  # noqa: F811
-    done = under_torchrun(2, "irpo.py", *SMALL, "--model", base, "--run_dir", tmp_path / "run", "--max_new_tokens",
-                          "4000")
+    done = two_ranks("irpo.py", *SMALL, "--model", base, "--run_dir", tmp_path / "3", "--max_new_tokens", "4000")
     assert done.returncode != 0
     assert done.stderr.count("the longest prompt has") == 1, done.stderr[-3000:]
 
