@@ -195,7 +195,7 @@ def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
 # --- the loop --------------------------------------------------------------------------------------
 
 def load_for_training(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
-                 dtype: torch.dtype = torch.float32) -> nn.Module:
+                      dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load wrap(the model of a directory), ready for training: on this device, or sharded over all ranks."""
     if world() == 1:
         module = wrap(load_model(directory, device(), dtype))
@@ -244,7 +244,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
 
     The state in `folder` is saved every save_every steps, and when the run is asked to stop.
     """
-    made_of = hash_of((made_of, steps, options.lr, options.batch_size))  # as a tuple: 12, 0.01 is not 1, 20.01
+    made_of = hash_of(made_of, steps, options.lr, options.batch_size)
     records = load_state(folder / "state", model, optimizer, made_of)
     with StopAsked() as stop_asked, Progress(f"train {folder.name}", steps, "step", len(records)) as bar:
         for step in range(len(records), steps):

@@ -186,8 +186,12 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
 
 def write_records(path: Path, records: list, settings: dict) -> None:
     rows = [dataclasses.asdict(record) for record in records]
-    header = [{"settings": settings, "sha256": hash_of(json.dumps([settings, rows]))}] if settings else []
+    header = [{"settings": settings, "sha256": records_hash(settings, rows)}] if settings else []
     write_jsonl(path, header + rows)
+
+
+def records_hash(settings: dict, rows: list[dict]) -> str:
+    return hashlib.sha256(json.dumps([settings, rows]).encode()).hexdigest()
 
 
 def read_records(path: Path, kind: type) -> tuple[dict, list]:
@@ -198,7 +202,7 @@ def read_records(path: Path, kind: type) -> tuple[dict, list]:
         records = [kind(**row) for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path} does not hold records of kind {kind.__name__}: {error!r}") from None
-    if header["sha256"] and header["sha256"] != hash_of(json.dumps([header["settings"], rows])):
+    if header["sha256"] and header["sha256"] != records_hash(header["settings"], rows):
         raise SystemExit(f"{path} was changed after it was written: its SHA-256 is not the one in its first line")
     return header["settings"], records
 
@@ -285,5 +289,5 @@ def hash_of(*things) -> str:
                 while part := file.read(1 << 20):
                     digest.update(part)
         else:
-            digest.update(repr(thing).encode())
+            digest.update(repr(thing).encode() + b"\0")  # or 12, 0.01 would be 1, 20.01
     return digest.hexdigest()

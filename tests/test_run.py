@@ -115,10 +115,19 @@ def test_a_damaged_file_is_refused(tmp_path, damage, said):
         read_records(path, Record)
 
 
+def test_a_file_of_an_earlier_version_is_read(tmp_path):
+    """The checksum is of the JSON text of [settings, rows], for good: sample files outlive the code that wrote them."""
+    digest = "ebf9f2518282a193ef01274c6da334baf1e1812eb24e02d719b509c9af2d8b03"
+    (tmp_path / "some.jsonl").write_text(
+        f'{{"settings": {{"seed": 0}}, "sha256": "{digest}"}}\n{{"id": "a", "value": 1.5}}\n')
+    assert read_records(tmp_path / "some.jsonl", Record) == ({"seed": 0}, [Record("a", 1.5)])
+
+
 def test_hashes_see_values_and_contents(tmp_path):
     """And not the names of files."""
     for name, content in (("a", b"1"), ("b", b"2"), ("c", b"1")):
         (tmp_path / name).write_bytes(content)
     assert hash_of(tmp_path / "a") == hash_of(tmp_path / "c") != hash_of(tmp_path / "b")
     assert hash_of([Record("a", 1.0)]) == hash_of([Record("a", 1.0)]) != hash_of([Record("a", 1.0 + 1e-15)])
+    assert hash_of(12, 0.01) != hash_of(1, 20.01)
     assert hash_of("a", "b") != hash_of("ab") and hash_of("a", "b") != hash_of("b", "a")
