@@ -9,6 +9,7 @@ import runpy
 import warnings
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -81,20 +82,38 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
             for problem, prompt, group in zip(problems, prompts, samples)]
 
 
+class Sampler:
+    """The model of a directory, hashed and loaded when that is first needed, and once for several files of answers."""
+
+    def __init__(self, directory: str, options: SampleOptions) -> None:
+        self.directory, self.options = directory, options
+
+    @cached_property
+    def weights(self) -> str:
+        return model_hash(self.directory)
+
+    @cached_property
+    def loaded(self) -> tuple:
+        return load_sampler(self.directory, self.options.tensor_parallel), load_tokenizer(self.directory)
+
+
 def answer_once(path: Path, directory: str, problems: list[data.Problem], options: SampleOptions, *, split: str,
-                num_samples: int, temperature: float, seed: int, label: str) -> list[Answered]:
+                num_samples: int, temperature: float, seed: int, label: str,
+                sampler: Sampler | None = None) -> list[Answered]:
     """Answer problems with the model of a directory, unless the file `path` already holds the result.
 
-    The file begins with the settings of its samples and a SHA-256 of all that follows.
+    The file begins with the settings of its samples and a SHA-256 of all that follows. sampler: the directory's, where
+    several files share it.
     """
+    sampler = sampler or Sampler(directory, options)
+
     def make() -> list[Answered]:
-        model, tokenizer = load_sampler(directory, options.tensor_parallel), load_tokenizer(directory)
-        return answer(model, tokenizer, problems, options, num_samples=num_samples, temperature=temperature,
-                      seed=seed, label=label)
+        return answer(*sampler.loaded, problems, options, num_samples=num_samples, temperature=temperature, seed=seed,
+                      label=label)
 
     settings = {field.name: getattr(options, field.name) for field in fields(SampleOptions)
                 if not field.metadata["free"]}
-    settings |= dict(marks=options.marks, split=split, weights=model_hash(directory), num_samples=num_samples,
+    settings |= dict(marks=options.marks, split=split, weights=sampler.weights, num_samples=num_samples,
                      temperature=temperature, seed=seed)
     return once(path, make, Answered, settings)
 
@@ -193,10 +212,12 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
 
     notes are added to both rows.
     """
+    sampler = Sampler(directory, config)
+
     def measured(file: str, split: str, num_samples: int, temperature: float) -> dict:
         answered = answer_once(folder / file, directory, config.problems(split, config.eval_questions), config,
                                split=split, num_samples=num_samples, temperature=temperature, seed=config.seed,
-                               label=f"{name} {split}")
+                               label=f"{name} {split}", sampler=sampler)
         return summarize(answered, config.task)
 
     rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}

@@ -189,9 +189,10 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
 @pytest.mark.parametrize("eval_samples", [0, 4])
 def test_the_record_of_a_model(tmp_path, monkeypatch, eval_samples):
     """Greedy on dev and test; accuracy stays the greedy one where several samples are drawn as well."""
-    calls = []
+    calls, samplers = [], set()
 
     def answer_once(path, directory, problems, config, **how) -> list[Answered]:
+        samplers.add(how.pop("sampler"))
         calls.append((path.name, directory, problems, how))
         return [replace(q, samples=q.samples[-how["num_samples"]:]) for q in hand_made()]
 
@@ -203,6 +204,7 @@ def test_the_record_of_a_model(tmp_path, monkeypatch, eval_samples):
     assert calls == [(f"{file}.jsonl", "directory", [f"2 of {split}"], dict(
         split=split, num_samples=num_samples, temperature=temperature, seed=5, label=f"M1 {split}"))
         for file, split, num_samples, temperature in asked[:3 if eval_samples else 2]]
+    assert [sampler.directory for sampler in samplers] == ["directory"]  # one, that is hashed and loaded once
     assert [(r["name"], r["iteration"], r["split"], r["note"], r["accuracy"], r.get("pass@4")) for r in rows] == [
         ("M1", 1, "dev", "n", 0.0, None), ("M1", 1, "test", "n", 0.0, pytest.approx(2 / 3) if eval_samples else None)]
     assert json.loads(json.dumps(rows)) == read_json(tmp_path / "eval.json")
