@@ -15,7 +15,7 @@ SYMBOLS = ["\n", "=<<", ">>", "####", *map(str, range(100))]  # tokens of their 
 def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: int, num_layers: int, max_positions: int,
                 seed: int) -> str:
     """Make a model directory, unless it is complete, with 4 attention heads on 2 key-value heads; return its name."""
-    if by_first((folder / "config.json").exists):  # save_model writes it last
+    if by_first((folder / "config.json").exists):  # save_model puts it here with the finished weights
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, SYMBOLS))

@@ -13,6 +13,6 @@ from tqdm import tqdm  # noqa: E402
 from runs import base, small_world  # noqa: E402, F401 (fixtures of several files)
 
 torch.set_num_threads(1)
-tqdm.monitor_interval = 0  # no thread of its own: a test that kills a driver forks this process
+tqdm.monitor_interval = 0  # no thread of its own: tests start processes
 hypothesis.settings.register_profile("fixed", deadline=None, max_examples=60, derandomize=True)
 hypothesis.settings.load_profile("fixed")
