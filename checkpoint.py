@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from infra.hardware import dtype_of
 from infra.parallel import barrier, by_first, device, full_weight, rank, shard_like, split_over_ranks, world
 from infra.run import fresh_directory, hash_of, put_in_place, read_json, write_json
 from model import Llama, ModelConfig
@@ -143,25 +144,18 @@ def set_weight(model: Llama, name: str, weight: Tensor) -> None:
         model.lm_head.weight = model.model.embed_tokens.weight
 
 
-def sampling_dtype() -> torch.dtype:
-    """Choose bfloat16 where products of it are fast (a GPU, a CPU with AVX-512 BF16 or AMX), otherwise float32."""
-    features = torch.cpu.get_capabilities()
-    fast = device() == "cuda" or features.get("avx512_bf16") or features.get("amx_bf16")
-    return torch.bfloat16 if fast else torch.float32
+def load_sampler(directory: str | Path, precision: str, ranks: int = 1) -> Llama:
+    """Load a model to sample from, in this precision, split over this many ranks."""
+    return load_model(directory, device(), dtype_of(precision), ranks)
 
 
-def load_sampler(directory: str | Path, ranks: int = 1) -> Llama:
-    """Load a model to sample from, in sampling_dtype, split over this many ranks."""
-    return load_model(directory, device(), sampling_dtype(), ranks)
-
-
-def sampler_of(model: Llama, ranks: int = 1) -> Llama:
+def sampler_of(model: Llama, precision: str, ranks: int = 1) -> Llama:
     """Turn a model in training into one to sample from: a copy, unless it is one already."""
-    if ranks == 1 and world() == 1 and model.lm_head.weight.dtype == sampling_dtype():
+    if ranks == 1 and world() == 1 and model.lm_head.weight.dtype == dtype_of(precision):
         return model
     copy = without_weights(model.config, ranks)
     for name, weight in model.named_parameters():
-        set_weight(copy, name, full_weight(weight.detach()).to(device(), sampling_dtype()))
+        set_weight(copy, name, full_weight(weight.detach()).to(device(), dtype_of(precision)))
     return copy
 
 

@@ -18,6 +18,7 @@ from checkpoint import load_sampler, model_hash
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.config import option
+from infra.hardware import ComputeOptions
 from infra.parallel import collected, dealt, gather, rank, world
 from infra.progress import Progress
 from infra.run import once, write_json
@@ -55,7 +56,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class SampleOptions(TaskOptions):
+class SampleOptions(TaskOptions, ComputeOptions):
     """How responses are sampled; methods inherit these fields."""
     max_new_tokens: int = option(512, "longest response; a truncated one is graded as it stands", low=1)
     batch_rows: int = option(1024, "responses that one sampler generates at a time; affects only speed and memory",
@@ -94,7 +95,8 @@ class Sampler:
 
     @cached_property
     def loaded(self) -> tuple:
-        return load_sampler(self.directory, self.options.tensor_parallel), load_tokenizer(self.directory)
+        model = load_sampler(self.directory, self.options.precision, self.options.tensor_parallel)
+        return model, load_tokenizer(self.directory)
 
 
 def answer_once(path: Path, directory: str, problems: list[data.Problem], options: SampleOptions, *, split: str,

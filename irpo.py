@@ -265,7 +265,7 @@ def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[s
     def accuracy(model: Llama, step: int) -> dict:
         if step % config.select_every:
             return {}
-        sampler = sampler_of(model, config.tensor_parallel)
+        sampler = sampler_of(model, config.precision, config.tensor_parallel)
         return {"dev": summarize(answer(sampler, tokenizer, dev, config, label="dev"), config.task)["accuracy"]}
 
     _, records = minimise(directory, items, pairs, golds, config, seed, folder, accuracy)

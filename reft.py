@@ -355,7 +355,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
 
     def step_once(step: int) -> dict:
         batch = batch_at(step, problems, config.batch_size, config.seed)
-        sampler = sampler_of(policy.model, config.tensor_parallel)
+        sampler = sampler_of(policy.model, config.precision, config.tensor_parallel)
         rollouts = roll_out(sampler, tokenizer, batch, config, step)  # steps 1 and 2
         record = train_on(policy, reference, optimizer, rollouts,  # steps 3 to 6
                           [golds[problem.id] for problem in batch if problem.id in golds], config, step)
@@ -365,7 +365,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
             tqdm.write(f"warning at batch {step}: {record['warnings'][name]}")
             warned.add(name)
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            sampler = sampler_of(policy.model, config.tensor_parallel)
+            sampler = sampler_of(policy.model, config.precision, config.tensor_parallel)
             record["dev"] = summarize(answer(sampler, tokenizer, dev, config), config.task)
             tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
         return record

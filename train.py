@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model, save_model
-from infra.config import Options, option
+from infra.config import option
+from infra.hardware import ComputeOptions, dtype_of
 from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
 from infra.progress import Progress, mean_or_max
 from infra.run import StopAsked, hash_of, log, write_jsonl
@@ -39,7 +40,7 @@ WIDTH = 16  # sequences are padded to a multiple of this: on a CPU every new sha
 
 
 @dataclass(frozen=True)
-class TrainOptions(Options):
+class TrainOptions(ComputeOptions):
     """How `fit` trains; methods inherit these fields and give the papers' values as defaults."""
     lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
     lr_schedule: str = option("constant", "after warm-up: constant, linear (to 0) or cosine (to 0)", SCHEDULES)
@@ -50,7 +51,6 @@ class TrainOptions(Options):
     max_steps: int = option(0, "stop after this many optimizer steps; 0: only epochs count", low=0)
     clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
-    precision: str = option("bf16", "of matrix products in training: bf16 (autocast) or fp32", ("bf16", "fp32"))
     micro_batch_tokens: int = option(4096, "padded tokens per forward pass; affects only speed and memory (4096 suits "
                                      "a CPU; on a GPU use as many as fit)", low=1, free=True)
     checkpoint_activations: bool = option(False, "keep only the input of each block and recompute the rest in the "
@@ -147,7 +147,7 @@ def packed_logps(model: Llama, prompts: list[list[int]], responses: list[list[li
 
 def autocast(precision: str):
     """Compute matrix products in bfloat16 where precision says so; parameters stay float32."""
-    return torch.autocast(device(), torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device(), torch.bfloat16, enabled=dtype_of(precision) == torch.bfloat16)
 
 
 def accumulate(model: nn.Module, parts: list[list], loss: Callable, precision: str) -> dict[str, list[float]]:
@@ -209,7 +209,7 @@ def load_for_training(directory: str | Path, options: TrainOptions, wrap: Callab
     if world() == 1:
         return module
     blocks = [block for block in module.modules() if isinstance(block, Block)]
-    return shard(module, blocks, bf16=options.precision == "bf16", within_node=options.shard_within_node,
+    return shard(module, blocks, dtype_of(options.precision), within_node=options.shard_within_node,
                  cpu_offload=options.cpu_offload).to(dtype)
 
 

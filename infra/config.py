@@ -34,6 +34,10 @@ class Options:
                 if fault := fault_of(one, field.metadata):
                     raise ValueError(f"--{field.name} {one}: {fault}")
 
+    def settled(self) -> "Options":
+        """Decide what depends on the machine (see infra/hardware.py)."""
+        return self
+
 
 def fault_of(value, rule: typing.Mapping) -> str:
     """Say what is wrong with a value, or nothing."""
@@ -69,7 +73,7 @@ def parse_config(Config: type[Options], presets: dict[str, dict], doc: str, argv
     if "run_dir" in hints and not values.get("run_dir"):
         values["run_dir"] = default_run_dir(Config, {"": preset} | flags if preset not in ("", "toy") else flags)
     try:
-        config = Config(**values)
+        config = Config(**values).settled()
     except ValueError as error:
         parser.error(str(error))
     for field in dataclasses.fields(Config):

@@ -36,10 +36,11 @@ from tqdm import tqdm
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: the signal to get when the parent ends
+chosen = ""  # the device that --device has named, cpu or cuda (see infra/hardware.py)
 
 
 def device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return chosen or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def rank() -> int:
@@ -163,21 +164,21 @@ def mesh(outer: int, inner: int):
 
 # --- sharded training ------------------------------------------------------------------------------
 
-def shard(module: nn.Module, blocks: list[nn.Module], *, bf16: bool, within_node: bool,
+def shard(module: nn.Module, blocks: list[nn.Module], dtype: torch.dtype, *, within_node: bool,
           cpu_offload: bool) -> nn.Module:
     """Shard a module's float32 weights, gradients and moments over all ranks (FSDP2), block by block.
 
-    A block's weights are gathered, in bfloat16 if bf16, when it computes; the embedding and the head in float32, which
+    A block's weights are gathered, in this dtype, when it computes; the embedding and the head in float32, which
     autocast casts as it does without ranks. Gradients are summed, never averaged: the loop divides by the number of
     items in the global batch. within_node: shard over the ranks of a node and replicate across nodes, for more memory
     and less traffic between them.
     """
     ranks = mesh(world() // node_size(), node_size()) if within_node else mesh(1, world())["inner"]
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    low = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     options = dict(mesh=ranks, offload_policy=CPUOffloadPolicy() if cpu_offload else OffloadPolicy())
     for block in blocks:
-        fully_shard(block, mp_policy=low if bf16 else full, **options)
+        fully_shard(block, mp_policy=low, **options)
     # By default the outermost module stays gathered after a forward without a backward, and an optimizer created
     # then would hold weights that never see a gradient.
     fully_shard(module, mp_policy=full, reshard_after_forward=True, **options)

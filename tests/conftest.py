@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for the drivers that tests start, too
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # only tests/test_gpu.py computes on a GPU, when it is told which
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import hypothesis  # noqa: E402

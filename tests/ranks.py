@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import checkpoint  # noqa: E402
 import reft  # noqa: E402
 from checkpoint import load_model, sampler_of, save_model  # noqa: E402
 from infra import parallel  # noqa: E402
@@ -104,7 +103,7 @@ def sampled(model_dir: str) -> dict:
     prompts, ranks = random_prompts(0, [3, 9, 1]), min(2, world())
     found = {}
     for name, model in (("complete", load_model(model_dir)), ("split", load_model(model_dir, ranks=ranks)),
-                        ("of training", sampler_of(load_for_training(model_dir, options_here()), ranks=ranks))):
+                        ("of training", sampler_of(load_for_training(model_dir, options_here()), "fp32", ranks))):
         found[name] = [[r.ids for r in group] for group in
                        generate(model, prompts, num_samples=3, max_new_tokens=12, eos_id=2, seed=0)]
         found[f"logits {name}"] = model(random_tokens(5, 2, 7)).flatten().tolist()[:50]
@@ -139,6 +138,5 @@ def compute(folder: Path, model_dir: str, others: Path | None) -> None:
 
 if __name__ == "__main__":
     parallel.start()
-    checkpoint.sampling_dtype = lambda: torch.float32  # responses are compared exactly
     compute(*map(Path, sys.argv[1:]))
     parallel.finish()

@@ -11,6 +11,7 @@ from data import toy
 from data.fresh import fresh_model
 from data.prompts import encode_prompt, encode_solution
 from data.tokenizer import load_tokenizer
+from infra.parallel import device
 from train import Example, TrainOptions, fit_sft
 
 SMALL = ["--preset", "smoke", "--num_questions", "10", "--num_samples", "3", "--max_new_tokens", "24",
@@ -24,7 +25,7 @@ def base(tmp_path_factory) -> Path:
     rows = toy.corpus(0, size=240, practice=120, drills=60)
     fresh_model([f"{row['question']} {row['solution']}" for row in rows], folder, vocab_size=288, hidden_size=32,
                 num_layers=1, max_positions=192, seed=0)
-    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, device()), load_tokenizer(folder)
     examples = [Example(row["id"], encode_prompt(tokenizer, row["question"] + "\n"),
                         encode_solution(tokenizer, row["solution"])) for row in rows]
     options = TrainOptions(epochs=2, lr=1e-2, warmup_steps=5, lr_schedule="cosine", precision="fp32")

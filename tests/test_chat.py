@@ -37,9 +37,8 @@ def test_a_chat_prints_the_responses(base, monkeypatch, capsys):
     """As the flags ask for them; neither a question that is too long ends it, nor blank lines, nor broken UTF-8."""
     lines = f"{QUESTION}\n\n\xff\n{QUESTION * 20}\n{QUESTION}\n".encode("latin1")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
-    monkeypatch.setattr(chat, "load_sampler", load_model)  # float32: where rows are few, bfloat16 may round otherwise
-    call(chat, "--model", base, "--prompt", "rft", "--num_samples", "2", "--temperature", "1.2", "--top_k", "9",
-         "--top_p", "0.9", "--seed", "3", "--max_new_tokens", "8")
+    call(chat, "--model", base, "--precision", "fp32", "--prompt", "rft", "--num_samples", "2", "--temperature", "1.2",
+         "--top_k", "9", "--top_p", "0.9", "--seed", "3", "--max_new_tokens", "8")
     said, tokenizer = capsys.readouterr().out, load_tokenizer(base)
 
     prompt = encode_prompt(tokenizer, prompt_text("rft", "", QUESTION))

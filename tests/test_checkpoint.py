@@ -53,27 +53,22 @@ def test_tied_embeddings_stay_tied(tmp_path):
     assert same_bits(load_model(tmp_path / "again"), loaded)
 
 
-@pytest.mark.parametrize("features, dtype", [
-    ({}, torch.float32), ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
-    ({"avx512_bf16": True}, torch.bfloat16), ({"amx_bf16": True}, torch.bfloat16)])
-def test_a_cpu_samples_in_bfloat16_if_it_has_products_of_it(tmp_path, monkeypatch, features, dtype):
-    """Elsewhere bfloat16 is emulated, which is slower than float32; training keeps float32 weights anyway."""
-    monkeypatch.setattr(checkpoint, "device", lambda: "cpu")
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_a_sampler_has_the_precision_asked_for(precision, dtype, tmp_path):
+    """Training keeps float32 weights anyway."""
     save_model(tiny_model(), tmp_path / "model")
     trained = load_model(tmp_path / "model")
-    for sampler in (load_sampler(tmp_path / "model"), sampler_of(trained)):
+    for sampler in (load_sampler(tmp_path / "model", precision), sampler_of(trained, precision)):
         assert {p.dtype for p in sampler.parameters()} == {dtype}
     assert {p.dtype for p in trained.parameters()} == {torch.float32}
     assert (sampler is trained) == (dtype == torch.float32)  # no copy without need
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_sampler_is_a_copy_of_the_model_at_that_moment(tied, monkeypatch):
+def test_a_sampler_is_a_copy_of_the_model_at_that_moment(tied):
     """Training that continues must not change it, and a tied head stays tied."""
-    monkeypatch.setattr(checkpoint, "sampling_dtype", lambda: torch.bfloat16)
     trained = tiny_model(tie_word_embeddings=tied)
-    sampler, expected = sampler_of(trained), tiny_model(tie_word_embeddings=tied).to(torch.bfloat16)
+    sampler, expected = sampler_of(trained, "bf16"), tiny_model(tie_word_embeddings=tied).to(torch.bfloat16)
     with torch.no_grad():
         for weight in trained.parameters():
             weight.add_(1)

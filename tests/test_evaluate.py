@@ -175,12 +175,12 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
 
     assert ask(dict(batch_rows=7, tensor_parallel=2)) == ask({}) == hand_made()
     [((model, _, problems, options), asked)] = calls
-    assert (model, problems, options.prompt, options.batch_rows) == ((str(base), 2), ["problem"], "irpo", 7)
+    assert (model, problems, options.prompt, options.batch_rows) == ((str(base), "auto", 2), ["problem"], "irpo", 7)
     assert asked == dict(num_samples=4, temperature=0.7, seed=3, label="x")
     said, _ = read_records(path, Answered)
     assert said == how | dict(weights=model_hash(base), task="toy", path="", source="publisher", toy_steps=[2, 3],
                               toy_world="ways", prompt="irpo", chat="", answer_format="", marks="final_answer",
-                              max_new_tokens=512)
+                              max_new_tokens=512, precision="auto")
     for name, value in dict(split="test", num_samples=1, temperature=1.0, seed=4).items():
         with pytest.raises(SystemExit, match=f"other settings:\n  {name}: "):
             ask({}, **{name: value})

@@ -331,8 +331,9 @@ def test_every_file_of_samples_is_made_as_it_must(name, iterations, back, split,
 
         assert [q.id for q in questions_answered] == [problem.id for problem in problems]
         assert [q.prompt for q in questions_answered] == [f"{problem.question}\n" for problem in problems]
-        again = generate(load_sampler(directory), [q.prompt_ids for q in questions_answered], num_samples=num_samples,
-                         max_new_tokens=24, temperature=temperature(t), eos_id=tokenizer.eos_id, seed=seed(t))
+        again = generate(load_sampler(directory, "auto"), [q.prompt_ids for q in questions_answered],
+                         num_samples=num_samples, max_new_tokens=24, temperature=temperature(t),
+                         eos_id=tokenizer.eos_id, seed=seed(t))
         assert [[s.ids for s in q.samples] for q in questions_answered] == [[r.ids for r in group] for group in again]
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
 import irpo
 import ranks as computed_by
 from checkpoint import model_hash, save_model
@@ -61,9 +60,7 @@ def results(tmp_path_factory) -> dict[int, tuple[Path, dict]]:
     save_model(tiny_model(num_key_value_heads=2), model)
     save_model(tiny_model(9), f"{model}-reference")
     folders = {ranks: tmp_path_factory.mktemp(f"ranks{ranks}-") for ranks in RANKS}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "sampling_dtype", lambda: torch.float32)  # responses are compared exactly
-        computed_by.compute(folders[1], model, None)
+    computed_by.compute(folders[1], model, None)
     done = [two_ranks("tests/ranks.py", folders[2], model, folders[1])]
     done += two_nodes("tests/ranks.py", folders[4], model, folders[2])
     for process in done:

@@ -12,14 +12,15 @@ import torch
 from checkpoint import load_sampler
 from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
 from data.tokenizer import load_tokenizer, pieces
-from infra.config import Options, option, parse_config
+from infra.config import option, parse_config
+from infra.hardware import ComputeOptions
 from infra.run import run_script
 from model import Llama
 from sample import Batch, cache_budget
 
 
 @dataclass(frozen=True)
-class Config(Options):
+class Config(ComputeOptions):
     model: str = option("", "model directory", required=True)
     prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     chat: str = option("", f"wrap prompts for a chat model: {', '.join(filter(None, CHATS))}", CHATS)
@@ -57,7 +58,7 @@ def read_question() -> str:
 
 def main() -> None:
     config = parse_config(Config, {}, __doc__)
-    model, tokenizer = load_sampler(config.model), load_tokenizer(config.model)
+    model, tokenizer = load_sampler(config.model, config.precision), load_tokenizer(config.model)
     sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print("Type a question; an empty line ends.")

@@ -14,6 +14,7 @@ from data.check import check_inputs
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer_once, summarize
 from infra.config import option, parse_config
+from infra.hardware import ComputeOptions
 from infra.run import hash_of, open_run, read_records, run_script, write_json
 from rewards import grade_all, require_math_verify
 
@@ -32,7 +33,8 @@ class Config(SampleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        ignored = [f"--{field.name}" for field in fields(self) if field.name not in ("rescore", "run_dir")
+        computing = [field.name for field in fields(ComputeOptions)]
+        ignored = [f"--{field.name}" for field in fields(self) if field.name not in ("rescore", "run_dir", *computing)
                    and getattr(self, field.name) != field.default]
         if self.rescore and ignored:
             raise ValueError(f"--rescore takes all settings from its file: leave {' '.join(ignored)} out")

@@ -1,0 +1,126 @@
+"""What a run computes on: its device, the precision of its products, and its threads.
+
+Rounding depends on all three. They are chosen when a run begins and recorded in its config.json; a run that is resumed
+keeps its precision and its threads.
+"""
+import dataclasses
+import os
+import re
+import sys
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from infra import parallel
+from infra.config import Options, option
+from infra.run import read_json
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeOptions(Options):
+    device: str = option("auto", "cpu, cuda or cuda:1; auto: a GPU where there is one", free=True)
+    precision: str = option("auto", "of matrix products in sampling and training (weights are trained in float32): "
+                            "bf16 or fp32; auto: what is faster here", ("auto", *PRECISIONS))
+    threads: int = option(0, "of a CPU; 0: one per idle core", low=0, free=True)
+
+    def settled(self) -> "ComputeOptions":
+        """Choose what is left open, as an earlier part of the run did where there was one; say so, and use it."""
+        use_device(self.device)
+        path = Path(getattr(self, "run_dir", "")) / "config.json"
+        before = read_json(path) if path.is_file() else {}
+        precision, threads, why = self.precision, self.threads, "as asked"
+        if precision == "auto":
+            precision, why = (before["precision"], "as before") if "precision" in before else faster_precision()
+        elif precision == "bf16" and parallel.device() == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError("--precision bf16: this GPU does not support it; give fp32")
+        line = f"products in {precision} ({why})"
+        if parallel.device() == "cpu" and parallel.world() == 1:
+            idle = idle_cores()
+            threads = threads or before.get("threads") or idle
+            torch.set_num_threads(threads)
+            line += f", {threads} threads"
+            if idle < usable_cores():
+                line += f"; the machine is busy: {idle} of {usable_cores()} cores are idle (--threads decides)"
+        if parallel.rank() == 0:
+            print(f"{parallel.device()}: {line}", file=sys.stderr)
+        return dataclasses.replace(self, precision=precision, threads=threads)
+
+
+def use_device(name: str) -> None:
+    """Compute on cpu, cuda or cuda:N from here on; ValueError where that is not possible."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device {name}: give cpu, cuda or cuda:N. (mps has no float64, which drawing tokens needs)")
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {name}: PyTorch finds no GPU here; give cpu")
+        number = int(name.partition(":")[2] or torch.cuda.current_device())
+        if ":" in name and parallel.world() > 1:
+            raise ValueError(f"--device {name}: torchrun gives each rank a GPU of its own; give cuda")
+        if number >= torch.cuda.device_count():
+            raise ValueError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, and the first is cuda:0")
+        torch.cuda.set_device(number)
+    parallel.chosen = "" if name == "auto" else name.partition(":")[0]
+
+
+# --- precision -------------------------------------------------------------------------------------
+
+def dtype_of(precision: str) -> torch.dtype:
+    return PRECISIONS[faster_precision()[0] if precision == "auto" else precision]
+
+
+def faster_precision() -> tuple[str, str]:
+    """bf16 or fp32, and why."""
+    if parallel.device() == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        return ("bf16", "this GPU computes it") if fast else ("fp32", "this GPU has no bf16")
+    ratio = bf16_speed()
+    return "bf16" if ratio > 1.2 else "fp32", f"a product in bf16 is {ratio:.1f} times as fast as in fp32 here"
+
+
+@cache
+def bf16_speed() -> float:
+    """How many times as fast as in float32 a CPU computes a matrix product in bfloat16: a measurement of 20 ms.
+
+    The processor's flags do not tell: some that have AVX-512 BF16 compute such products at half the speed of float32.
+    """
+    squares = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in PRECISIONS.values()}
+    fastest = dict.fromkeys(squares, float("inf"))
+    for _ in range(6):  # in turns, and the fastest of each: what else the machine does shall not matter
+        for dtype, x in squares.items():
+            began = time.perf_counter()
+            x @ x
+            fastest[dtype] = min(fastest[dtype], time.perf_counter() - began)
+    return fastest[torch.float32] / fastest[torch.bfloat16]
+
+
+# --- threads ---------------------------------------------------------------------------------------
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
+
+
+def idle_cores() -> int:
+    """Cores, at least one, that nobody else uses. With a thread more than that, all wait for the slowest at every
+    product: beside one busy process, two threads on two cores were 30 times slower than one.
+
+    Linux only, a measurement of 0.2 s; elsewhere all usable cores count as idle.
+    """
+    stat = Path("/proc/stat")
+    if usable_cores() == 1 or not stat.exists():
+        return usable_cores()
+
+    def used() -> float:
+        user, nice, system, idle, iowait, *rest = map(int, stat.read_text().split("\n")[0].split()[1:])
+        return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
+
+    before, began = used(), time.perf_counter()
+    time.sleep(0.2)
+    busy = (used() - before) / (time.perf_counter() - began)
+    free = (os.cpu_count() or 1) - busy
+    return max(1, min(usable_cores(), round(free)))
