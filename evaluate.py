@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import data
 from checkpoint import load_sampler, model_hash
@@ -25,6 +25,8 @@ from infra.run import once, write_json
 from model import Llama
 from rewards import grade_all
 from sample import Response, cache_budget, generate
+
+Z = 1.959964  # 97.5 % of a normal distribution is below this many standard deviations
 
 
 @dataclass(frozen=True)
@@ -146,12 +148,25 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
 
 # --- counting --------------------------------------------------------------------------------------
 
-def wilson(successes: float, n: int) -> tuple[float, float]:
+def wilson(successes: float, n: float) -> tuple[float, float]:
     """95 % score interval of a proportion (Wilson 1927): it never leaves [0, 1] and is sound near its ends."""
-    z, p = 1.959964, successes / n
-    center = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    p = successes / n
+    center = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
     return max(0.0, center - half), min(1.0, center + half)
+
+
+def wilson_of_mean(shares: list[float]) -> tuple[float, float]:
+    """95 % interval of the mean of values in [0, 1]: Wilson's, with the number of zeros and ones that tells as much.
+
+    The variance of zeros and ones with mean p is p (1 - p); values that vary less count as more of them. Equal values
+    would count as infinitely many, so Z^2 / 2 zeros and Z^2 / 2 ones are added first (as Agresti and Coull do, 1998).
+    """
+    n = len(shares) + Z * Z
+    p = (sum(shares) + Z * Z / 2) / n
+    variance = (sum(share * share for share in shares) + Z * Z / 2) / n - p * p
+    count = len(shares) * p * (1 - p) / variance
+    return wilson(fmean(shares) * count, count)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -164,22 +179,22 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 def majority(answers: list[tuple[str | None, bool]]) -> float:
     """Share of the most frequent answers that is right, from (answer, is right); no answer has no vote.
 
-    A tie is shared rather than broken, so that the order of samples cannot matter.
+    A tie is shared rather than broken, and so is an answer with several verdicts: any sample that gives it could be the
+    one to hand in. So the order of samples cannot matter.
     """
     votes = Counter(answer for answer, _ in answers if answer is not None)
-    if not votes:
-        return 0.0
-    right = dict(answers)
-    winners = [answer for answer, count in votes.items() if count == max(votes.values())]
-    return sum(right[answer] for answer in winners) / len(winners)
+    most = max(votes.values(), default=0)
+    return fmean(right for answer, right in answers if votes[answer] == most) if most else 0.0
 
 
 def summarize(answered: list[Answered], task: str) -> dict:
     """Count over each question's first sample (accuracy, verdicts, lengths), and over all of several (pass@k, maj@k).
 
-    Samples of a question are not independent, so the interval of pass@1, the accuracy of one sample, is 1.96 standard
-    errors of the mean over questions.
+    Samples of a question are not independent, so the interval of pass@1, the accuracy of one sample, is that of a mean
+    over questions. SystemExit without questions.
     """
+    if not answered:
+        raise SystemExit("there are no questions to measure a model on")
     first, n, k = [q.samples[0] for q in answered], len(answered), len(answered[0].samples)
     right, verdicts = sum(sample.right for sample in first), Counter(sample.verdict for sample in first)
     found = {"n": n, "accuracy": right / n, "ci95": wilson(right, n),
@@ -190,8 +205,7 @@ def summarize(answered: list[Answered], task: str) -> dict:
         return found
     counts = [sum(sample.right for sample in q.samples) for q in answered]
     found |= {f"pass@{2 ** i}": fmean(pass_at_k(k, c, 2 ** i) for c in counts) for i in range(k.bit_length())}
-    half = 1.959964 * stdev(c / k for c in counts) / math.sqrt(n) if n > 1 else 1.0
-    return found | {"pass@1_ci95": [max(0.0, found["pass@1"] - half), min(1.0, found["pass@1"] + half)],
+    return found | {"pass@1_ci95": wilson_of_mean([c / k for c in counts]),
                     f"maj@{k}": fmean(majority([(s.answer, s.right) for s in q.samples]) for q in answered),
                     "num_samples": k, "sampled_tags": by_tags([(q.id, s) for q in answered for s in q.samples], task)}
 

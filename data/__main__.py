@@ -14,6 +14,7 @@ from data.prompts import gold_text
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer, pieces
 from infra.config import option, parse_config
+from infra.progress import printable
 from infra.run import run_script
 
 GREY, GREEN = ("\033[90m", "\033[37m"), ("\033[32m", "\033[92m")  # two shades, to tell neighbouring tokens apart
@@ -28,6 +29,7 @@ class Config(TaskOptions):
 
 def paint(texts: list[str], shades: tuple[str, str]) -> str:
     """Join texts, neighbours in different shades."""
+    texts = [*map(printable, texts)]
     if "NO_COLOR" in os.environ:
         return "".join(texts) if shades is GREY else f"[[{''.join(texts)}]]"
     return "".join(f"{shades[i % 2]}{text}\033[0m" for i, text in enumerate(texts))
@@ -49,7 +51,7 @@ def main() -> None:
             prompt = token_texts(tokenizer, config.prompt_ids(tokenizer, problem))
             gold = token_texts(tokenizer, config.gold_ids(tokenizer, problem) or [])
         solution = paint(gold, GREEN) if problem.solution else "\n--- no gold solution in these files"
-        print(f"--- {problem.id}, answer {problem.answer}\n{paint(prompt, GREY)}{solution}")
+        print(f"--- {printable(f'{problem.id}, answer {problem.answer}')}\n{paint(prompt, GREY)}{solution}")
         if tokenizer and problem.solution:
             print(f"--- {len(prompt)} prompt tokens with mask 0, {len(gold)} solution tokens with mask 1")
     print(f"--- {len(problems):,} problems in {config.task} {config.split}")

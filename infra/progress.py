@@ -1,5 +1,6 @@
-"""What is shown and recorded of long work: progress bars with rates, and figures over the steps of a run."""
+"""What is shown and recorded of long work: progress bars with rates, figures over the steps of a run, safe text."""
 import time
+import unicodedata
 from statistics import fmean
 
 from tqdm import tqdm
@@ -22,6 +23,15 @@ class Progress(tqdm):
         speed = self.tokens / (time.perf_counter() - self.began)
         self.set_postfix_str(", ".join([*shown, f"{speed:,.0f} tok/s"]), refresh=False)
         self.update(count)
+
+
+def printable(text: str) -> str:
+    """Escape what a terminal obeys or cannot encode: a text of a model must not move its cursor or set its title.
+
+    Those are control characters other than newline and tab, overrides of the reading direction, and lone surrogates.
+    """
+    return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
+                   else c.encode("unicode_escape").decode() for c in text)
 
 
 def summary(records: list[dict]) -> dict:

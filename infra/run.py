@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from infra import parallel
+from infra.progress import printable
 
 ROOT = Path(__file__).parent.parent
 LOCKS: dict[Path, object] = {}  # open lock files of the run directories that this process holds
@@ -32,6 +33,7 @@ LOCKS: dict[Path, object] = {}  # open lock files of the run directories that th
 def run_script(main: Callable[[], None]) -> None:
     """Run a script's main on all ranks; Ctrl-C and SIGTERM end it with a sentence instead of a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may not know every letter
     try:
         parallel.start()
         main()
@@ -45,7 +47,7 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         parallel.leave("\nstopped; run the same command again to continue at the first missing file")
     except SystemExit as error:
-        parallel.leave(error.code)
+        parallel.leave(printable(error.code) if isinstance(error.code, str) else error.code)
 
 
 class StopAsked:

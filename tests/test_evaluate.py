@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import evaluate
 from checkpoint import load_model, model_hash
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson
+from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson, wilson_of_mean
 from infra.run import read_json, read_records, write_records
 from sample import Response, generate
 
@@ -38,6 +38,27 @@ def test_wilson_stays_in_range_and_is_symmetric(n, data):
         assert abs(successes / n - p) == pytest.approx(1.959964 * math.sqrt(max(0, p * (1 - p)) / n), abs=1e-6)
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=200))
+def test_the_interval_of_a_mean(rights):
+    """Of zeros and ones it is Wilson's, of values between them no wider; it is always inside [0, 1], holds the mean and
+    has a width. 20 questions of 4 right samples each gave [1, 1], and 2 questions left [0, 1] but for a clip."""
+    shares, n = [right / 4 for right in rights], len(rights)
+    low, high = wilson_of_mean(shares)
+    assert 0 <= low <= fmean(shares) + 1e-12 and fmean(shares) - 1e-12 <= high <= 1 and low < high
+    outer = wilson(sum(shares), n)
+    assert outer[0] <= low + 1e-9 and high <= outer[1] + 1e-9
+    assert wilson_of_mean([float(right > 2) for right in rights]) == pytest.approx(
+        wilson(sum(right > 2 for right in rights), n))
+
+
+@pytest.mark.parametrize("shares, low, high", [
+    ([1.0] * 20, 0.8389, 1.0), ([0.0] * 20, 0.0, 0.1611), ([1.0], 0.2065, 1.0), ([0.5] * 20, 0.4134, 0.5866),
+    ([0.25, 0.75] * 500, 0.4844, 0.5156)])
+def test_the_interval_of_a_mean_in_examples(shares, low, high):
+    """Where values vary as in the last row, 1.96 standard errors of 1,000 questions are 0.0155."""
+    assert wilson_of_mean(shares) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
 @pytest.mark.parametrize("n", [1, 2, 5, 7])
 def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
     """1 - (1 - c/n)^k is biased: it draws with replacement."""
@@ -52,20 +73,23 @@ def test_pass_at_k_is_the_share_of_subsets_that_hold_a_right_one(n):
 
 
 def test_majority_by_hand():
-    """No answer is no vote, however many there are; a tie is shared; nobody voting is not right."""
+    """No answer is no vote, however many there are; a tie is shared; nobody voting is not right. An answer with two
+    verdicts (a rounded value, a text that was cut off) had that of its last sample."""
     right, wrong, none = ("18", True), ("7", False), (None, False)
     assert majority([right, right, wrong]) == majority([none, none, none, right]) == 1.0
     assert majority([right, wrong]) == 0.5 and majority([right, wrong, ("3", False)]) == pytest.approx(1 / 3)
     assert majority([right, wrong, wrong]) == majority([none, none]) == majority([]) == 0.0
+    assert majority([right, ("18", False)]) == majority([("18", False), right, wrong]) == 0.5
 
 
-@given(st.lists(st.sampled_from([("18", True), ("7", False), ("3", False), (None, False)]), max_size=9),
+@given(st.lists(st.tuples(st.sampled_from(["18", "7", "3", None]), st.booleans()), max_size=9),
        st.randoms(use_true_random=False))
 def test_majority_does_not_know_the_order_of_samples(answers, rng):
     """The first most common answer of a Counter is that of the first sample."""
-    votes = [vote for vote in answers if vote[0]]
-    winners = {vote for vote in votes if votes.count(vote) == max(map(votes.count, votes))}
-    share = fmean(right for _, right in winners) if winners else 0.0  # mean over all ways to break a tie
+    votes = [answer for answer, _ in answers if answer]
+    winners = {answer for answer in votes if votes.count(answer) == max(map(votes.count, votes))}
+    rights = [fmean(right for answer, right in answers if answer == winner) for winner in winners]
+    share = fmean(rights) if winners else 0.0  # mean over all ways to break a tie
     shuffled = rng.sample(answers, len(answers))
     assert majority(shuffled) == majority(answers) == pytest.approx(share)
 
@@ -103,20 +127,20 @@ def test_summary_of_a_hand_made_set():
 
 def test_counts_over_all_samples_of_a_hand_made_set():
     """pass@1 is the mean accuracy of a sample, pass@4 the share of questions with any right one, maj@4 the vote of each
-    question; style shares are over all samples. One sample has no such counts, and one question no interval."""
+    question; style shares are over all samples. One sample has no such counts."""
     summary = summarize(hand_made(), "toy")
     assert summary["pass@1"] == pytest.approx((2 + 1 + 0) / 12)
     assert summary["pass@2"] == pytest.approx((5 / 6 + 3 / 6 + 0) / 3)
     assert summary["pass@4"] == pytest.approx(2 / 3)
     assert "pass@3" not in summary and "pass@8" not in summary
     assert summary["maj@4"] == pytest.approx(1 / 3) and summary["num_samples"] == 4
-    half = 1.959964 * 0.25 / math.sqrt(3)  # shares 1/2, 1/4, 0: standard deviation 1/4
-    assert summary["pass@1_ci95"] == [0.0, pytest.approx(0.25 + half)]
+    assert summary["pass@1_ci95"] == wilson_of_mean([1 / 2, 1 / 4, 0])
     careful = summary["sampled_tags"]["style"]["careful"]
     assert careful == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(2 / 5)}
     backwards = summarize([replace(q, samples=q.samples[::-1]) for q in hand_made()], "toy")
     assert all(backwards[name] == summary[name] for name in ("pass@1", "pass@1_ci95", "maj@4", "sampled_tags"))
-    assert summarize(hand_made()[:1], "toy")["pass@1_ci95"] == [0.0, 1.0]
+    with pytest.raises(SystemExit, match="no questions"):
+        summarize([], "toy")
     greedy = [replace(question, samples=question.samples[:1]) for question in hand_made()]
     assert not {"num_samples", "pass@1", "maj@1"} & summarize(greedy, "toy").keys()
 

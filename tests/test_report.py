@@ -10,7 +10,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from matplotlib.figure import Figure
 
 from tools import page, report
 
@@ -116,75 +115,10 @@ def test_report_shows_the_numbers_of_the_run(tmp_path, monkeypatch, capsys):
             ("M1", "share of style=careful", "25%"), ("M1", "all wrong", "10.0%"), ("M1", "pairs", "140"),
             ("M1", "chosen change", "-1.00"), ("M1", "flops", "1.00e+12"), ("M1", "seconds train", "60.0")]:
         assert table_cell(text, f"{run} {row}", column) == shown, (row, column)
-    assert "commit abc123; minutes 1.5" in text and "a second start" not in text
-    assert "M2 answers 90.0% of 100 test questions" in screen and "unfinished" not in screen
-
-
-def test_what_changed_between_first_and_last_model_is_shown(tmp_path, monkeypatch, capsys):
-    run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
-    call(monkeypatch, run)
-    for shown in (capsys.readouterr().out, (run / "report.md").read_text()):
+    assert "commit abc123; minutes 1.5" in text and "a second start" not in text and "unfinished" not in screen
+    for shown in (screen, text):
         assert re.findall(r"text (\d of q-\d)", shown) == ["0 of q-0", "2 of q-0", "0 of q-2", "2 of q-2"]
         assert "From M0 to M2, 2 questions went from wrong to right and 1 from right to wrong" in shown
-
-
-@pytest.mark.parametrize("text", [
-    "<script>alert(1)</script>", "a\n\n<img src=x onerror=alert(1)>", "```\n<script>x</script>\n````\n<b>bold</b>",
-    "~~~\n<script>x</script>\n~~~", "a\r\r<script>x</script>\r\u2028<b>", "[a](javascript:alert(1)) <a@b.c>",
-    "![accuracy.png](accuracy.png)", '<img src="accuracy.png">', "    ```\n<svg/onload=x>", "\x02wzxhzdk:0\x03<b>",
-    "</code></pre><script>x</script>", "| a |\n| --- |\n| <i>x</i> |", "&lt;b&gt; <!-- <script> -->"])
-def test_text_of_a_model_is_shown_as_text(text):
-    """Nothing that a model writes may run, be fetched, or change the page: its answers are text inside <pre>."""
-    seen = Page()
-    seen.feed(page.to_html(f"before\n\n{page.fenced(text)}\n\nafter", "report", {"accuracy.png": b"png"}))
-    assert seen.tags == {"html", "meta", "title", "style", "p", "pre", "code"} and not seen.sources
-    assert seen.attributes == {"lang", "charset", "http-equiv", "content"}
-    assert [re.sub("[\x02\x03]", "", re.sub("\r\n?", "\n", text)).strip()] == [code.strip() for code in seen.codes]
-
-
-def test_answers_of_a_run_are_fenced(tmp_path, monkeypatch):
-    run = irpo_run(tmp_path / "run", [0.5, 0.9])
-    for t in (0, 1):
-        file = run / f"iter{t}" / "eval_samples.jsonl"
-        file.write_text("".join(json.dumps(row) + "\n" for row in [{"settings": {}}, {
-            "id": "q", "gold": "3", "samples": [{"text": "```\n**5**", "verdict": "correct" if t else "wrong"}]}]))
-    call(monkeypatch, run)
-    seen = Page()
-    seen.feed((run / "report.html").read_text())
-    assert seen.codes == ["```\n**5**\n"] * 2
-
-
-class Page(HTMLParser):
-    """Collects tags, attributes, addresses of pictures, and the text of each <pre>."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.tags, self.attributes, self.sources, self.codes, self.inside = set(), set(), [], [], False
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes |= {name for name, _ in attrs}
-        self.sources += [value for name, value in attrs if name == "src"]
-        if tag == "pre":
-            self.inside = True
-            self.codes.append("")
-
-    def handle_endtag(self, tag):
-        self.inside &= tag != "pre"
-
-    def handle_data(self, data):
-        if self.inside:
-            self.codes[-1] += data
-
-
-def test_html_in_labels_and_commands_is_shown_as_text(tmp_path, monkeypatch):
-    run = irpo_run(tmp_path / "<b>a|b<b>", [0.5, 0.9])
-    (run / "command.txt").write_text("command  python irpo.py --task <script>x</script>\n")
-    call(monkeypatch, run, "--out", tmp_path)
-    shown = (tmp_path / "report.html").read_text()
-    assert "&lt;script&gt;x&lt;/script&gt;" in shown and not re.search("<script|<b>", shown)
-    assert "&lt;b&gt;a|b&lt;b&gt;</td>" in shown, "a row's name stays in its cell"
-    assert "<script" not in page.to_html("<script>x</script>\n\n<div onclick=x>", "report", {})
 
 
 def test_runs_of_the_other_methods_are_recognised(tmp_path, monkeypatch):
@@ -205,12 +139,31 @@ def test_an_unfinished_run_is_shown_and_called_so(tmp_path, monkeypatch, capsys)
     assert table_cell((run / "report.md").read_text(), f"{run} M1", "accuracy").startswith("70.0%")
 
 
-@pytest.mark.parametrize("files, reason", [([], "no config.json"), (["config.json"], "no evaluated model")])
+@pytest.mark.parametrize("files, reason", [
+    ({}, "no config.json"), ({"config.json": {}}, "no evaluated model"),
+    ({"config.json": {}, "iter_old/eval.json": []}, "no evaluated model"),
+    ({"config.json": {}, "results.json": {"accuracy": 0.5}}, "cannot be read as a run .*TypeError"),
+    ({"config.json": {}, "results.json": [{"model": "M0"}]}, "cannot be read as a run .*'name'")], ids=str)
 def test_what_is_no_run_is_refused_with_the_reason(tmp_path, monkeypatch, files, reason):
-    for name in files:
-        (tmp_path / name).write_text("{}")
+    """Files of another program, or of another version of this one, were a KeyError without a path."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=reason):
         call(monkeypatch, tmp_path)
+
+
+def test_what_a_run_does_not_know_is_left_out(tmp_path, monkeypatch):
+    """Runs of all methods in one report, of which one has no log, no command, one row, no split and a new measure."""
+    others = [irpo_run(tmp_path / "irpo", [0.5]), rft_run(tmp_path / "rft", 0.6), reft_run(tmp_path / "reft", 0.8)]
+    bare = write_run(tmp_path / "bare", [{"name": "X", "iteration": None, "maj@2": 0.5, "new": [1], "split": "odd"}])
+    for name in ("command.txt", "log.jsonl"):
+        (bare / name).unlink()
+    call(monkeypatch, bare, *others)
+    text = (bare / "report.md").read_text()
+    assert table_cell(text, f"{bare} X", "accuracy") == "" and table_cell(text, f"{bare} X", "maj@2") == "50.0%"
+    assert [table_cell(text, f"{run} {name}", "accuracy")[:5] for run, name in zip(others, ("M0", "RFT", "ReFT"))] == [
+        "50.0%", "60.0%", "80.0%"]
 
 
 def test_a_torn_line_is_passed_over_and_named(tmp_path, monkeypatch, capsys):
@@ -235,6 +188,52 @@ def test_runs_from_different_bases_are_pointed_out(tmp_path, monkeypatch, capsys
 
 
 # --- the page --------------------------------------------------------------------------------------
+
+class Page(HTMLParser):
+    """Collects the elements and attributes of a page, and the texts of its elements."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.elements, self.texts, self.inside = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, *[name for name, _ in attributes if name != "style"]))
+        self.inside = tag
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append((self.inside, data.strip()))
+
+
+@pytest.mark.parametrize("text", [
+    "<script>alert(1)</script>", "a\n\n<img src=x onerror=alert(1)>", "```\n<script>x</script>\n````\n<b>bold</b>",
+    "~~~\n<script>x</script>\n~~~", "a\r\r<script>x</script>\r\u2028<b>", "[a](javascript:alert(1)) <a@b.c>",
+    "![accuracy.png](accuracy.png)", '<img src="accuracy.png">', "    ```\n<svg/onload=x>", "\x02wzxhzdk:0\x03<b>",
+    "</code></pre><script>x</script>", "| a |\n| --- |\n| <i>x</i> |", "&lt;b&gt; <!-- <script> -->", "a|b\\|c\\",
+    "# head\n- item", "`code` ``` *bold*", "\x1b]0;title\x07\x1b[2J\x00\x9b1m", "\u202eleft", "\ud800"])
+def test_text_of_a_model_is_shown_as_text(text, tmp_path, capsys):
+    """In a fence, a sentence and a cell of a table: nothing may run, be fetched, change the page or reach a terminal as a
+    command. Here <script> in a cell reached report.md, and a lone surrogate ended the report."""
+    table = page.make_table(["Title", "note", "x:.1f"], ["name"], [([text], {"x": 1.5}), (["b"], {"x": 2.5})])
+    page.publish(tmp_path, "report", [f"before {text}"], {"accuracy.png": b"png"}, [page.fenced(text), table], [table])
+    markdown, seen = (tmp_path / "report.md").read_text(), Page((tmp_path / "report.html").read_text())
+    for shown in (markdown, capsys.readouterr().out):
+        assert all(c.isprintable() or c == "\n" for c in shown)
+    plain = "html meta title meta style p p img pre code h2 p table thead tr th th tbody tr td td tr td td"
+    assert " ".join(tag for tag, *_ in seen.elements) == plain
+    assert {name for _, *names in seen.elements for name in names} <= {
+        "lang", "charset", "http-equiv", "content", "src", "alt"}
+    assert [data for tag, data in seen.texts if tag == "td"][1:] == ["1.5", "b", "2.5"]
+    escaped = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+    assert "".join(data for tag, data in seen.texts if tag == "code") == escaped.strip()
+
+
+@pytest.mark.parametrize("name", ["$x_$ and $\\frac{", "_hidden", "a\x1bb", ""])
+def test_pictures_show_any_name(name):
+    """A $ begins a formula for matplotlib, which raises where it is none, and _ at the start hides a line."""
+    assert page.render({name: {name: [(0, 0.5, 0.4, 0.6)]}, "b": {name: []}}, "y", "x").startswith(b"\x89PNG")
+
 
 def test_html_carries_its_pictures_and_needs_nothing_else(tmp_path, monkeypatch):
     run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
@@ -274,26 +273,32 @@ def test_a_reader_who_leaves_early_is_no_error(tmp_path, cells):
     assert (tmp_path / "runs" / "reft.html").exists() and (tmp_path / "runs" / "reward.png").exists()
 
 
-def test_intervals_of_shares_stay_within_0_and_1_in_pictures():
-    """0.99 ± 0.3 is drawn up to 1, a change of -3 ± 5 as it is."""
-    for share, value, low, high in ((True, 0.99, 0.69, 1.29), (True, 0.01, -0.29, 0.31), (False, -3.0, -8.0, 2.0)):
-        for count in (3, 20):
-            axis = Figure().subplots()
-            page.draw(axis, {"a": [(x, value, low, high) for x in range(count)]}, ["a"], share, False)
-            ys = [y for lines in axis.collections for path in lines.get_segments() for _, y in path]
-            assert min(ys) == (pytest.approx(max(low, 0)) if share else low)
-            assert max(ys) == (pytest.approx(min(high, 1)) if share else high)
-
-
 # --- estimates -------------------------------------------------------------------------------------
 
 def test_mean_and_interval_over_seeds():
-    """0.6, 0.7, 0.9: deviation 0.152753, half-width 4.303 * 0.152753 / sqrt(3) = 0.37949."""
+    """0.6, 0.7, 0.9: deviation 0.152753, half-width 4.303 * 0.152753 / sqrt(3) = 0.37949; shares end at 0 and 1."""
     three = report.estimate({0: 0.6, 1: 0.7, 2: 0.9})
     assert three["mean"] == pytest.approx(2.2 / 3) and three["n"] == 3
-    assert three["half_width"] == pytest.approx(0.37949, abs=1e-5)
-    assert report.estimate({0: 0.5, 4: 0.7})["half_width"] == pytest.approx(1.2706)  # 12.706 * 0.141421 / sqrt(2)
-    assert report.estimate({7: 0.6}) == {"mean": 0.6, "half_width": None, "n": 1, "values": {7: 0.6}}
+    assert three["ci95"] == [pytest.approx(2.2 / 3 - 0.37949, abs=1e-5), pytest.approx(2.2 / 3 + 0.37949, abs=1e-5)]
+    assert report.estimate({0: 0.6, 1: 0.7, 2: 0.9}, 0.0, 1.0)["ci95"] == [three["ci95"][0], 1.0]
+    assert report.estimate({0: 0.5, 4: 0.7})["ci95"][1] == pytest.approx(0.6 + 1.2706)  # 12.706 * 0.141421 / sqrt(2)
+    assert report.estimate({7: 0.6}) == {"mean": 0.6, "half_width": None, "ci95": None, "n": 1, "values": {7: 0.6}}
+
+
+def test_no_interval_of_a_share_leaves_0_to_100_percent(tmp_path, monkeypatch):
+    """A table said 59.6 ± 58.8 %. Neither do differences leave ±100 points; seeds that are all right do not show that
+    every run would be; and NaN proves nothing: statistics.stdev raised for it, and a claim became "the other way"."""
+    for seed, value in enumerate((0.99, 0.2, 0.6)):
+        reft_run(tmp_path / "reft" / f"s{seed}", value)
+        reft_run(tmp_path / "sft" / f"s{seed}", 0.2)
+        reft_run(tmp_path / "nokl" / f"s{seed}", math.nan)
+    text, record = table(monkeypatch, tmp_path, "reft")
+    assert table_cell(text, "ReFT ReFT", "accuracy") == "59.7% (0.0% to 100.0%)"
+    assert table_cell(text, "SFT ReFT", "accuracy") == "20.0% (15.0% to 25.0%)", "that of a run, about test questions"
+    assert table_cell(text, "ReFT, no KL ReFT", "accuracy").startswith("nan%")
+    assert claim(text, "R1: ReFT beats SFT")[0] == "+39.7 (-58.5 to +100)"
+    assert claim(text, "R5: without KL it is worse")[3] == "not shown"
+    assert all(0 <= y <= 1 for _, *ys in report.over_models(record["cells"])["here"]["ReFT"] for y in ys)
 
 
 def test_quantiles_are_those_of_student():
@@ -314,9 +319,9 @@ def test_table_has_means_the_paper_and_what_is_missing(tmp_path, monkeypatch, ca
     irpo_run(tmp_path / "dpo" / "s1", [0.5, 0.4], alpha=0.0, fall=5.0)
     irpo_run(tmp_path / "dpo" / "s2", [0.5], finished=False, alpha=0.0)
     text, record = table(monkeypatch, tmp_path, "table")
-    assert table_cell(text, "IRPO M1", "accuracy") == "73.3% ± 37.9% [73.1%]"
+    assert table_cell(text, "IRPO M1", "accuracy") == "73.3% (35.4% to 100.0%) [73.1%]"
     assert table_cell(text, "DPO M1", "accuracy") == "40.0% (35.0% to 45.0%) [61.8%]"
-    assert table_cell(text, "IRPO M1", "dev accuracy") == "33.0% ± 0.0%"
+    assert table_cell(text, "IRPO M1", "dev accuracy") == "33.0% (28.0% to 38.0%)"
     assert table_cell(text, "DPO M1", "chosen change") == "-5.00"
     cell = record["cells"]["irpo"]
     assert cell["models"]["M1"]["accuracy"]["values"] == {"0": 0.6, "1": 0.7, "2": 0.9}
@@ -326,7 +331,7 @@ def test_table_has_means_the_paper_and_what_is_missing(tmp_path, monkeypatch, ca
     assert "Missing or unfinished: sft_gold, " in capsys.readouterr().out
     assert claim(text, "the chosen log-prob falls under DPO") == ["+4", "nats", "+4", "not shown (one seed)"]
     kind, cells, _ = report.load_table(tmp_path)
-    panels = report.over_models(report.summarize(cells, kind))
+    panels = report.over_models(report.summarize(kind, cells))
     assert panels["the paper"]["IRPO"] == [(t, *[y] * 3) for t, y in enumerate((0.556, 0.731, 0.78))]
     assert [y for _, y, *_ in panels["here"]["IRPO"]] == pytest.approx([0.5, 2.2 / 3, 0.8])
 
@@ -337,11 +342,11 @@ def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path, monkeypatc
             irpo_run(tmp_path / f"alpha{alpha}-beta{beta}" / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
     text, record = table(monkeypatch, tmp_path, "sweep")
     assert "alpha1-beta0.05" in record["missing"] and len(record["missing"]) == 17
-    assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% ± 63.5%"  # 12.706 * 0.05
+    assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
     assert table_cell(text, "β=0.1: α=1 M1", "chosen change") == "+0.00 ± 6.35"
     assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1") == ["+8.5 ± 0", "nats", "+8.5, +8.5", "shown"]
     kind, cells, _ = report.load_table(tmp_path)
-    panels = report.over_models(report.summarize(cells, kind))
+    panels = report.over_models(report.summarize(kind, cells))
     assert {name: [*lines] for name, lines in panels.items() if any(lines.values())} == {
         "β=0.05": ["α=0"], "β=0.1": ["α=0", "α=1"]}
 
@@ -356,14 +361,14 @@ def test_rft_over_k_and_the_pool(tmp_path, monkeypatch):
     assert table_cell(text, "RFT, k = 50 RFT", "accuracy") == f"70.0% ± {HALF:.1%}"
     assert table_cell(text, "RFT, k = 50 RFT", "kept").startswith("10 ±")
     assert table_cell(text, "RFT, k = 50 SFT", "accuracy").startswith("51.0%")
-    assert table_cell(text, "1/2 of the questions, k = 50 SFT", "accuracy") == "40.0% ± 0.0%"
+    assert table_cell(text, "1/2 of the questions, k = 50 SFT", "accuracy") == "40.0% (35.0% to 45.0%)"
     assert table_cell(text, "6", "correct paths") == "3.00 ± 0.00"
     assert table_cell(text, "6", "distinct paths and gold") == "1.60 ± 0.00 [1.74]"
     assert table_cell(text, "RFT, paths of 3 models, k = 50 each RFT", "only model 1").startswith("40.0%")
     assert "SFT" not in record["cells"]["pool"]["models"], "a pooled run has no SFT of its own"
     assert claim(text, "F3: RFT beats SFT") == [f"+19 ± {100 * HALF * 0.9:.3g}", "points", "+10, +19, +28", "not shown"]
     kind, cells, _ = report.load_table(tmp_path)
-    points = report.over_k(report.summarize(cells, kind))[""]["RFT"]
+    points = report.over_k(report.summarize(kind, cells))[""]["RFT"]
     assert [(x, pytest.approx(y)) for x, y, *_ in points] == [(0, 0.51), (1, 0.55), (50, 0.7)], "SFT is k = 0"
 
 
@@ -394,7 +399,7 @@ def test_claims_follow_from_the_numbers(tmp_path, monkeypatch):
     assert claim(text, "R8: its vote beats SFT's")[0] == "+10 ± 0"
     assert claim(text, "R11: dev accuracy first dips")[0] == "+70 ± 0"  # 90 to 20
     assert "R6" not in text, "a claim without its runs"
-    assert "Warnings of nokl/s1: kl at 1 batches." in text and "nokl/s0" in record["missing"]
+    assert "; nokl/s1: kl at 1 batches;" in text and "nokl/s0" in record["missing"]
 
 
 def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path, monkeypatch):
@@ -404,7 +409,7 @@ def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path, monkeypatch):
     row = {"name": "best of 8 by reward", "iteration": None, "split": "test", "accuracy": 0.95, "ci95": [0.9, 1.0]}
     write_run(tmp_path / "rerank-reft" / "s0", [row])
     text, _ = table(monkeypatch, tmp_path, "reft")
-    assert table_cell(text, "ReFT ReFT", "accuracy") == f"90.0% ± {HALF:.1%}"
+    assert table_cell(text, "ReFT ReFT", "accuracy") == "90.0% (65.2% to 100.0%)"
     assert table_cell(text, "ReFT warm-up", "accuracy").startswith("60.0%")
     assert len(re.findall(r"warm-up \| +60.0%", text)) == 1, "all cells start from the same models"
     assert table_cell(text, "ReFT, reranked best of 8", "accuracy") == "95.0% (90.0% to 100.0%)"

@@ -14,6 +14,7 @@ from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
 from data.tokenizer import load_tokenizer, pieces
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
+from infra.progress import printable
 from infra.run import run_script
 from model import Llama
 from sample import Batch, cache_budget
@@ -69,7 +70,7 @@ def main() -> None:
             continue
         for sample in range(config.num_samples):
             for token, text in pieces(tokenizer, stream(model, prompt, sample, tokenizer.eos_id, config)):
-                print(text, end="", flush=True)
+                print(printable(text), end="", flush=True)
                 finished = token == tokenizer.eos_id
             print("" if finished else " [truncated]")
 

@@ -1,8 +1,10 @@
 """The page of a report: tables, pictures and texts, written once as Markdown, of which NAME.html is the rendering.
 
-An estimate is a dict of mean, half_width (None: one value) and, if known, ci95 and the paper's number, `paper`.
+An estimate is a dict of mean, ci95 ([low, high], or None), half_width (None where that is not mean ± half) and perhaps
+the paper's number, `paper`.
 """
 import base64
+import html
 import importlib.util
 import io
 import math
@@ -10,6 +12,7 @@ import re
 from itertools import pairwise
 from pathlib import Path
 
+from infra.progress import printable
 from infra.run import write_text
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000",
@@ -29,32 +32,37 @@ def make_table(layout: list[str], head: list[str], rows: list[tuple[list[str], d
     """
     title, note, columns = layout
     keys = dict.fromkeys(key for _, record in rows for key in record)
-    used = {key: spec for pattern, spec in (column.rsplit(":", 1) for column in columns.split())
-            for key in keys if re.fullmatch(pattern, key)}
-    lines = [[*names, *(text_of(record.get(key), spec) for key, spec in used.items())]
+    used = {key: spec for pattern, spec in columns_of(columns) for key in keys if re.fullmatch(pattern, key)}
+    lines = [[*map(plain, names), *(text_of(record.get(key), spec) for key, spec in used.items())]
              for names, record in rows if used.keys() & record.keys()]
     if not lines:
         return ""
-    header = [*head, *(key.removeprefix("train_").replace("_", " ") for key in used)]
-    lines = [[cell.replace("|", r"\|") for cell in line] for line in [header, *lines]]
+    lines.insert(0, [*head, *(plain(key.removeprefix("train_").replace("_", " ")) for key in used)])
     widths = [max(3, *map(len, column)) for column in zip(*lines)]
     lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return f"## {title}\n\n{note}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def columns_of(columns: str) -> list[list[str]]:
+    return [column.rsplit(":", 1) for column in columns.split()]
+
+
 def text_of(value, spec: str) -> str:
     """Write a text, a number, or an estimate with its interval and the paper's number in brackets."""
-    if value is None or isinstance(value, str):
-        return value or ""
     if not isinstance(value, dict):
-        return format(value, spec)
+        return plain(value or "") if value is None or isinstance(value, str) else format(value, spec)
     text = format(value["mean"], spec)
     if value["half_width"] is not None:
         text += f" ± {value['half_width']:{spec.lstrip('+')}}"
-    elif "ci95" in value:
+    elif value["ci95"]:
         text += " ({:{spec}} to {:{spec}})".format(*value["ci95"], spec=spec)
     return text + (f" [{value['paper']:{spec}}]" if "paper" in value else "")
+
+
+def plain(text: str) -> str:
+    """Show a name, a path or a command in a line of Markdown: nothing in it is markup, nor another line or cell."""
+    return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def fenced(text: str) -> str:
@@ -79,14 +87,15 @@ def point(x, value: dict | float) -> tuple:
     """A point of a number, or of an estimate with its interval."""
     if not isinstance(value, dict):
         return (x, value, value, value)
-    half = value["half_width"] or 0.0
-    return (x, value["mean"], *value.get("ci95", (value["mean"] - half, value["mean"] + half)))
+    return (x, value["mean"], *(value["ci95"] or [value["mean"]] * 2))
 
 
-def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str, share: bool = False,
-           log: bool = False) -> bytes:
+def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str, y_scale: str = "",
+           x_scale: str = "linear") -> bytes:
     """Draw a PNG of panels side by side, title -> label -> points (x, y, low, high); b"" without points, or without
-    matplotlib. share: y is in [0, 1]. log: x is on a logarithmic scale."""
+    matplotlib. Scales: linear; symlog, which shows 0, too; share for a y in [0, 1]."""
+    panels = {literal(title): {literal(label): points for label, points in lines.items()}
+              for title, lines in panels.items()}
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
     panels = {title: lines for title, lines in panels.items() if any(lines.values())}
     if not panels or "matplotlib" in absent():
@@ -95,12 +104,11 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
     columns = min(len(panels), 3)
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(max(6.4, 4.2 * columns), 1 + 3.3 * rows), layout="constrained")
-    legend = {}
+    legend: dict[str, object] = {}
     for i, (title, lines) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, i + 1, sharey=figure.axes[0] if i else None)
         axis.set(title=title if len(panels) > 1 else "", xlabel=x_label)
-        draw(axis, lines, labels, share, log)
-        legend |= {label: line for line, label in zip(*axis.get_legend_handles_labels())}
+        legend |= draw(axis, lines, labels, y_scale, x_scale)
     figure.supylabel(y_label, fontsize=10)
     figure.legend(legend.values(), legend, loc="outside lower center", frameon=False,
                   ncols=max(1, int(12 * figure.get_figwidth() / (8 + max(map(len, legend))))))  # 12 letters an inch
@@ -109,26 +117,34 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
     return buffer.getvalue()
 
 
-def draw(axis, lines: dict[str, list[tuple]], labels: list[str], share: bool, log: bool) -> None:
+def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x_scale: str) -> dict[str, object]:
     """Draw a line per label, in the style of its place in `labels`, moved sideways to be seen, with 12 error bars."""
     import numpy
-    floor, ceiling = (0, 1) if share else (-numpy.inf, numpy.inf)  # Student's intervals know no bounds, shares do
-    xs = sorted({x for points in lines.values() for x, *_ in points})
-    gap = 0 if log else min((b - a for a, b in pairwise(xs)), default=0)
+    xs, drawn = sorted({x for points in lines.values() for x, *_ in points}), {}
+    gap = 0 if x_scale == "symlog" else min((b - a for a, b in pairwise(xs)), default=0)
     few = len(xs) <= 12
     for label, points in lines.items():
         i = labels.index(label)
         x, y, low, high = numpy.array(points or [[numpy.nan] * 4], dtype=float).T
         shift = 0.05 * gap * (i - (len(labels) - 1) / 2)
-        bars = [(y - low.clip(floor)).clip(0), (high.clip(max=ceiling) - y).clip(0)]
-        axis.errorbar(x + shift, y, bars, errorevery=max(1, len(x) // 12), label=label, color=COLORS[i % len(COLORS)],
-                      linewidth=1.5, marker=MARKERS[i % len(MARKERS)] if few else "", markersize=4.5, capsize=2)
-    axis.set_xscale("symlog" if log else "linear")
+        drawn[label] = axis.errorbar(
+            x + shift, y, [(y - low).clip(0), (high - y).clip(0)], errorevery=max(1, len(x) // 12), capsize=2,
+            color=COLORS[i % len(COLORS)], linewidth=1.5, marker=MARKERS[i % len(MARKERS)] if few else "",
+            markersize=4.5)
+    axis.set_xscale(x_scale)
     if few:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()
-    axis.yaxis.set_major_formatter("{x:.0%}" if share else "{x:g}")
+    if y_scale == "symlog":
+        axis.set_yscale("symlog", linthresh=0.01)
+    axis.yaxis.set_major_formatter("{x:.0%}" if y_scale == "share" else "{x:g}")
     axis.grid(alpha=0.3)
+    return drawn
+
+
+def literal(label: str) -> str:
+    """A label as matplotlib shows it: $ would begin a formula, and a line whose name begins with _ is left out."""
+    return re.sub("^_", " _", label.replace("$", r"\$"))
 
 
 def absent() -> list[str]:
@@ -138,19 +154,24 @@ def absent() -> list[str]:
 
 def publish(out: Path, name: str, facts: list[str], pngs: dict[str, bytes], sections: list[str],
             screen: list[str]) -> None:
-    """Write NAME.md, NAME.html (pictures inside) and the pictures. Print last, since a reader may leave (`| head`)."""
+    """Write NAME.md, NAME.html (pictures inside) and the pictures. Print last, since a reader may leave (`| head`).
+
+    facts: sentences, each a paragraph. The screen shows what it is given and then the facts.
+    """
     out.mkdir(parents=True, exist_ok=True)
     pngs = {file: png for file, png in pngs.items() if png}
     for file, png in pngs.items():
         (out / f"{file}.tmp").write_bytes(png)
         (out / f"{file}.tmp").replace(out / file)
-    text = "\n\n".join([*facts, *(f"![{file}]({file})" for file in pngs), *filter(None, sections)]) + "\n"
+    facts = [plain(fact) for fact in facts]
+    text = "\n\n".join([*facts, *(f"![{file}]({file})" for file in pngs), *filter(None, sections)])
+    text = printable(text) + "\n"
     write_text(out / f"{name}.md", text)
     written = [f"{name}.md", *pngs]
     if "markdown" not in absent():
         written.append(f"{name}.html")
         write_text(out / f"{name}.html", to_html(text, name, pngs))
-    print("\n\n".join([*filter(None, screen), *facts]), end="\n\n")
+    print(printable("\n\n".join([*filter(None, screen), *facts])), end="\n\n")
     if absent():
         print(f"pictures need matplotlib, {name}.html needs markdown: `pip install {' '.join(absent())}`, then run the "
               "same command again")

@@ -15,16 +15,19 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 from infra.run import ROOT, read_json, run_script, write_json
-from tools.page import fenced, make_table, point, publish, render
+from tools.page import columns_of, fenced, make_table, plain, point, publish, render
 
 PAPER = read_json(ROOT / "results" / "paper.json")
 TABLES = PAPER["tables"]  # title, note, columns
+SHARES = [pattern for *_, columns in TABLES.values() for pattern, spec in columns_of(columns) if spec.endswith("%")]
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
          10: 2.262}  # of Student's t with n - 1 degrees of freedom; for more than 10 seeds the last is a bit too wide
 
+
+# --- what a run tells ------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Run:
@@ -43,29 +46,39 @@ def read_jsonl(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            rows += [json.loads(line)] if line else []
-        except ValueError:
+            rows += [dict(json.loads(line))] if line else []
+        except (ValueError, TypeError):
             print(f"{path}: line {number} is cut short and passed over", file=sys.stderr)
     return rows
 
 
 def load_run(path: Path) -> Run:
-    """Load a run; an unfinished one as far as it is evaluated."""
+    """Load a run, an unfinished one as far as it is evaluated; SystemExit where another program wrote the files."""
     if not (path / "config.json").exists():
         raise SystemExit(f"{path} is not a run directory: it has no config.json")
+    try:
+        return read_run(path)
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read as a run of irpo.py, rft.py, reft.py or tools.rerank of this version: "
+                         f"{error!r}") from error
+
+
+def read_run(path: Path) -> Run:
+    evaluated = [file for file in path.glob("iter*/eval.json") if re.fullmatch(r"iter\d+", file.parent.name)]
     finished = (path / "results.json").exists()
-    evaluated = sorted(path.glob("iter*/eval.json"), key=lambda file: int(file.parent.name.removeprefix("iter")))
     by_model: dict[str, list[dict]] = {}
-    for file in [path / "results.json"] if finished else evaluated:
+    for file in [path / "results.json"] if finished else sorted(evaluated, key=lambda file: int(file.parent.name[4:])):
         for row in read_json(file):
             by_model.setdefault(row["name"], []).append(row)
     if not by_model:
-        raise SystemExit(f"{path} has no evaluated model yet: wait for its iter0/eval.json")
+        raise SystemExit(f"{path} has no evaluated model yet: irpo.py, rft.py and reft.py write its iter0/eval.json "
+                         "first, tools.rerank its results.json")
 
-    log = {(line.get("folder"), line["event"]): line["seconds"] for line in read_jsonl(path / "log.jsonl")}
+    log = {(line.get("folder"), line.get("event")): line.get("seconds", 0) for line in read_jsonl(path / "log.jsonl")}
     models = [model_record(rows, log) for rows in by_model.values()]
-    first_start = (path / "command.txt").read_text(encoding="utf-8").split("\n\n")[0]
-    card = dict(line.split(maxsplit=1) for line in first_start.splitlines())
+    card = path / "command.txt"
+    first_start = card.read_text(encoding="utf-8", errors="replace").split("\n\n")[0] if card.exists() else ""
+    card = dict(line.split(maxsplit=1) for line in first_start.splitlines() if len(line.split()) > 1)
     card["minutes"] = round(sum(log.values()) / 60, 1)
     steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl")
     if warned := Counter(name for step in steps for name in step.get("warnings", ())):
@@ -81,13 +94,13 @@ def model_record(rows: list[dict], log: dict) -> dict:
     """Join a model's rows: keys of test stay as they are, those of dev and of its making become dev_X and train_X."""
     record = {}
     for row in rows:
-        prefix = {"dev": "dev_", "train": "train_"}.get(row["split"], "")
+        prefix = {"dev": "dev_", "train": "train_"}.get(row.get("split"), "")
         record |= {prefix + {"ci95": "accuracy_ci95"}.get(key, key): value for key, value in row.items()}
-    record |= {"name": rows[0]["name"], "iteration": rows[0].get("iteration")}
+    record |= {"name": str(rows[0]["name"]), "iteration": rows[0].get("iteration")}
     for tag, values in record.get("tags", {}).items():
         for value, part in values.items():
             record |= {f"{tag}={value}": part["accuracy"], f"share of {tag}={value}": part["share"]}
-    for vote in [value for key, value in record.items() if key.startswith("maj@")]:
+    for vote in [value for key, value in record.items() if key.startswith("maj@") and "accuracy" in record]:
         record["vote_gain"] = vote - record["accuracy"]
     if probe := record.get("train_probe"):
         record |= {f"{key}_change": probe[-1][key] - probe[0][key] for key in probe[0] if key != "step"}
@@ -97,11 +110,16 @@ def model_record(rows: list[dict], log: dict) -> dict:
                      if folder == f"iter{record['iteration']}"}
 
 
-def title(kind: str, cell: str) -> str:
-    """Name a cell; one that is named by its flags, reft+gae_lambda@0.5, becomes "ReFT, gae_lambda 0.5"."""
-    name, *flags = cell.split("+")
-    return ", ".join([PAPER[kind]["cells"].get(name, name), *(flag.replace("@", " ") for flag in flags)])
+def curve(records: list[list[dict]], key: str) -> list[tuple]:
+    """(step, mean over runs, lowest, highest) of a measure, from the training record of each run."""
+    values: dict[int, list[float]] = {}
+    for step in (step for steps in records for step in steps if step.get(key) is not None):
+        value = step[key]["accuracy"] if isinstance(step[key], dict) else step[key]
+        values.setdefault(step["step"] + 1, []).append(value)
+    return [(step, fmean(found), min(found), max(found)) for step, found in sorted(values.items())]
 
+
+# --- cells and seeds -------------------------------------------------------------------------------
 
 def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     """Load ROOT/CELL/sSEED: the kind of table (a key of PAPER), cell -> seed -> run, and what is missing."""
@@ -122,36 +140,54 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     return kind, {cell: runs for cell, runs in cells.items() if runs}, missing
 
 
-def estimate(values: dict[int, float]) -> dict:
-    """Return the mean over seeds and half the width of its 95 % Student interval, which one seed does not have."""
-    n = len(values)
-    half = T_975[min(n, 10)] * stdev(values.values()) / math.sqrt(n) if n > 1 else None
-    return {"mean": fmean(values.values()), "half_width": half, "n": n, "values": values}
+def label_of(kind: str, cell: str) -> str:
+    """Name a cell; one that is named by its flags, reft+gae_lambda@0.5, becomes "ReFT, gae_lambda 0.5"."""
+    if kind == "runs":  # named by their directories
+        return cell
+    name, *flags = cell.split("+")
+    return ", ".join([PAPER[kind]["cells"].get(name, name), *(flag.replace("@", " ") for flag in flags)])
+
+
+def estimate(values: dict[int, float], low: float = -math.inf, high: float = math.inf) -> dict:
+    """Return the mean over seeds and its 95 % Student interval, cut off at the value's bounds; one seed has none."""
+    n, mean = len(values), fmean(values.values())
+    found = {"mean": mean, "half_width": None, "ci95": None, "n": n, "values": values}
+    if n > 1:
+        half = T_975[min(n, 10)] * math.dist(values.values(), [mean] * n) / math.sqrt(n * (n - 1))
+        found["ci95"] = [max(low, mean - half), min(high, mean + half)]
+        if found["ci95"] == [mean - half, mean + half]:
+            found["half_width"] = half
+    return found
 
 
 def estimates(found: dict[int, dict]) -> dict[str, dict]:
-    """Turn seed -> record into an estimate per number; that of a single run keeps its interval over test questions."""
+    """Turn seed -> record into an estimate per number.
+
+    Where seeds do not differ, or there is one, they tell nothing of the draw of runs, and the interval is a run's own.
+    """
     summary = {"seeds": len(found)}
     for key in dict.fromkeys(key for record in found.values() for key in record):
         default = 0.0 if key.startswith("share of") else None  # no such response in that seed
         values = {seed: record.get(key, default) for seed, record in found.items()}
         if values := {seed: value for seed, value in values.items() if isinstance(value, (int, float))}:
-            summary[key] = estimate(values)
-            for record in found.values() if len(found) == 1 else ():
-                summary[key] |= {"ci95": record[f"{key}_ci95"]} if f"{key}_ci95" in record else {}
+            bounds = (0.0, 1.0) if any(re.fullmatch(pattern, key) for pattern in SHARES) else ()
+            summary[key] = estimate(values, *bounds)
+            own = found[next(iter(values))].get(f"{key}_ci95")
+            if own and len({*values.values()}) == 1:
+                summary[key] |= {"half_width": None, "ci95": own}
     return summary
 
 
-def summarize(cells: dict, kind: str = "") -> dict:
+def summarize(kind: str, cells: dict) -> dict:
     """Estimate every model of every cell, in a table with the paper's accuracy next to it."""
-    paper, summary = PAPER[kind].get("accuracy", {}) if kind else {}, {}
+    paper, summary = PAPER[kind].get("accuracy", {}), {}
     for cell, runs in cells.items():
         names = dict.fromkeys(model["name"] for run in runs.values() for model in run.models)
         models = {name: estimates({seed: model for seed, run in runs.items() for model in run.models
                                    if model["name"] == name}) for name in names}
         for name in models.keys() & paper.get(cell, {}).keys():
             models[name]["accuracy"]["paper"] = paper[cell][name]
-        summary[cell] = {"label": title(kind, cell) if kind else cell, "models": models,
+        summary[cell] = {"label": label_of(kind, cell), "models": models,
                          "runs": {seed: run.card for seed, run in runs.items()}}
     return summary
 
@@ -185,9 +221,9 @@ def find_claims(kind: str, cells: dict) -> list[dict]:
     found = []
     for text, *sides, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
         high, low = map(values, sides)
-        scale = 100 if unit == "points" else 1
+        scale, bounds = (100, (-100.0, 100.0)) if unit == "points" else (1, ())
         if by_seed := {seed: round(scale * (high[seed] - low[seed]), 9) for seed in sorted(high.keys() & low.keys())}:
-            difference = estimate(by_seed)
+            difference = estimate(by_seed, *bounds)
             found.append({"claim": text, "difference": difference, "unit": unit, "here": verdict(difference), "by_seed":
                           ", ".join(f"{value:+.3g}" for value in by_seed.values())})
     return found
@@ -195,11 +231,13 @@ def find_claims(kind: str, cells: dict) -> list[dict]:
 
 def verdict(difference: dict) -> str:
     """Say whether a claimed difference is above 0 by its interval."""
-    mean, half = difference["mean"], difference["half_width"]
-    if half is None or abs(mean) <= half:
-        return "not shown (one seed)" if half is None else "not shown"
-    return "shown" if mean > 0 else "the other way"
+    low, high = difference["ci95"] or (0, 0)
+    if low > 0 or high < 0:
+        return "shown" if low > 0 else "the other way"
+    return "not shown" if difference["ci95"] else "not shown (one seed)"
 
+
+# --- tables and pictures ---------------------------------------------------------------------------
 
 def model_tables(summary: dict) -> list[str]:
     """Show every model of every cell; a first model with the figures of another's in the same seeds only once."""
@@ -212,15 +250,6 @@ def model_tables(summary: dict) -> list[str]:
             known[1].update(model | known[1])
     names = ("models", "responses", "samples", "training", "rollouts", "cost")
     return [make_table(TABLES[name], ["cell", "model"], [*rows.values()]) for name in names]
-
-
-def curve(records: list[list[dict]], key: str) -> list[tuple]:
-    """(step, mean over runs, lowest, highest) of a measure, from the training record of each run."""
-    values: dict[int, list[float]] = {}
-    for step in (step for steps in records for step in steps if step.get(key) is not None):
-        value = step[key]["accuracy"] if isinstance(step[key], dict) else step[key]
-        values.setdefault(step["step"] + 1, []).append(value)
-    return [(step, fmean(found), min(found), max(found)) for step, found in sorted(values.items())]
 
 
 def probe_lines(models: list[dict]) -> dict[str, list[tuple]]:
@@ -242,7 +271,7 @@ def over_models(summary: dict) -> dict[str, dict]:
     for cell in summary.values():
         panel, _, line = cell["label"].rpartition(": ")
         found = [(model["iteration"]["mean"], model["accuracy"]) for model in cell["models"].values()
-                 if "iteration" in model]
+                 if model.keys() >= {"iteration", "accuracy"}]
         panels.setdefault(panel or "here", {})[line] = [point(t, accuracy) for t, accuracy in found]
         panels.setdefault("the paper", {})[line] = [
             point(t, accuracy["paper"]) for t, accuracy in found if "paper" in accuracy]
@@ -262,65 +291,51 @@ def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
     runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
     ks, label = over_k(summary), "test accuracy, 95% interval"
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
-    drawn = {"accuracy.png": render(ks, label, "k, samples per question", share=True, log=True) if ks
-             else render(over_models(summary), label, "model", share=True),
-             "logps.png": render(probes, "mean summed log-prob, first seed", "step")}
-    for name, (key, label) in PAPER["curves"].items():
+    drawn = {"accuracy.png": render(ks, label, "k, samples per question", "share", "symlog") if ks
+             else render(over_models(summary), label, "model, by iteration", "share"),
+             "logps.png": render(probes, "mean summed log-prob of a response, nats, first seed", "optimizer steps")}
+    for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
-        share = key in ("dev", "accuracy", "eos_rate")
-        drawn[f"{name}.png"] = render({"": lines}, label, "batches of questions", share)
+        drawn[f"{name}.png"] = render({"": lines}, label, "batches of questions", scale)
     return drawn
-
-
-def findings(runs: dict[str, Run]) -> list[str]:
-    """Say how each run was made, what the first one's numbers say, and what is odd about the others."""
-    main, run = next(iter(runs.items()))
-    lines = [f"{label}: " + "; ".join(f"{key} {value}" for key, value in run.card.items())
-             for label, run in runs.items()]
-    lines += [f"{main}: {model['name']} answers {model['accuracy']:.1%} of {model['n']:,} test questions (95% interval "
-              "{:.1%} to {:.1%}).".format(*model["accuracy_ci95"]) for model in run.models[:1] + run.models[1:][-1:]]
-    if len({run.models[0]["accuracy"] for run in runs.values()}) > 1:
-        lines.append("The runs differ in their first models already: not the same base, or not the same questions.")
-    return lines + [f"{label} is unfinished: {run.models[-1]['name']} is the last model evaluated."
-                    for label, run in runs.items() if not run.finished]
 
 
 def before_and_after(run: Run) -> list[str]:
     """Three greedy answers of the first and of the last model where the verdict became correct."""
     ends = [run.models[0], run.models[-1]]
     first, last = ({row["id"]: row["samples"][0] for row in read_jsonl(
-        run.path / f"iter{model['iteration']}" / "eval_samples.jsonl") if "id" in row} for model in ends)
-    right = {id: tuple(answers[id]["verdict"] == "correct" for answers in (first, last)) for id in first if id in last}
+        run.path / f"iter{model['iteration']}" / "eval_samples.jsonl") if row.get("samples")} for model in ends)
+    right = {id: (first[id]["verdict"] == "correct", last[id]["verdict"] == "correct") for id in first if id in last}
     better, worse = ([id for id in right if right[id] == change] for change in ((False, True), (True, False)))
-    texts = [f"{id}, {model['name']}, {answers[id]['verdict']}:\n\n{fenced(answers[id]['text'].strip())}"
-             for id in better[:3] for model, answers in zip(ends, (first, last))]
-    return ["## Before and after", *texts, f"From {ends[0]['name']} to {ends[1]['name']}, {len(better):,} questions "
-            f"went from wrong to right and {len(worse):,} from right to wrong."] if ends[0] is not ends[1] else []
+    names = [model["name"] for model in ends]
+    texts = [f"{plain(f'{id}, {name}, ' + found[id]['verdict'])}:\n\n{fenced(found[id]['text'].strip())}"
+             for id in better[:3] for name, found in zip(names, (first, last))]
+    return ["## Before and after", *texts, plain(
+        f"From {' to '.join(names)}, {len(better):,} questions went from wrong to right and {len(worse):,} from right "
+        "to wrong.")] if right and ends[0] is not ends[1] else []
 
 
-def report_runs(paths: list[Path], out: Path) -> None:
-    """Write report.md, report.html and the pictures of a few runs."""
-    runs = {str(path): load_run(path) for path in paths}
-    cells = {label: {0: run} for label, run in runs.items()}
-    summary = summarize(cells)
-    models, *others = model_tables(summary)
-    texts = before_and_after(next(iter(runs.values())))
-    publish(out, "report", findings(runs), pictures(cells, summary), [models, *others, *texts], [*texts, models])
+# --- the report ------------------------------------------------------------------------------------
 
-
-def report_table(root: Path, out: Path) -> None:
+def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
-    kind, cells, missing = load_table(root)
-    summary, claims, paths = summarize(cells, kind), find_claims(kind, cells), estimate_paths(cells)
-    name = PAPER[kind]["name"]
+    name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
+    summary, claims, paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims, "paths": paths})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
-    facts += [f"Warnings of {cell}/s{seed}: {run.card['warnings']}." for cell, runs in cells.items()
-              for seed, run in runs.items() if "warnings" in run.card]
+    facts += [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated."
+              for run in runs if not run.finished]
+    if warned := [f"{'/'.join(run.path.parts[-2:])}: {run.card['warnings']}" for run in runs if "warnings" in run.card]:
+        facts.append(f"Warnings of {'; '.join(warned)}.")
+    if kind == "runs" and len({run.models[0].get("accuracy") for run in runs}) > 1:
+        facts.append("The runs differ in their first models already: not the same base, or not the same questions.")
     models, *others = model_tables(summary)
     main = [models, make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in paths.items()]),
             make_table(TABLES["claims"], ["claim"], [([claim["claim"]], claim) for claim in claims])]
-    publish(out, name, facts, pictures(cells, summary), [*main, *others], main)
+    texts = before_and_after(runs[0]) if kind == "runs" else []
+    cards = ["## How the runs were made", *(
+        plain(f"{run.path}: " + "; ".join(f"{key} {value}" for key, value in run.card.items())) for run in runs)]
+    publish(out, name, facts, pictures(cells, summary), [*main, *others, *texts, *cards], [*texts, *main])
 
 
 def main() -> None:
@@ -332,11 +347,9 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.runs) == bool(args.table):
         parser.error("give run directories, or --table ROOT")
-    sys.stdout.reconfigure(errors="replace")  # responses may hold what a terminal cannot show
-    if args.table:
-        report_table(args.table, args.out or args.table)
-    else:
-        report_runs(args.runs, args.out or args.runs[0])
+    found = load_table(args.table) if args.table else (
+        "runs", {str(path): {0: load_run(path)} for path in args.runs}, [])
+    report(*found, args.out or args.table or args.runs[0])
 
 
 if __name__ == "__main__":
