@@ -57,7 +57,6 @@ def test_import_levels():
     ("model", "import sample"), ("infra", "import checkpoint"), ("grading", "import rewards"),
     ("helpers", "import torch")])
 def test_import_levels_are_checked(room, text):
-    """The check above must see each of these, also inside a function."""
     assert import_faults(room, text)
 
 

@@ -64,17 +64,11 @@ def call(monkeypatch, *arguments: str):
 
 
 @pytest.mark.parametrize("run, words", [
-    ("runs/base-s1", "train.py --preset base --seed 1 --run_dir runs/base-s1"),
     ("runs/rft-base-w96-s2", "train.py --preset rft_base --hidden_size 96 --seed 12 --run_dir runs/rft-base-w96-s2"),
     ("runs/table/dpo_from_sft_chosen/s0", "irpo.py --preset toy --model runs/base-s0/model --seed 0 --run_dir "
      "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --iterations 1 --start_from runs/table/sft_chosen/s0/iter1/model"),
-    ("runs/sweep/alpha0.25-beta1/s0", "irpo.py --preset toy --model runs/base-s0/model --seed 0 --run_dir "
-     "runs/sweep/alpha0.25-beta1/s0 --iterations 3 --num_questions 500 --max_pairs 1000 --lr 1e-4 "
-     "--eval_questions 400 --eval_samples 0 --alpha 0.25 --beta 1"),
     ("runs/rft/pool/s1", "rft.py --preset toy --model runs/rft-base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
      "--pool runs/rft/k50/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
-    ("runs/reft-tune/sft+sft_lr@2e-5+sft_epochs@10/s0", "reft.py --preset toy --model runs/base-s0/model --seed 0 "
-     "--run_dir runs/reft-tune/sft+sft_lr@2e-5+sft_epochs@10/s0 --method sft --sft_lr 2e-5 --sft_epochs 10"),
     ("runs/reft/rerank-sft/s2", "-m tools.rerank --preset toy --model runs/reft/sft/s2/iter1/model --labelled "
      "runs/labelled-s2/eval_samples.jsonl --candidates runs/reft/sft/s2/iter1/eval_sampled.jsonl --seed 2 "
      "--run_dir runs/reft/rerank-sft/s2")])
@@ -127,9 +121,12 @@ def test_done_runs_are_not_run_again_and_a_part_is_reported_elsewhere(cells, out
     assert log == [("report", out)]
 
 
-def test_unknown_cells_are_refused(log, monkeypatch, capsys):
-    assert call(monkeypatch, "rft", "--cells", "k51") == 2
-    assert "--cells k51: choose from k50" in capsys.readouterr().err and not log
+@pytest.mark.parametrize("flags, said", [
+    ("--cells k51", "--cells k51: choose from k50"), ("--jobs 0", "--jobs and --gpus start at 1"),
+    ("--seeds -1", "--seeds at 0")])
+def test_what_cannot_be_run_is_refused(flags, said, log, monkeypatch, capsys):
+    assert call(monkeypatch, "rft", *flags.split()) == 2
+    assert said in capsys.readouterr().err and not log
 
 
 @pytest.mark.parametrize("jobs, threads", [(1, os.environ["OMP_NUM_THREADS"] + "0"), (2, "1")])

@@ -107,7 +107,7 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
     legend: dict[str, object] = {}
     for i, (title, lines) in enumerate(panels.items()):
         axis = figure.add_subplot(rows, columns, i + 1, sharey=figure.axes[0] if i else None)
-        axis.set(title=title if len(panels) > 1 else "", xlabel=x_label)
+        axis.set(title=title, xlabel=x_label)
         legend |= draw(axis, lines, labels, y_scale, x_scale)
     figure.supylabel(y_label, fontsize=10)
     figure.legend(legend.values(), legend, loc="outside lower center", frameon=False,
@@ -120,6 +120,10 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
 def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x_scale: str) -> dict[str, object]:
     """Draw a line per label, in the style of its place in `labels`, moved sideways to be seen, with 12 error bars."""
     import numpy
+    from matplotlib.ticker import PercentFormatter
+    axis.set_xscale(x_scale)
+    if y_scale == "symlog":
+        axis.set_yscale("symlog", linthresh=0.01)
     xs, drawn = sorted({x for points in lines.values() for x, *_ in points}), {}
     gap = 0 if x_scale == "symlog" else min((b - a for a, b in pairwise(xs)), default=0)
     few = len(xs) <= 12
@@ -131,13 +135,12 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
             x + shift, y, [(y - low).clip(0), (high - y).clip(0)], errorevery=max(1, len(x) // 12), capsize=2,
             color=COLORS[i % len(COLORS)], linewidth=1.5, marker=MARKERS[i % len(MARKERS)] if few else "",
             markersize=4.5)
-    axis.set_xscale(x_scale)
     if few:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()
     if y_scale == "symlog":
-        axis.set_yscale("symlog", linthresh=0.01)
-    axis.yaxis.set_major_formatter("{x:.0%}" if y_scale == "share" else "{x:g}")
+        axis.set_ylim(bottom=min(0, axis.dataLim.ymin))
+    axis.yaxis.set_major_formatter(PercentFormatter(1) if y_scale == "share" else "{x:g}")
     axis.grid(alpha=0.3)
     return drawn
 

@@ -292,8 +292,8 @@ def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
     ks, label = over_k(summary), "test accuracy, 95% interval"
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
     drawn = {"accuracy.png": render(ks, label, "k, samples per question", "share", "symlog") if ks
-             else render(over_models(summary), label, "model, by iteration", "share"),
-             "logps.png": render(probes, "mean summed log-prob of a response, nats, first seed", "optimizer steps")}
+             else render(over_models(summary), label, "iteration (0: the first model)", "share"),
+             "logps.png": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
     for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
         drawn[f"{name}.png"] = render({"": lines}, label, "batches of questions", scale)
