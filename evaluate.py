@@ -193,9 +193,9 @@ def summarize(answered: list[Answered], task: str) -> dict:
     Samples of a question are not independent, so the interval of pass@1, the accuracy of one sample, is that of a mean
     over questions. SystemExit without questions.
     """
-    if not answered:
-        raise SystemExit("there are no questions to measure a model on")
-    first, n, k = [q.samples[0] for q in answered], len(answered), len(answered[0].samples)
+    if not answered or not all(q.samples for q in answered):
+        raise SystemExit("nothing to measure: there is no question, or one without a sample")
+    first, n, k = [q.samples[0] for q in answered], len(answered), min(len(q.samples) for q in answered)
     right, verdicts = sum(sample.right for sample in first), Counter(sample.verdict for sample in first)
     found = {"n": n, "accuracy": right / n, "ci95": wilson(right, n),
              "verdicts": {name: verdicts[name] / n for name in sorted(verdicts)},
@@ -203,9 +203,10 @@ def summarize(answered: list[Answered], task: str) -> dict:
              "tags": by_tags([(q.id, q.samples[0]) for q in answered], task)}
     if k == 1:
         return found
-    counts = [sum(sample.right for sample in q.samples) for q in answered]
-    found |= {f"pass@{2 ** i}": fmean(pass_at_k(k, c, 2 ** i) for c in counts) for i in range(k.bit_length())}
-    return found | {"pass@1_ci95": wilson_of_mean([c / k for c in counts]),
+    rights = [[sample.right for sample in q.samples] for q in answered]
+    found |= {f"pass@{2 ** i}": fmean(pass_at_k(len(right), sum(right), 2 ** i) for right in rights)
+              for i in range(k.bit_length())}
+    return found | {"pass@1_ci95": wilson_of_mean([fmean(right) for right in rights]),
                     f"maj@{k}": fmean(majority([(s.answer, s.right) for s in q.samples]) for q in answered),
                     "num_samples": k, "sampled_tags": by_tags([(q.id, s) for q in answered for s in q.samples], task)}
 

@@ -97,8 +97,8 @@ def guide_faults(text: str, script: str) -> list[str]:
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_pages_are_true(path):
-    """A flag renamed in the code and not in the README is the first thing that a newcomer meets. Results and the log may
-    speak of what is gone, but their links lead somewhere."""
+    """A flag renamed in the code and not in the README is the first thing that a newcomer meets. Results and the log
+    may speak of what is gone, but their links lead somewhere."""
     text = path.read_text(encoding="utf-8")
     assert link_faults(text, path.parent) + (guide_faults(text, path.stem) if path in GUIDES else []) == []
 

@@ -139,7 +139,7 @@ def test_counts_over_all_samples_of_a_hand_made_set():
     assert careful == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(2 / 5)}
     backwards = summarize([replace(q, samples=q.samples[::-1]) for q in hand_made()], "toy")
     assert all(backwards[name] == summary[name] for name in ("pass@1", "pass@1_ci95", "maj@4", "sampled_tags"))
-    with pytest.raises(SystemExit, match="no questions"):
+    with pytest.raises(SystemExit, match="no question"):
         summarize([], "toy")
     greedy = [replace(question, samples=question.samples[:1]) for question in hand_made()]
     assert not {"num_samples", "pass@1", "maj@1"} & summarize(greedy, "toy").keys()

@@ -89,14 +89,15 @@ def test_reranking_finds_a_visible_difference(tmp_path, capsys, monkeypatch):
 
 
 def test_what_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
-    """Before anything is written: labels that are all alike; and the two files swapped, where labels of test questions
-    would pick among answers to them."""
+    """Before anything is written: labels that are all alike; the two files swapped, where labels of test questions
+    would pick among answers to them; and a train file as both."""
     save_model(tiny_model(), tmp_path / "m")
     rows = [Answered("a", "p", [1], "1", [sample([3], True), sample([4], False)])]
     write_records(tmp_path / "alike.jsonl", [Answered("a", "p", [1], "1", [sample([3], True)])], settings("train"))
     write_records(tmp_path / "train.jsonl", rows, settings("train"))
     write_records(tmp_path / "test.jsonl", rows, settings("test"))
-    for labelled, candidates, said in (("alike", "test", "nothing to tell apart"), ("test", "train", "must be train")):
+    for labelled, candidates, said in (("alike", "test", "nothing to tell apart"), ("test", "train", "must be train"),
+                                       ("train", "train", "the second dev or test")):
         with pytest.raises(SystemExit, match=said):
             call(monkeypatch, "--model", tmp_path / "m", "--labelled", tmp_path / f"{labelled}.jsonl",
                  "--candidates", tmp_path / f"{candidates}.jsonl", "--run_dir", tmp_path / "run")

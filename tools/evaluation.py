@@ -15,6 +15,7 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer_once, summarize
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
+from infra.progress import printable
 from infra.run import hash_of, open_run, read_records, run_script, write_json
 from rewards import grade_all, require_math_verify
 
@@ -45,7 +46,9 @@ class Config(SampleOptions):
 def rescore(path: Path) -> None:
     """Grade the texts of a file again, and show where a verdict has changed."""
     settings, before = read_records(path, Answered)
-    task, marks = settings["task"], settings["marks"]
+    task, marks = settings.get("task"), settings.get("marks")
+    if not task or not marks:
+        raise SystemExit(f"{path} does not say its task and how answers are marked, so they cannot be graded again")
     if task == "math":
         require_math_verify()
     grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], task, marks)
@@ -54,7 +57,8 @@ def rescore(path: Path) -> None:
     for old, new in zip(before, after):
         for a, b in zip(old.samples, new.samples):
             if a.verdict != b.verdict:
-                print(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, gold {old.gold}")
+                print(printable(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, "
+                                f"gold {old.gold}"))
     print(f"{path}: {task}, answers marked as {marks}")
     print_summary(summarize(after, task))
 

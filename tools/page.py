@@ -32,7 +32,8 @@ def make_table(layout: list[str], head: list[str], rows: list[tuple[list[str], d
     """
     title, note, columns = layout
     keys = dict.fromkeys(key for _, record in rows for key in record)
-    used = {key: spec for pattern, spec in columns_of(columns) for key in keys if re.fullmatch(pattern, key)}
+    used = {key: spec for pattern, spec in (column.rsplit(":", 1) for column in columns.split())
+            for key in keys if re.fullmatch(pattern, key)}
     lines = [[*map(plain, names), *(text_of(record.get(key), spec) for key, spec in used.items())]
              for names, record in rows if used.keys() & record.keys()]
     if not lines:
@@ -42,10 +43,6 @@ def make_table(layout: list[str], head: list[str], rows: list[tuple[list[str], d
     lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     lines.insert(1, ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])])
     return f"## {title}\n\n{note}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def columns_of(columns: str) -> list[list[str]]:
-    return [column.rsplit(":", 1) for column in columns.split()]
 
 
 def text_of(value, spec: str) -> str:

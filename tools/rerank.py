@@ -106,9 +106,11 @@ def read_inputs(config: Config) -> tuple[list[Labelled], list[Answered], str]:
     train, answered = read_records(Path(config.labelled), Answered)
     test, candidates = read_records(Path(config.candidates), Answered)
     labelled = label(answered)
-    if train.get("split") != "train" or any(train.get(name) != test.get(name) for name in ("task", "marks")):
+    if ((train.get("split"), test.get("split")) not in (("train", "dev"), ("train", "test"))
+            or any(train.get(name) != test.get(name) for name in ("task", "marks"))):
         raise SystemExit(f"{config.labelled} has samples of {train.get('task')} {train.get('split')} questions and "
-                         f"{config.candidates} of {test.get('task')}: the first must be train, of the same task")
+                         f"{config.candidates} of {test.get('task')} {test.get('split')}: the first must be train, the "
+                         "second dev or test of the same task")
     if not candidates or len({response.right for response in labelled}) < 2:
         raise SystemExit(f"{config.candidates} has {len(candidates)} questions and {config.labelled} {len(labelled)} "
                          "responses: there must be right and wrong ones, or there is nothing to tell apart")
