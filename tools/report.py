@@ -40,8 +40,9 @@ class Run:
     kind: str  # irpo, rft or reft (and rerank)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Read the rows of a file, none if it is missing; pass over a line that a crash cut short, and say so."""
+def read_jsonl(path: Path, *keys: str) -> list[dict]:
+    """Read the rows of a file that have these keys, none if it is missing; pass over a line that a crash cut short, and
+    say so."""
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for number, line in enumerate(text.split("\n"), 1):
@@ -49,7 +50,7 @@ def read_jsonl(path: Path) -> list[dict]:
             rows += [dict(json.loads(line))] if line else []
         except (ValueError, TypeError):
             print(f"{path}: line {number} is cut short and passed over", file=sys.stderr)
-    return rows
+    return [row for row in rows if row.keys() >= {*keys}]
 
 
 def load_run(path: Path) -> Run:
@@ -74,13 +75,14 @@ def read_run(path: Path) -> Run:
         raise SystemExit(f"{path} has no evaluated model yet: irpo.py, rft.py and reft.py write its iter0/eval.json "
                          "first, tools.rerank its results.json")
 
-    log = {(line.get("folder"), line.get("event")): line.get("seconds", 0) for line in read_jsonl(path / "log.jsonl")}
+    log = {(line["folder"], line["event"]): line["seconds"]
+           for line in read_jsonl(path / "log.jsonl", "folder", "event", "seconds")}
     models = [model_record(rows, log) for rows in by_model.values()]
     card = path / "command.txt"
     first_start = card.read_text(encoding="utf-8", errors="replace").split("\n\n")[0] if card.exists() else ""
     card = dict(line.split(maxsplit=1) for line in first_start.splitlines() if len(line.split()) > 1)
     card["minutes"] = round(sum(log.values()) / 60, 1)
-    steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl")
+    steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl", "step")
     if warned := Counter(name for step in steps for name in step.get("warnings", ())):
         card["warnings"] = ", ".join(f"{name} at {count} batches" for name, count in warned.items())
     if dev := curve([steps], "dev"):
@@ -113,9 +115,10 @@ def model_record(rows: list[dict], log: dict) -> dict:
 def curve(records: list[list[dict]], key: str) -> list[tuple]:
     """(step, mean over runs, lowest, highest) of a measure, from the training record of each run."""
     values: dict[int, list[float]] = {}
-    for step in (step for steps in records for step in steps if step.get(key) is not None):
+    for step in (step for steps in records for step in steps if key in step):
         value = step[key]["accuracy"] if isinstance(step[key], dict) else step[key]
-        values.setdefault(step["step"] + 1, []).append(value)
+        if isinstance(value, (int, float)):
+            values.setdefault(step["step"] + 1, []).append(value)
     return [(step, fmean(found), min(found), max(found)) for step, found in sorted(values.items())]
 
 
@@ -297,9 +300,9 @@ def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
 def before_and_after(run: Run) -> list[str]:
     """Three greedy answers of the first and of the last model where the verdict became correct."""
     ends = [run.models[0], run.models[-1]]
-    first, last = ({row["id"]: row["samples"][0] for row in read_jsonl(
-        run.path / f"iter{model['iteration']}" / "eval_samples.jsonl") if row.get("samples")} for model in ends)
-    right = {id: (first[id]["verdict"] == "correct", last[id]["verdict"] == "correct") for id in first if id in last}
+    first, last = ({str(row["id"]): row["samples"][0] for row in read_jsonl(
+        run.path / f"iter{model['iteration']}" / "eval_samples.jsonl", "id", "samples")} for model in ends)
+    right = {id: tuple(found[id].get("verdict") == "correct" for found in (first, last)) for id in first if id in last}
     better, worse = ([id for id in right if right[id] == change] for change in ((False, True), (True, False)))
     names = [model["name"] for model in ends]
     texts = [f"{plain(f'{id}, {name}, ' + found[id]['verdict'])}:\n\n{fenced(found[id]['text'].strip())}"
