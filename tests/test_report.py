@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from tools import page, report
 
@@ -214,6 +215,19 @@ def test_text_of_a_model_is_shown_as_text(text, tmp_path, capsys):
     assert [data for tag, data in seen.texts if tag == "td"][1:] == ["1.5", "b", "2.5"]
     escaped = "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
     assert "".join(data for tag, data in seen.texts if tag == "code") == escaped.strip()
+
+
+def test_a_label_has_one_style_in_all_pictures():
+    """Also where another one has no points. KL is on a logarithmic axis that shows 0, too."""
+    points, styles = [(0, 0.0, 0.0, 0.0), (1, 0.5, 0.25, 1.0)], []
+    for lines in ({"a": points, "b": points}, {"a": [], "b": points}):
+        axis = Figure().subplots()
+        [line, _, [bars]] = page.draw(axis, lines, ["a", "b"], "symlog", "linear")["b"]
+        styles.append((line.get_color(), line.get_marker()))
+        assert [list(segment[:, 1]) for segment in bars.get_segments()] == [[0.0, 0.0], [0.25, 1.0]]
+        assert axis.get_yscale() == "symlog" and axis.get_ylim()[0] == 0
+    assert styles == [(page.COLORS[1], page.MARKERS[1])] * 2
+    assert report.PAPER["curves"]["kl"][2] == "symlog"
 
 
 @pytest.mark.parametrize("name", ["$x_$ $\\frac{$", "_hidden", ""])

@@ -115,7 +115,8 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
 
 
 def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x_scale: str) -> dict[str, object]:
-    """Draw a line per label, in the style of its place in `labels`, moved sideways to be seen, with 12 error bars."""
+    """Draw a line per label, in the style of its place in `labels`, moved sideways to be seen, with some dozen markers
+    and error bars; return the lines."""
     import numpy
     from matplotlib.ticker import PercentFormatter
     axis.set_xscale(x_scale)
@@ -123,16 +124,14 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
         axis.set_yscale("symlog", linthresh=0.01)
     xs, drawn = sorted({x for points in lines.values() for x, *_ in points}), {}
     gap = 0 if x_scale == "symlog" else min((b - a for a, b in pairwise(xs)), default=0)
-    few = len(xs) <= 12
     for label, points in lines.items():
-        i = labels.index(label)
+        i, every = labels.index(label), max(1, len(points) // 12)
         x, y, low, high = numpy.array(points or [[numpy.nan] * 4], dtype=float).T
         shift = 0.05 * gap * (i - (len(labels) - 1) / 2)
         drawn[label] = axis.errorbar(
-            x + shift, y, [(y - low).clip(0), (high - y).clip(0)], errorevery=max(1, len(x) // 12), capsize=2,
-            color=COLORS[i % len(COLORS)], linewidth=1.5, marker=MARKERS[i % len(MARKERS)] if few else "",
-            markersize=4.5)
-    if few:
+            x + shift, y, [(y - low).clip(0), (high - y).clip(0)], errorevery=every, markevery=every, capsize=2,
+            color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], linewidth=1.5, markersize=4.5)
+    if len(xs) <= 12:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()
     if y_scale == "symlog":
