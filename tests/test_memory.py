@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import model as model_file
 from checkpoint import save_model
 from model import KVCache, Llama, ModelConfig
+from runs import call, refusal
 from tiny import tiny_model
 from tools import memory
 from tools.memory import SHAPES, Config, model_config
@@ -23,12 +24,6 @@ PUBLISHED = {  # parameters, as the files on Hugging Face have them
 DEEP = ModelConfig(vocab_size=100, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
                    num_key_value_heads=2, head_dim=32)
 WORDY = replace(DEEP, vocab_size=8000, num_hidden_layers=1)
-
-
-def call(capsys, monkeypatch, *flags) -> str:
-    monkeypatch.setattr("sys.argv", ["memory.py", *map(str, flags)])
-    memory.main()
-    return capsys.readouterr().out
 
 
 def test_parameters_are_the_published_ones():
@@ -117,18 +112,19 @@ def test_the_peak_of_a_step_is_below_the_bound(shape, again, monkeypatch):
     assert 0.5 * bound < measured.peak < bound
 
 
-def test_the_table_has_all_shapes_or_the_one_asked_for(monkeypatch, capsys, tmp_path):
-    table = call(capsys, monkeypatch)
+def test_the_table_has_all_shapes_or_the_one_asked_for(capsys, tmp_path):
+    def shown(*flags) -> str:
+        call(memory, *flags)
+        return capsys.readouterr().out
+    table = shown()
     assert all(re.search(rf"^\| {name} +\| +{total:,} ", table, re.M) for name, total in PUBLISHED.items())
     assert re.search("^\\| llama-2-70b .* 284.52 .* 167.94 ", table, re.M), "to train on 8 GPUs"
-    one = call(capsys, monkeypatch, "--model_shape", "llama-2-70b", "--gpus", 24)
+    one = shown("--model_shape", "llama-2-70b", "--gpus", 24)
     assert "of 24 GPUs" in one and "llama-2-70b" in one and "llama-2-7b" not in one
     save_model(tiny_model(), tmp_path / "m")
-    assert f" {memory.parameters(tiny_model().config)[0]:,} " in call(capsys, monkeypatch, "--model", tmp_path / "m")
+    assert f" {memory.parameters(tiny_model().config)[0]:,} " in shown("--model", tmp_path / "m")
 
 
 @pytest.mark.parametrize("flags", [["--gpus", "0"], ["--gpu_gb", "nan"], ["--model_shape", "huge"]], ids=str)
-def test_what_makes_no_sense_is_refused(flags, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        call(capsys, monkeypatch, *flags)
-    assert flags[0] in capsys.readouterr().err
+def test_what_makes_no_sense_is_refused(flags, capsys):
+    assert flags[0] in refusal(capsys, memory, *flags)

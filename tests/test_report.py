@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from runs import call
 from tools import page, report
 
 HALF = report.T_975[3] * 0.1 / 3 ** 0.5  # half the interval of three values that are 0.1 apart
@@ -79,13 +80,8 @@ def reft_run(path: Path, accuracy: float, warm_up: float = 0.5, seed: int = 0, s
     return write_run(path, [*measured("warm-up", 0, warm_up), train, *measured("ReFT", 1, accuracy)], records)
 
 
-def call(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-    report.main()
-
-
-def table(monkeypatch, root: Path, name: str) -> tuple[str, dict]:
-    call(monkeypatch, "--table", root, "--out", root / "out")
+def table(root: Path, name: str) -> tuple[str, dict]:
+    call(report, "--table", root, "--out", root / "out")
     return (root / "out" / f"{name}.md").read_text(), json.loads((root / "out" / f"{name}.json").read_text())
 
 
@@ -103,9 +99,9 @@ def claim(text: str, name: str) -> list[str]:
 
 # --- a few runs ------------------------------------------------------------------------------------
 
-def test_report_shows_the_numbers_of_the_run(tmp_path, monkeypatch, capsys):
+def test_report_shows_the_numbers_of_the_run(tmp_path, capsys):
     run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
-    call(monkeypatch, run)
+    call(report, run)
     text, screen = (run / "report.md").read_text(), capsys.readouterr().out
     for row, column, shown in [
             ("M2", "accuracy", "90.0% (85.0% to 95.0%)"), ("M2", "pass@1", "80.0% (10.0% to 20.0%)"),
@@ -119,10 +115,10 @@ def test_report_shows_the_numbers_of_the_run(tmp_path, monkeypatch, capsys):
         assert "From M0 to M2, 2 questions went from wrong to right and 1 from right to wrong" in shown
 
 
-def test_an_unfinished_run_is_shown_and_called_so(tmp_path, monkeypatch, capsys):
+def test_an_unfinished_run_is_shown_and_called_so(tmp_path, capsys):
     run = irpo_run(tmp_path / "run", [0.5, 0.7], finished=False)
     (run / "iter2").mkdir()  # under way, not evaluated
-    call(monkeypatch, run)
+    call(report, run)
     said = capsys.readouterr().out
     assert f"{run} is unfinished: M1 is the last model evaluated" in said
     assert table_cell(said, f"{run} M1", "accuracy").startswith("70.0%")
@@ -133,22 +129,22 @@ def test_an_unfinished_run_is_shown_and_called_so(tmp_path, monkeypatch, capsys)
     ({"config.json": {}, "iter_old/eval.json": []}, "no evaluated model"),
     ({"config.json": {}, "results.json": {"accuracy": 0.5}}, "cannot be read as a run .*TypeError"),
     ({"config.json": {}, "results.json": [{"model": "M0"}]}, "cannot be read as a run .*'name'")], ids=str)
-def test_what_is_no_run_is_refused_with_the_reason(tmp_path, monkeypatch, files, reason):
+def test_what_is_no_run_is_refused_with_the_reason(tmp_path, files, reason):
     """Files of another program, or of another version of this one, were a KeyError without a path."""
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
     with pytest.raises(SystemExit, match=reason):
-        call(monkeypatch, tmp_path)
+        call(report, tmp_path)
 
 
-def test_runs_of_all_methods_in_one_report(tmp_path, monkeypatch):
+def test_runs_of_all_methods_in_one_report(tmp_path):
     """And one of who knows what: no log, no command, no accuracy, a split and a measure that nobody knows."""
     others = [irpo_run(tmp_path / "irpo", [0.5]), rft_run(tmp_path / "rft", 0.6), reft_run(tmp_path / "reft", 0.8)]
     bare = write_run(tmp_path / "bare", [{"name": "X", "iteration": None, "maj@2": 0.5, "new": [1], "split": "odd"}])
     for name in ("command.txt", "log.jsonl"):
         (bare / name).unlink()
-    call(monkeypatch, bare, *others)
+    call(report, bare, *others)
     text = (bare / "report.md").read_text()
     for row, column, shown in [
             ("bare X", "accuracy", ""), ("bare X", "maj@2", "50.0%"), ("irpo M0", "accuracy", "50.0% (45.0% to 55.0%)"),
@@ -157,20 +153,20 @@ def test_runs_of_all_methods_in_one_report(tmp_path, monkeypatch):
     assert {file.stem for file in bare.glob("*.png")} == {"accuracy", "dev", "reward", "kl"}
 
 
-def test_a_torn_line_is_passed_over_and_named(tmp_path, monkeypatch, capsys):
+def test_a_torn_line_is_passed_over_and_named(tmp_path, capsys):
     run = reft_run(tmp_path / "run", 0.8)
     for file in (run / "iter1" / "train.jsonl", run / "iter1" / "eval_samples.jsonl", run / "log.jsonl"):
         with open(file, "a") as torn:
             torn.write('{"step": 4, "reward": 9')
-    call(monkeypatch, run)
+    call(report, run)
     assert report.curve([report.load_run(run).steps], "reward")[-1] == (4, *[pytest.approx(0.3)] * 3)
     assert "train.jsonl: line 5 is cut short" in capsys.readouterr().err
 
 
-def test_runs_from_different_bases_are_pointed_out(tmp_path, monkeypatch, capsys):
+def test_runs_from_different_bases_are_pointed_out(tmp_path, capsys):
     a, b, c = (irpo_run(tmp_path / name, [start, 0.9]) for name, start in (("a", 0.5), ("b", 0.5), ("c", 0.6)))
     for other, pointed_out in ((b, False), (c, True)):
-        call(monkeypatch, a, other)
+        call(report, a, other)
         assert ("differ in their first models" in capsys.readouterr().out) == pointed_out
 
 
@@ -236,9 +232,9 @@ def test_pictures_show_any_name(name):
     assert page.render({name: {name: [(0, 0.5, 0.4, 0.6)]}, "b": {name: []}}, "y", "x").startswith(b"\x89PNG")
 
 
-def test_html_carries_its_pictures_and_needs_nothing_else(tmp_path, monkeypatch):
+def test_html_carries_its_pictures_and_needs_nothing_else(tmp_path):
     run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
-    call(monkeypatch, run, "--out", tmp_path / "out")
+    call(report, run, "--out", tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     files = sorted((tmp_path / "out").glob("*.png"))
     assert [path.stem for path in files] == ["accuracy", "logps"]
@@ -253,7 +249,7 @@ def test_html_carries_its_pictures_and_needs_nothing_else(tmp_path, monkeypatch)
 def test_without_an_optional_package_the_rest_is_written(tmp_path, monkeypatch, capsys, absent, there):
     monkeypatch.setitem(sys.modules, absent, None)  # now importing it raises
     run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
-    call(monkeypatch, run)
+    call(report, run)
     assert f"pip install {absent}`" in capsys.readouterr().out
     assert {file.name for file in run.iterdir()} >= {"report.md", there}
     assert not [*run.glob("*.png" if absent == "matplotlib" else "*.html")]
@@ -286,14 +282,14 @@ def test_mean_and_interval_over_seeds():
     assert report.estimate({7: 0.6}) == {"mean": 0.6, "half_width": None, "ci95": None, "n": 1, "values": {7: 0.6}}
 
 
-def test_no_interval_of_a_share_leaves_0_to_100_percent(tmp_path, monkeypatch):
+def test_no_interval_of_a_share_leaves_0_to_100_percent(tmp_path):
     """A table said 59.6 ± 58.8 %. Neither do differences leave ±100 points; seeds that are all right do not show that
     every run would be; and NaN proves nothing: statistics.stdev raised for it, and a claim became "the other way"."""
     for seed, value in enumerate((0.99, 0.2, 0.6)):
         reft_run(tmp_path / "reft" / f"s{seed}", value)
         reft_run(tmp_path / "sft" / f"s{seed}", 0.2)
         reft_run(tmp_path / "nokl" / f"s{seed}", math.nan)
-    text, record = table(monkeypatch, tmp_path, "reft")
+    text, record = table(tmp_path, "reft")
     assert table_cell(text, "ReFT ReFT", "accuracy") == "59.7% (0.0% to 100.0%)"
     assert table_cell(text, "SFT ReFT", "accuracy") == "20.0% (15.0% to 25.0%)", "that of a run, about test questions"
     assert table_cell(text, "ReFT, no KL ReFT", "accuracy").startswith("nan%")
@@ -314,12 +310,12 @@ def test_quantiles_are_those_of_student():
 
 # --- cells and seeds -------------------------------------------------------------------------------
 
-def test_table_has_means_the_paper_and_what_is_missing(tmp_path, monkeypatch, capsys):
+def test_table_has_means_the_paper_and_what_is_missing(tmp_path, capsys):
     for seed, accuracy in enumerate((0.6, 0.7, 0.9)):
         irpo_run(tmp_path / "irpo" / f"s{seed}", [0.5, accuracy, 0.8])
     irpo_run(tmp_path / "dpo" / "s1", [0.5, 0.4], fall=5.0)
     irpo_run(tmp_path / "dpo" / "s2", [0.5], finished=False)
-    text, record = table(monkeypatch, tmp_path, "table")
+    text, record = table(tmp_path, "table")
     assert table_cell(text, "IRPO M1", "accuracy") == "73.3% (35.4% to 100.0%) [73.1%]"
     assert table_cell(text, "DPO M1", "accuracy") == "40.0% (35.0% to 45.0%) [61.8%]"
     assert table_cell(text, "IRPO M1", "dev accuracy") == "33.0% (28.0% to 38.0%)"
@@ -337,11 +333,11 @@ def test_table_has_means_the_paper_and_what_is_missing(tmp_path, monkeypatch, ca
     assert [y for _, y, *_ in panels["here"]["IRPO"]] == pytest.approx([0.5, 2.2 / 3, 0.8])
 
 
-def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path, monkeypatch):
+def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path):
     for alpha, beta, fall in (("0", "0.1", 8.0), ("1", "0.1", -0.5), ("0", "0.05", 2.0)):
         for seed in (0, 1):
             irpo_run(tmp_path / f"alpha{alpha}-beta{beta}" / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
-    text, record = table(monkeypatch, tmp_path, "sweep")
+    text, record = table(tmp_path, "sweep")
     assert "alpha1-beta0.05" in record["missing"] and len(record["missing"]) == 17
     assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
     assert table_cell(text, "β=0.1: α=1 M1", "chosen change") == "+0.00 ± 6.35"
@@ -352,13 +348,13 @@ def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path, monkeypatc
         "β=0.05": ["α=0"], "β=0.1": ["α=0", "α=1"]}
 
 
-def test_rft_over_k_and_the_pool(tmp_path, monkeypatch):
+def test_rft_over_k_and_the_pool(tmp_path):
     for seed, value in enumerate([0.6, 0.7, 0.8]):
         rft_run(tmp_path / "k50" / f"s{seed}", value, sft=0.5 + 0.01 * seed, kept=10 * seed, paths=1.5)
         rft_run(tmp_path / "k1" / f"s{seed}", 0.55, sft=None)
         rft_run(tmp_path / "pool" / f"s{seed}", 0.9, sft=None, exclusive=(0.2, 0.3 + 0.1 * seed))
         rft_run(tmp_path / "half" / f"s{seed}", 0.5, sft=0.4)
-    text, record = table(monkeypatch, tmp_path, "rft")
+    text, record = table(tmp_path, "rft")
     assert table_cell(text, "RFT, k = 50 RFT", "accuracy") == f"70.0% ± {HALF:.1%}"
     assert table_cell(text, "RFT, k = 50 RFT", "kept").startswith("10 ±")
     assert table_cell(text, "RFT, k = 50 SFT", "accuracy").startswith("51.0%")
@@ -373,14 +369,14 @@ def test_rft_over_k_and_the_pool(tmp_path, monkeypatch):
     assert [(x, pytest.approx(y)) for x, y, *_ in points] == [(0, 0.51), (1, 0.55), (50, 0.7)], "SFT is k = 0"
 
 
-def test_claims_follow_from_the_numbers(tmp_path, monkeypatch):
+def test_claims_follow_from_the_numbers(tmp_path):
     """Differences are of runs with the same seed; what is said of a claim turns with them."""
     for seed in (0, 1, 2):
         for cell, value in (("reft", 0.5), ("sft", 0.4), ("offline_st", 0.6), ("separate", 0.5)):
             reft_run(tmp_path / cell / f"s{seed}", value + 0.1 * seed, warm_up=0.9)
         reft_run(tmp_path / "online_st" / f"s{seed}", 0.6, warm_up=0.9)
     reft_run(tmp_path / "nokl" / "s1", 0.5, warm_up=0.9)
-    text, record = table(monkeypatch, tmp_path, "reft")
+    text, record = table(tmp_path, "reft")
     assert claim(text, "R1: ReFT beats SFT") == ["+10 ± 0", "points", "+10, +10, +10", "shown"]
     assert claim(text, "R2: ReFT beats Offline-ST")[3] == "the other way"
     assert claim(text, "R2: ReFT beats Online-ST") == [f"+0 ± {100 * HALF:.3g}", "points", "-10, +0, +10", "not shown"]
@@ -392,13 +388,13 @@ def test_claims_follow_from_the_numbers(tmp_path, monkeypatch):
     assert "; nokl/s1: kl at 1 batches;" in text and "nokl/s0" in record["missing"]
 
 
-def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path, monkeypatch):
+def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path):
     for seed, value in enumerate([0.8, 0.9, 1.0]):
         reft_run(tmp_path / "reft" / f"s{seed}", value, warm_up=0.5 + 0.1 * seed, seed=seed)
         reft_run(tmp_path / "nokl" / f"s{seed}", 0.3, warm_up=0.5 + 0.1 * seed, seed=seed)
     row = {"name": "best of 8 by reward", "iteration": None, "split": "test", "accuracy": 0.95, "ci95": [0.9, 1.0]}
     write_run(tmp_path / "rerank-reft" / "s0", [row])
-    text, _ = table(monkeypatch, tmp_path, "reft")
+    text, _ = table(tmp_path, "reft")
     assert table_cell(text, "ReFT ReFT", "accuracy") == "90.0% (65.2% to 100.0%)"
     assert table_cell(text, "ReFT warm-up", "accuracy").startswith("60.0%")
     assert len(re.findall(r"warm-up \| +60.0%", text)) == 1, "all cells start from the same models"
@@ -409,11 +405,11 @@ def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path, monkeypatch):
     assert report.curve(runs[:1], "dev") == [(2, *[0.2] * 3), (4, *[pytest.approx(0.6)] * 3)]
 
 
-def test_cells_are_named_by_their_flags_and_keep_their_warm_ups_apart(tmp_path, monkeypatch):
+def test_cells_are_named_by_their_flags_and_keep_their_warm_ups_apart(tmp_path):
     for cell, accuracy, warm_up in (("reft", 0.8, 0.5), ("sft+sft_lr@2e-5", 0.7, 0.5),
                                     ("reft+lr@1e-4+seed@1", 0.9, 0.6)):
         reft_run(tmp_path / cell / "s0", accuracy, warm_up)
-    text, record = table(monkeypatch, tmp_path, "reft")
+    text, record = table(tmp_path, "reft")
     assert table_cell(text, "SFT, sft_lr 2e-5 ReFT", "accuracy").startswith("70.0%")
     assert table_cell(text, "ReFT, lr 1e-4, seed 1 ReFT", "accuracy").startswith("90.0%")
     assert table_cell(text, "ReFT warm-up", "accuracy").startswith("50.0%")
@@ -428,10 +424,10 @@ def test_dev_accuracy_on_the_way(tmp_path):
     assert (last["dev_lowest"], last["dev_halfway"]) == (pytest.approx(0.2), pytest.approx(0.6))
 
 
-def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path, monkeypatch):
+def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path):
     with pytest.raises(SystemExit, match="no finished run"):
-        call(monkeypatch, "--table", tmp_path)
+        call(report, "--table", tmp_path)
     rft_run(tmp_path / "k50" / "s0", 0.6)
     reft_run(tmp_path / "reft" / "s0", 0.6)
     with pytest.raises(SystemExit, match="runs of reft, rft"):
-        call(monkeypatch, "--table", tmp_path)
+        call(report, "--table", tmp_path)

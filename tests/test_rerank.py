@@ -10,14 +10,10 @@ from tools import rerank
 from checkpoint import save_model
 from evaluate import Answered, Sample
 from infra.run import write_records
+from runs import call
 from tools.rerank import Config, Labelled, RewardModel, best, classification_loss, label, scores
 
 FILES = dict(model="m", labelled="l", candidates="c", run_dir="r", precision="fp32")
-
-
-def call(monkeypatch, *flags) -> None:
-    monkeypatch.setattr("sys.argv", ["rerank.py", *map(str, flags)])
-    rerank.main()
 
 
 def settings(split: str) -> dict:
@@ -64,7 +60,7 @@ def test_only_samples_with_an_answer_are_picked():
     assert best(question("1", "2", "3"), [0.5, 0.7, 0.7]) == 1
 
 
-def test_reranking_finds_a_visible_difference(tmp_path, capsys, monkeypatch):
+def test_reranking_finds_a_visible_difference(tmp_path, capsys):
     """Right responses begin with token 7: a reward model that learns so picks right ones in nearly every
     question, where one sample in four is right."""
     save_model(tiny_model(), tmp_path / "m")
@@ -76,19 +72,19 @@ def test_reranking_finds_a_visible_difference(tmp_path, capsys, monkeypatch):
     write_records(tmp_path / "test.jsonl", [question(i) for i in range(100, 140)], settings("test"))
     flags = ["--preset", "toy", "--model", tmp_path / "m", "--labelled", tmp_path / "train.jsonl",
              "--candidates", tmp_path / "test.jsonl", "--run_dir", tmp_path / "run", "--lr", "1e-3"]
-    call(monkeypatch, *flags)
+    call(rerank, *flags)
     [row] = json.loads((tmp_path / "run" / "results.json").read_text())
     assert row["pass@1"] == 0.25 and row["accuracy"] > 0.9 and row["n"] == 40
     assert "best of 4 by reward" in capsys.readouterr().out
     before = (tmp_path / "run" / "picked.jsonl").stat().st_mtime_ns
-    call(monkeypatch, *flags)  # shows the same, and trains nothing
+    call(rerank, *flags)  # shows the same, and trains nothing
     assert "best of 4 by reward" in capsys.readouterr().out
     assert (tmp_path / "run" / "picked.jsonl").stat().st_mtime_ns == before
     picked = [json.loads(line) for line in (tmp_path / "run" / "picked.jsonl").read_text().splitlines()]
     assert sum(p["picked"] == (i + 100) % 4 for i, p in enumerate(picked)) == row["accuracy"] * 40
 
 
-def test_what_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
+def test_what_cannot_be_learned_from_is_refused(tmp_path):
     """Before anything is written: labels that are all alike; the two files swapped, where labels of test questions
     would pick among answers to them; and a train file as both."""
     save_model(tiny_model(), tmp_path / "m")
@@ -99,6 +95,6 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path, monkeypatch):
     for labelled, candidates, said in (("alike", "test", "nothing to tell apart"), ("test", "train", "must be train"),
                                        ("train", "train", "the second dev or test")):
         with pytest.raises(SystemExit, match=said):
-            call(monkeypatch, "--model", tmp_path / "m", "--labelled", tmp_path / f"{labelled}.jsonl",
+            call(rerank, "--model", tmp_path / "m", "--labelled", tmp_path / f"{labelled}.jsonl",
                  "--candidates", tmp_path / f"{candidates}.jsonl", "--run_dir", tmp_path / "run")
         assert not (tmp_path / "run").exists()
