@@ -300,13 +300,14 @@ def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
 def before_and_after(run: Run) -> list[str]:
     """Three greedy answers of the first and of the last model where the verdict became correct."""
     ends = [run.models[0], run.models[-1]]
-    first, last = ({str(row["id"]): row["samples"][0] for row in read_jsonl(
-        run.path / f"iter{model['iteration']}" / "eval_samples.jsonl", "id", "samples")} for model in ends)
-    right = {id: tuple(found[id].get("verdict") == "correct" for found in (first, last)) for id in first if id in last}
+    files = [read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl", "id", "samples") for model in ends]
+    first, last = ({str(row["id"]): (sample["verdict"], sample["text"].strip()) for row in rows
+                    for sample in row["samples"][:1] if sample.keys() >= {"verdict", "text"}} for rows in files)
+    right = {id: (first[id][0] == "correct", last[id][0] == "correct") for id in first if id in last}
     better, worse = ([id for id in right if right[id] == change] for change in ((False, True), (True, False)))
     names = [model["name"] for model in ends]
-    texts = [f"{plain(f'{id}, {name}, ' + found[id]['verdict'])}:\n\n{fenced(found[id]['text'].strip())}"
-             for id in better[:3] for name, found in zip(names, (first, last))]
+    texts = [f"{plain(f'{id}, {name}, {verdict}')}:\n\n{fenced(text)}" for id in better[:3]
+             for name, (verdict, text) in zip(names, (first[id], last[id]))]
     return ["## Before and after", *texts, plain(
         f"From {' to '.join(names)}, {len(better):,} questions went from wrong to right and {len(worse):,} from right "
         "to wrong.")] if right and ends[0] is not ends[1] else []
