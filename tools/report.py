@@ -300,7 +300,8 @@ def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
 def before_and_after(run: Run) -> list[str]:
     """Three greedy answers of the first and of the last model where the verdict became correct."""
     ends = [run.models[0], run.models[-1]]
-    files = [read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl", "id", "samples") for model in ends]
+    files = [read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl", "id", "samples")
+             for model in ends]
     first, last = ({str(row["id"]): (sample["verdict"], sample["text"].strip()) for row in rows
                     for sample in row["samples"][:1] if sample.keys() >= {"verdict", "text"}} for rows in files)
     right = {id: (first[id][0] == "correct", last[id][0] == "correct") for id in first if id in last}
