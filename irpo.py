@@ -52,7 +52,7 @@ class Config(TrainOptions, SampleOptions):
     seed: int = option(0, "of samples, subsampling and batch order")
     prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
-    iterations: int = option(4, "T", low=1)
+    iterations: int = option(4, "T; more or fewer may be asked for later", low=1, free=True)
     # step 1
     num_samples: int = option(30, "N, responses per question", low=1)
     temperature: tuple[float, ...] = option((0.8, 0.8, 1.3, 1.3), "of sampling, per iteration; the last repeats", low=0)

@@ -21,7 +21,7 @@ from data.fresh import fresh_model
 from data.prompts import TEMPLATES
 from evaluate import Answered
 from infra.config import parse_config
-from infra.run import derive_seed, read_json, read_records, write_records
+from infra.run import derive_seed, read_json, read_records, write_records, write_text
 from irpo import Config
 from runs import SMALL, call, read_lines, refusal, settings
 from tools import chat, evaluation, sft
@@ -174,7 +174,8 @@ TRAIN = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--max_
 
 def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     """Everything calls `make base`: it must train when its config is new, and only then, the same model each time. A
-    config that is refused leaves the model alone."""
+    config that is refused leaves the model alone; once, another --micro_batch_tokens or a comment in the source deleted
+    it. Its folder is no place for another run, nor is one with somebody else's model."""
     rows = toy.corpus(0, size=120, practice=60, drills=30)
     monkeypatch.setattr(toy, "corpus", lambda seed, **options: rows)
     call(sft, *TRAIN, "--run_dir", tmp_path / "run")
@@ -182,8 +183,14 @@ def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     assert len(read_lines(tmp_path / "run" / "train.jsonl")) == 3
     before = weights.stat().st_mtime_ns
     capsys.readouterr()
-    call(sft, *TRAIN, "--run_dir", tmp_path / "run")
+    write_text(tmp_path / "run" / "source" / "data" / "toy.py", "# an older version")
+    call(sft, *TRAIN, "--micro_batch_tokens", "2048", "--save_every", "7", "--run_dir", tmp_path / "run")
     assert str(tmp_path / "run" / "model") in capsys.readouterr().out
+    assert "is inside" in refusal(capsys, sft, *TRAIN, "--run_dir", tmp_path / "run" / "model")
+    shutil.copytree(tmp_path / "run" / "model", tmp_path / "mine" / "model")
+    monkeypatch.chdir(tmp_path / "mine")
+    assert ". has model, and no run made that" in refusal(capsys, sft, *TRAIN, "--run_dir", ".")
+    assert [*tmp_path.joinpath("mine").iterdir()] == [tmp_path / "mine" / "model"]
     assert "lr: 0.003 there, 0.5 now" in refusal(capsys, sft, *TRAIN, "--lr", "0.5", "--run_dir", tmp_path / "run")
     assert weights.stat().st_mtime_ns == before
     call(sft, *TRAIN, "--run_dir", tmp_path / "again")

@@ -364,13 +364,14 @@ def test_checkpointed_activations_and_compiled_blocks_change_no_gradient(tmp_pat
 # --- stages ----------------------------------------------------------------------------------------
 
 def test_a_finished_model_is_never_trained_again(tmp_path):
-    """And one that is missing is made, with the record of its steps; only then are the states removed."""
+    """And one that is missing is made, with the record of its steps; only then are the states removed. (Folders of that
+    name that are not its own, anywhere below, once went with them.)"""
     source, folder = tmp_path / "source", tmp_path / "run"
     save_model(tiny_model(1), source)
     (source / "generation_config.json").write_text("{}")
     config = json.loads((source / "config.json").read_text()) | {"eos_token_id": [2, 9]}
     (source / "config.json").write_text(json.dumps(config))
-    for state in ("state", "select/state"):
+    for state in ("state", "select/state", "mine/state"):
         (folder / state).mkdir(parents=True)
 
     def train() -> tuple:
@@ -378,7 +379,7 @@ def test_a_finished_model_is_never_trained_again(tmp_path):
         return tiny_model(2), [{"step": 0, "loss": 1.0, "tokens": 3}]
 
     made = train_once(folder, str(source), train)
-    assert made == str(folder / "model") and not list(folder.rglob("state"))
+    assert made == str(folder / "model") and list(folder.rglob("state")) == [folder / "mine" / "state"]
     assert (folder / "train.jsonl").read_text() == '{"step": 0, "loss": 1.0, "tokens": 3}\n'
     assert all(map(torch.equal, load_model(made).parameters(), tiny_model(2).parameters()))
     assert load_config(made) == load_config(source) and (folder / "model" / "generation_config.json").exists()

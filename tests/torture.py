@@ -10,7 +10,6 @@ import argparse
 import filecmp
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -98,14 +97,15 @@ def torture(command: list[str], folder: Path, kills: int, ranks: int, seed: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; what is there goes")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
     parser.add_argument("--kills", type=int, default=20, help="of each method")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run; all are killed at once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--model", type=Path, help="base model of IRPO and PPO; none: one is trained")
     parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS), help="which to kill")
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
+    if args.out.exists():
+        sys.exit(f"{args.out} exists: remove it, or give another --out")
     args.out.mkdir(parents=True)
     if args.model is None and args.methods != ["sft"]:
         base = args.out / "base"
