@@ -280,15 +280,6 @@ def test_inputs_are_checked_before_anything_is_written(module, base, tmp_path, c
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("module", [irpo, evaluation, sft], ids=lambda module: module.__name__)
-def test_an_unwritable_run_directory_is_refused(module, base, tmp_path, capsys, small_world):
-    """A directory below a file cannot be made; said at once, with the flag to change."""
-    (tmp_path / "file").write_text("in the way")
-    flags = {irpo: SMALL, evaluation: ["--limit", "1", "--max_new_tokens", "20"], sft: []}[module]
-    message = refusal(capsys, module, *flags, "--model", base, "--run_dir", tmp_path / "file" / "run")
-    assert str(tmp_path / "file" / "run") in message and "--run_dir" in message
-
-
 # --- other data sets -------------------------------------------------------------------------------
 
 def reader(folder: Path) -> Path:
