@@ -112,17 +112,18 @@ def write(path: Path, text: str = "mine") -> None:
     path.write_text(text)
 
 
-def test_other_files_may_lie_in_a_run_directory_but_no_other_run(tmp_path):
+def test_other_files_may_lie_in_a_run_directory_but_no_other_run(tmp_path, monkeypatch):
     """Output of a scheduler, and first steps that a sweep has copied. In the state or the model of another run, a run
     would be deleted with it, or taken for it."""
     for name in ("output.txt", "iter0/eval.json", ".keep"):
         write(tmp_path / "run" / name)
     open_run(config(tmp_path / "run"))
     assert (tmp_path / "run" / "output.txt").read_text() == "mine"
-    (tmp_path / "link").symlink_to(tmp_path / "run")
-    for inner in ("state", "model/b", "iter1", "../link/model"):
-        assert f"is inside {tmp_path / 'run'}" in refused(config(tmp_path / "run" / inner))
-        assert not (tmp_path / "run" / inner).exists()
+    (tmp_path / "link").symlink_to(tmp_path / "run" / "iter0")
+    monkeypatch.chdir(tmp_path / "run" / "iter0")
+    for inner in (tmp_path / "run" / "state", tmp_path / "run" / "model" / "b", Path("model"), tmp_path / "link" / "b"):
+        assert f"is inside {tmp_path / 'run'}" in refused(config(inner))
+        assert not inner.exists()
 
 
 @pytest.mark.parametrize("place, reason", [("file/run", "Not a directory"), ("file", "File exists"),
