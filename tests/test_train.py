@@ -373,6 +373,7 @@ def test_a_finished_model_is_never_trained_again(tmp_path):
     (source / "config.json").write_text(json.dumps(config))
     for state in ("state", "select/state", "mine/state"):
         (folder / state).mkdir(parents=True)
+    (folder / "model").symlink_to(tmp_path / "gone")  # to a disk that was cleaned
 
     def train() -> tuple:
         assert (folder / "state").exists()
