@@ -17,6 +17,7 @@ result to a file; run the same command again to continue at the first missing on
     python irpo.py --task gsm8k --model DIR --run_dir DIR
 """
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -51,7 +52,7 @@ class Config(TrainOptions, SampleOptions):
     seed: int = option(0, "of samples, subsampling and batch order")
     prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
-    iterations: int = option(4, "T", low=1)
+    iterations: int = option(4, "T; more or fewer may be asked for later", low=1, free=True)
     # step 1
     num_samples: int = option(30, "N, responses per question", low=1)
     temperature: tuple[float, ...] = option((0.8, 0.8, 1.3, 1.3), "of sampling, per iteration; the last repeats", low=0)
@@ -79,7 +80,7 @@ class Config(TrainOptions, SampleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.start_from and not Path(self.start_from).is_dir():
+        if self.start_from and not os.path.isdir(self.start_from):
             raise ValueError(f"--start_from {self.start_from}: there is no such directory")
         if self.select_every and (self.lr_schedule != "constant" or self.warmup_share):
             raise ValueError(f"--select_every {self.select_every} needs --lr_schedule constant without --warmup_share: "
@@ -146,9 +147,10 @@ def kept_pairs(pairs: list[Pair], config: Config, t: int) -> list[Pair]:
     limit = load_config(config.model).max_length
     short = [pair for pair in pairs if pair.longest <= limit]
     if not short:
-        raise SystemExit(f"iteration {t} has no pairs: every question has only right or only wrong samples, but for "
-                         f"{len(pairs)} pairs of more than {limit} tokens. Raise --temperature or --num_samples, or "
-                         "stop at fewer --iterations.")
+        why = f"all {len(pairs)} are longer than the model's {limit} positions" if pairs else (
+            "every question has only right or only wrong samples")
+        raise SystemExit(f"iteration {t} has no pairs: {why}. Change --temperature, --num_samples or --max_new_tokens, "
+                         "or stop at fewer --iterations.")
     if config.max_pairs and len(short) > config.max_pairs:
         return random.Random(f"{config.seed} {t}").sample(short, config.max_pairs)
     return short
@@ -234,7 +236,7 @@ def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
         loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
     nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
     print(f"check: DPO loss before the first step is {loss:.4f}, ln 2 is {math.log(2):.4f}")
-    if abs(loss - math.log(2)) > config.beta * nats:
+    if not abs(loss - math.log(2)) <= config.beta * nats:  # nor is NaN
         raise SystemExit("the reference log-probabilities are not those of the model that is trained")
 
 

@@ -12,92 +12,25 @@ state and ends with exactly the same result.
 import math
 import runpy
 import time
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model, save_model
-from infra.config import option
-from infra.hardware import ComputeOptions, dtype_of
+from infra.hardware import dtype_of
 from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
 from infra.progress import Progress, mean_or_max
 from infra.run import StopAsked, hash_of, log, write_jsonl
 from infra.state import drop_states, load_state, save_state
+from infra.steps import TrainOptions, batch_at, learning_rate, micro_batches, num_steps
 from losses import nll_loss
 from model import Block, Decoder, Llama, pad
 
-SCHEDULES = {  # share of the steps done -> share of the learning rate
-    "constant": lambda done: 1.0,
-    "linear": lambda done: 1.0 - done,
-    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done))}
 WIDTH = 16  # sequences are padded to a multiple of this: on a CPU every new shape of a product costs milliseconds
-
-
-@dataclass(frozen=True)
-class TrainOptions(ComputeOptions):
-    """How `fit` trains; methods inherit these fields and give the papers' values as defaults."""
-    lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
-    lr_schedule: str = option("constant", "after warm-up: constant, linear (to 0) or cosine (to 0)", SCHEDULES)
-    warmup_steps: int = option(0, "steps over which the learning rate rises to lr", low=0)
-    warmup_share: float = option(0.0, "the same as a share of all steps; the longer one counts", low=0, high=1)
-    batch_size: int = option(16, "items (sequences or pairs) per optimizer step, over all ranks", low=1)
-    epochs: int = option(1, "passes over the items", low=1)
-    max_steps: int = option(0, "stop after this many optimizer steps; 0: only epochs count", low=0)
-    clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
-    weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
-    micro_batch_tokens: int = option(4096, "padded tokens per forward pass; affects only speed and memory (4096 suits "
-                                     "a CPU; on a GPU use as many as fit)", low=1, free=True)
-    checkpoint_activations: bool = option(False, "keep only the input of each block and recompute the rest in the "
-                                          "backward pass: far less memory, a third more work", free=True)
-    compile: bool = option(False, "torch.compile the blocks; the first steps take minutes", free=True)
-    save_every: int = option(100, "steps between saved states, from which a killed run resumes", low=1, free=True)
-    skip_nonfinite: bool = option(False, "skip (and count) steps whose loss or gradient is not finite, instead of "
-                                  "stopping", free=True)
-    shard_within_node: bool = option(False, "with ranks on several nodes: shard weights within a node and replicate "
-                                     "them across", free=True)
-    cpu_offload: bool = option(False, "with several ranks: keep weights, gradients and moments in the host's memory",
-                               free=True)
-
-
-# --- batches ---------------------------------------------------------------------------------------
-
-def num_steps(num_items: int, options: TrainOptions) -> int:
-    """Count the optimizer steps of a training run; the last batch of an epoch may be smaller."""
-    steps = options.epochs * math.ceil(num_items / options.batch_size)
-    return min(steps, options.max_steps or steps)
-
-
-def batch_at(step: int, items: list, batch_size: int, seed: int) -> list:
-    """Return the items of a step: every epoch is a fresh permutation, given by (seed, epoch)."""
-    epoch, i = divmod(step, math.ceil(len(items) / batch_size))
-    order = numpy.random.default_rng([seed, epoch]).permutation(len(items))
-    return [items[j] for j in order[i * batch_size:(i + 1) * batch_size]]
-
-
-def micro_batches(items: list, budget: int) -> list[list]:
-    """Split items, sorted by length, so that padded tokens stay within the budget (one item always fits).
-
-    Use as few micro-batches as possible, and make the largest one as small as possible: the same number of passes, but
-    less padding and memory than filling all except the last.
-    """
-    items = sorted(items, key=lambda item: item.tokens)  # the longest of a micro-batch comes last
-
-    def split(budget: int) -> list[list]:
-        parts: list[list] = []
-        for item in items:
-            if not parts or (len(parts[-1]) + 1) * item.tokens > budget:
-                parts.append([])
-            parts[-1].append(item)
-        return parts
-
-    fewest = len(split(budget))
-    return split(bisect_left(range(budget), True, key=lambda budget: len(split(budget)) == fewest))
 
 
 # --- log-probabilities of responses ----------------------------------------------------------------
@@ -170,26 +103,28 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
             options: TrainOptions) -> dict[str, list[float]]:
     """Take one optimizer step on the mean loss; return the values of all items, and figures of the step.
 
-    If the loss or gradient is not finite, skip the step or stop; the weights are never touched.
+    If the loss or gradient is not finite, skip the step or stop; the weights are not touched.
     """
     values = accumulate(model, parts, loss, options.precision)
     norm = float(full_weight(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)))
     finite = math.isfinite(sum(values["loss"]) + norm)
     if finite:
         optimizer.step()
-    elif not options.skip_nonfinite:
+    else:
+        check_weights(model)
+    if not finite and not options.skip_nonfinite:
         raise SystemExit(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
                          f"{[item.id for part in parts for item in part]}. Try a smaller --lr, or --skip_nonfinite.")
     optimizer.zero_grad()
     return values | {"grad_norm": [norm]} | ({"skipped": [float(not finite)]} if options.skip_nonfinite else {})
 
 
-def learning_rate(step: int, steps: int, options: TrainOptions) -> float:
-    """Return the rate of step 0 <= step < steps."""
-    warmup = max(options.warmup_steps, round(options.warmup_share * steps))
-    if step < warmup:
-        return options.lr * (step + 1) / warmup
-    return options.lr * SCHEDULES[options.lr_schedule]((step - warmup) / max(1, steps - warmup))
+def check_weights(model: nn.Module) -> None:
+    """Refuse a model with a weight that is not finite: no batch and no learning rate can help it."""
+    for name, weight in model.named_parameters():
+        if not full_weight(weight.detach().sum()).isfinite():
+            raise SystemExit(f"the weights {name} are not finite: the model that training began with was damaged, or "
+                             "--lr is too large. No model is saved.")
 
 
 # --- the loop --------------------------------------------------------------------------------------
@@ -253,6 +188,9 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
                 group["lr"] = rate
             record = {"step": step, "lr": rate, **step_once(step)}
             records.append(record)
+            if (skipped := sum(record.get("skipped", 0) for record in records)) > steps / 2:
+                raise SystemExit(f"{skipped:g} of {steps} steps were skipped, since their loss or gradient was not "
+                                 "finite: that is no training, and no model is saved. Try a smaller --lr.")
             bar.advance(1, record["tokens"], **{name: record[name] for name in shown if name in record})
 
             stop = stop_asked()
@@ -260,6 +198,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
                 save_state(folder / "state", model, optimizer, records, made_of)
             if stop:
                 raise SystemExit(f"\nstopped after step {step + 1} of {steps}; run the same command again to resume")
+    check_weights(model)
     return records
 
 

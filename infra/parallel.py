@@ -83,9 +83,10 @@ def finish() -> None:
 
 def leave(message: str | int | None) -> NoReturn:
     """Exit with a message, which rank 0 prints for all."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # the next one is not told: a traceback would hide the message
+        signal.signal(number, signal.SIG_DFL)
     if world() == 1:
         raise SystemExit(message)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if rank():
         time.sleep(10)  # torchrun ends the others when one has ended
     if isinstance(message, str):

@@ -4,6 +4,7 @@
 
 Each step of a run is a file (`once`). Run the same command again and it continues at the first missing one.
 """
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -25,6 +26,8 @@ from infra import parallel
 from infra.progress import printable
 
 ROOT = Path(__file__).parent.parent
+MADE = ("config.json", "command.txt", "source", "log.jsonl", "start", "state", "model", "train.jsonl", "results.json",
+        "eval.json", "eval_samples.jsonl", "picked.jsonl")  # of a run directory, besides iterN
 LOCKS: dict[Path, object] = {}  # open lock files of the run directories that this process holds
 
 
@@ -42,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parallel.leave(0)
-    except ModuleNotFoundError as error:  # an optional package; the message says how to get it
+    except (ModuleNotFoundError, OSError) as error:  # an optional package, or a file: the message says which
         parallel.leave(f"error: {error}")
     except KeyboardInterrupt:
         parallel.leave("\nstopped; run the same command again to continue at the first missing file")
@@ -62,9 +65,11 @@ class StopAsked:
         self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if self.asked and kind is None:  # after the last time that somebody looked
+            raise KeyboardInterrupt
 
     def ask(self, number: int, frame) -> None:
         if number == signal.SIGINT and number in self.asked and parallel.world() == 1:
@@ -88,25 +93,39 @@ def open_run(config, **inputs: str) -> Path:
 
     def claim() -> None:
         try:
+            refuse_foreign(run)
             run.mkdir(parents=True, exist_ok=True)
             lock(run)
-            if (run / "config.json").exists():
-                if changed := differences(read_json(run / "config.json"), values, free):
-                    raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
-                                     "Give another --run_dir, or remove that directory.")
-            elif (run / "model").exists():
-                raise SystemExit(f"{run / 'model'} was not made by a run (there is no config.json next to it). Give "
-                                 "another --run_dir.")
-            else:
-                shutil.copytree(ROOT, run / "source", dirs_exist_ok=True, ignore=not_source)
+            if not is_run(run):
                 write_json(run / "config.json", values)
-            with open(run / "command.txt", "a", encoding="utf-8") as file:
-                file.write(run_card() + "\n")
+            elif changed := differences(read_json(run / "config.json"), values, free):
+                raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
+                                 "Give another --run_dir, or remove that directory.")
+            if not (run / "source").exists():
+                copy_source(run / "source")
+            append(run / "command.txt", run_card() + "\n")
         except OSError as error:
             raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
 
     parallel.by_first(claim)
     return run
+
+
+def is_run(folder: Path) -> bool:
+    """Tell a run's config.json from that of a model, or of anything else."""
+    try:
+        return "run_dir" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def refuse_foreign(run: Path) -> None:
+    """Stop before a run writes over what no run made, or among the files of another run."""
+    if outer := [folder for folder in run.resolve().parents if is_run(folder)]:
+        raise SystemExit(f"{run} is inside {outer[0]}, which is a run itself. Give another --run_dir.")
+    if found := [name for name in MADE if os.path.lexists(run / name) and not is_run(run)]:
+        raise SystemExit(f"{run} has {', '.join(found)}, and no run made that: there is no config.json of a run next "
+                         "to it. Give another --run_dir.")
 
 
 def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
@@ -115,10 +134,15 @@ def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
                      if name not in free and before.get(name) != now.get(name))
 
 
-def not_source(folder: str, names: list[str]) -> list[str]:
-    """Choose what a copy of the source leaves out: all but Python outside tests, and what is not ours."""
-    rooms = {"data", "grading", "infra", "tools"} if Path(folder) == ROOT else set()
-    return [name for name in names if not (name.endswith((".py", ".json")) or name in rooms)]
+def copy_source(folder: Path) -> None:
+    """Keep the code that a run is made with, except tests."""
+    temporary = fresh_directory(folder)
+    for room in ("", "data", "grading", "infra", "tools"):
+        (temporary / room).mkdir(exist_ok=True)
+        for path in (ROOT / room).iterdir():
+            if path.suffix in (".py", ".json") and path.is_file():
+                shutil.copyfile(path, temporary / room / path.name)
+    put_in_place(folder)
 
 
 def lock(run: Path) -> None:
@@ -157,8 +181,7 @@ def log(folder: Path, **record) -> None:
     """Append a line to the log.jsonl of the run that a folder belongs to; times are recorded here and nowhere else."""
     run = next((path for path in (folder, *folder.parents) if (path / "config.json").exists()), None)
     if run and parallel.rank() == 0:
-        with open(run / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
+        append(run / "log.jsonl", json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
 
 
 # --- steps -----------------------------------------------------------------------------------------
@@ -202,7 +225,7 @@ def read_records(path: Path, kind: type) -> tuple[dict, list]:
         rows = read_jsonl(path)
         header = rows.pop(0) if rows and "sha256" in rows[0] else {"settings": {}, "sha256": ""}
         records = [kind(**row) for row in rows]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise SystemExit(f"{path} does not hold records of kind {kind.__name__}: {error!r}") from None
     if header["sha256"] and header["sha256"] != records_hash(header["settings"], rows):
         raise SystemExit(f"{path} was changed after it was written: its SHA-256 is not the one in its first line")
@@ -215,18 +238,34 @@ def write_text(path: Path, text: str) -> None:
     """Write a file, on rank 0, so that it exists if and only if it is complete."""
     if parallel.rank():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(f"{path} cannot be written: {error.strerror}. Free some space, then run the same command "
-                         "again to resume.") from None
-    os.replace(temporary, path)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise unwritten(path, error) from None
+
+
+def append(path: Path, text: str) -> None:
+    """Add lines to a file, in place of a last one that a full disk or a crash has cut short."""
+    try:
+        with open(path, "a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+            file.write(text.encode())
+    except OSError as error:
+        raise unwritten(path, error) from None
+
+
+def unwritten(path: Path, error: OSError) -> SystemExit:
+    return SystemExit(f"{path} cannot be written: {error.strerror}. Mend that, then run the same command again to "
+                      "resume.")
 
 
 def write_json(path: Path, value) -> None:
@@ -245,8 +284,11 @@ def read_json(path: Path):
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path} cannot be read: {error}") from None
 
 
 def fresh_directory(directory: Path) -> Path:
@@ -262,7 +304,7 @@ def put_in_place(directory: Path) -> None:
     temporary, old = (directory.with_name(f"{directory.name}.{age}.tmp") for age in ("new", "old"))
     for path in (*temporary.iterdir(), temporary):
         flush(path)
-    if directory.exists():
+    if os.path.lexists(directory):
         shutil.rmtree(old, ignore_errors=True)
         os.replace(directory, old)
     os.replace(temporary, directory)

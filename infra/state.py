@@ -71,9 +71,9 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 
 
 def drop_states(folder: Path) -> None:
-    """Remove the states of a training run that is over, and of the trial runs before it."""
+    """Remove the states of a training run that is over, and of the trial run before it."""
     if rank() == 0:
-        for state in list(folder.rglob("state")):
+        for state in (folder / "state", folder / "select" / "state"):
             shutil.rmtree(state, ignore_errors=True)
 
 

@@ -21,7 +21,6 @@ from infra.run import derive_seed, hash_of, read_json, read_records, write_recor
 from reft import (Config, Policy, Rollout, add_advantages, diagnose, measure, measured, offline_paths, ppo_loss,
                   roll_out, score, train_on)
 from runs import call, read_lines, refusal, remembered_world, settings  # noqa: F401 (one is a fixture)
-from sample import generate
 from tiny import random_tokens, slow_logps, tiny_model
 from train import Example, autocast, batch_at, micro_batches, new_optimizer
 
@@ -319,25 +318,6 @@ def test_the_first_step_is_reinforce_with_a_baseline(critic, budget):
         assert weight.grad.any()
 
 
-@pytest.mark.parametrize("options", [{}, {"advantage": "group"}, {"advantage": "rloo"}], ids=str)
-def test_it_learns_to_say_what_is_rewarded(options):
-    """On a bandit: a response is right if its first token is 7. A sign, a shifted mask or a mixed-up row, and the share
-    of sevens would not rise."""
-    config = config_of(num_samples=4, lr=3e-3, kl_coef=0.01, **options)
-    policy, reference = Policy(tiny_model(0, sharpness=0.5), config), tiny_model(0, sharpness=0.5)
-    optimizer, shares = new_optimizer(policy, config), []
-    prompts = [random_tokens(i, 2 + i % 3).tolist() for i in range(16)]
-    for step in range(25):
-        groups = generate(policy.model, prompts, num_samples=4, eos_id=2, max_new_tokens=5, seed=step)
-        pairs = [(prompt, response) for prompt, group in zip(prompts, groups) for response in group]
-        rollouts = [Rollout("q", prompt, r.ids, r.finished, r.ids[0] == 7, float(r.ids[0] == 7), row)
-                    for row, (prompt, r) in enumerate(pairs)]
-        record = train_on(policy, reference, optimizer, rollouts, [], config, step)
-        shares.append(record["accuracy"])
-    assert fmean(shares[:3]) < 0.15 and fmean(shares[-3:]) > 0.6
-    assert record["kl"] > 0.5
-
-
 # --- Online-ST and Offline-ST ----------------------------------------------------------------------
 
 @pytest.mark.parametrize("right", [0, 1, 3])
@@ -433,24 +413,20 @@ def test_defaults_are_the_papers():
     assert {name: getattr(config, name) for name in paper} == paper
 
 
-@pytest.mark.parametrize("argv, named", [
-    (["--temperature", "0.7"], "--temperature"), (["--top_k", "50"], "--top_k"), (["--top_p", "0.9"], "--top_p"),
-    (["--method", "ppo"], "--method ppo"), (["--advantage", "td"], "--advantage td"),
-    (["--advantage", "group"], "--num_samples 2"), (["--critic", "two"], "--critic two"), (["--model", ""], "--model"),
-    (["--value_init", "one"], "--value_init one"), (["--warmup_epochs", "-1"], "--warmup_epochs -1"),
-    (["--kl_coef", "-0.1"], "--kl_coef -0.1"), (["--ppo_epochs", "0"], "--ppo_epochs 0"),
-    (["--num_samples", "0"], "--num_samples 0"), (["--num_choices", "1"], "--num_choices 1"),
-    (["--method", "online_st", "--mini_batch_size", "4"], "--mini_batch_size"),
-    (["--method", "sft", "--critic", "separate"], "--critic separate"),
-    (["--advantage", "rloo", "--num_samples", "2", "--critic", "separate"], "--critic separate"),
-    (["--method", "online_st", "--num_choices", "4"], "--num_choices"),
-    (["--task", "arc", "--num_choices", "2"], "--num_choices 2")], ids=" ".join)
-def test_impossible_flags_fail(argv, named, capsys):
+@pytest.mark.parametrize("flags, said", [
+    ("--temperature 0.7", "--temperature"), ("--top_k 50", "--top_k"), ("--top_p 0.9", "--top_p"),
+    ("--advantage group", "--num_samples 2"), ("--num_choices 1", "--num_choices 1"),
+    ("--method ppo", "--method ppo"), ("--value_init one", "--value_init one"), ("--kl_coef -0.1", "--kl_coef -0.1"),
+    ("--warmup_epochs -1", "--warmup_epochs -1"), ("--ppo_epochs 0", "--ppo_epochs 0"),
+    ("--method online_st --mini_batch_size 4", "--mini_batch_size"), ("--critic two", "--critic two"),
+    ("--method sft --critic separate", "--critic separate"), ("--advantage td", "--advantage td"),
+    ("--advantage rloo --num_samples 2 --critic separate", "--critic separate"),
+    ("--method online_st --num_choices 4", "--num_choices"), ("--task arc --num_choices 2", "--num_choices 2")])
+def test_impossible_flags_fail(flags, said, capsys):
     """Temperature, top-k and top-p do not exist: ratio and KL would be those of another distribution."""
     with pytest.raises(SystemExit) as stop:
-        parsed(*argv)
-    assert stop.value.code == 2
-    assert named in capsys.readouterr().err
+        parsed(*flags.split())
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 # --- runs ------------------------------------------------------------------------------------------
@@ -547,16 +523,6 @@ def test_learning_rates_and_numbers_of_steps(run):
     expected = [1e-3, 2e-3, *(2e-3 * (1 - i / 23) for i in range(23))]
     assert [step["lr"] for step in warm_up] == pytest.approx(expected)
     assert [step["lr"] for step in steps] == pytest.approx([5e-4 * (1 + math.cos(math.pi * i / 5)) for i in range(5)])
-
-
-def test_a_run_starts_at_its_identities(run):
-    """In the run itself, with the sampler, bf16 and all: KL 0 at step 0, ratio 1 at each first update; later there is a
-    KL."""
-    steps = read_lines(run / "iter1" / "train.jsonl")
-    assert abs(steps[0]["kl"]) < 1e-5 and abs(steps[0]["kl_k3"]) < 1e-5
-    assert all(step["first_ratio_error"] < 1e-5 for step in steps)
-    assert steps[-1]["kl_k3"] > 1e-4
-    assert steps[0]["explained_variance"] == pytest.approx(0, abs=1e-6)  # V = 0 explains nothing
 
 
 def test_which_model_samples_trains_and_is_the_reference(watched, base):

@@ -223,24 +223,6 @@ def test_the_training_row_of_a_run(run):
         ("RFT", 1, "train", None), ("RFT", 1, "dev", None), ("RFT", 1, "test", 2)]
 
 
-def interrupted(*args, **options):
-    raise KeyboardInterrupt
-
-
-def test_a_killed_run_resumes(run, base, tmp_path, monkeypatch):
-    """Stopped before each step; the same command ends with the same bytes."""
-    command = [*SMALL, "--model", base, "--seed", "4", "--run_dir", tmp_path / "run"]
-    for step in ("answer_once", "kept_paths", "training_row"):
-        with monkeypatch.context() as patch:
-            patch.setattr(rft, step, interrupted)
-            with pytest.raises(KeyboardInterrupt):
-                call(rft, *command)
-        assert not (tmp_path / "run" / "results.json").exists()
-    call(rft, *command)
-    for name in ("results.json", "iter1/paths.jsonl", "iter1/model/model.safetensors", "iter0/model/model.safetensors"):
-        assert (tmp_path / "run" / name).read_bytes() == (run / name).read_bytes()
-
-
 # --- what a flag changes in a run, without training ------------------------------------------------
 
 @pytest.fixture

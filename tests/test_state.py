@@ -91,6 +91,15 @@ def test_a_second_ctrl_c_does_not_wait():
         time.sleep(1)
 
 
+def test_ctrl_c_that_nobody_saw_is_not_lost():
+    """Between the last step's look and the end of the loop, it was forgotten, and the run went on."""
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), StopAsked() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
 # --- files that are not as they were ---------------------------------------------------------------
 
 @pytest.fixture

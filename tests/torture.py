@@ -10,12 +10,10 @@ import argparse
 import filecmp
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,16 +25,6 @@ RUNS = {  # the work that is killed; a state is saved every step or every few
     "sft": ["train.py", *TINY, "--max_steps", "60", "--save_every", "3"],
     "irpo": ["irpo.py", *SMALL],
     "ppo": ["reft.py", *SMALL]}
-
-
-@dataclass
-class Tally:
-    """What happened to a method: kills, whole runs, seconds of an uninterrupted one, what differed."""
-    kills: int = 0
-    runs: int = 0
-    seconds: float = 0.0
-    files: int = 0
-    faults: tuple[str, ...] = ()
 
 
 def start(command: list[str], folder: Path, ranks: int) -> subprocess.Popen:
@@ -67,45 +55,45 @@ def faults(whole: Path, killed: Path) -> list[str]:
             + [f"{path}: left over" for path in killed.rglob("*") if path.suffix == ".tmp" or path.name == "state"])
 
 
-def torture(command: list[str], folder: Path, kills: int, ranks: int, seed: int) -> Tally:
-    """Kill a command so many times, each time at a moment drawn from the length of a whole run."""
-    whole, tally, draw = folder / "whole", Tally(), random.Random(seed)
+def torture(command: list[str], folder: Path, kills: int, ranks: int, seed: int) -> tuple[str, list[str]]:
+    """Kill a command so many times, each time at a moment drawn from the length of a whole run.
+
+    Return the row of the table (whole runs, files compared, seconds of an undisturbed run), and what differs.
+    """
+    whole, draw, found, runs = folder / "whole", random.Random(seed), [], 0
     folder.mkdir(parents=True)
     began = time.perf_counter()
     finish(start(command, whole, ranks), whole)
-    tally.seconds, tally.files = time.perf_counter() - began, len(kept(whole / "run"))
-    found: list[str] = []
-    while tally.kills < kills:
-        killed = folder / f"killed-{tally.runs}"
+    seconds, left = time.perf_counter() - began, kills
+    while left:
+        killed = folder / f"killed-{runs}"
         while True:
             process = start(command, killed, ranks)
             try:
-                if tally.kills == kills:
-                    process.wait()
-                process.wait(draw.uniform(0, tally.seconds))
+                process.wait(draw.uniform(0, seconds) if left else None)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-                tally.kills += 1
+                left -= 1
             else:
                 break
         finish(process, killed)
-        tally.runs += 1
+        runs += 1
         found += faults(whole / "run", killed / "run")
-    tally.faults = tuple(found)
-    return tally
+    return f"{kills} | {runs} | {len(kept(whole / 'run'))} | {seconds:.0f}", found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the runs; what is there goes")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the runs")
     parser.add_argument("--kills", type=int, default=20, help="of each method")
     parser.add_argument("--ranks", type=int, default=1, help="processes of a run; all are killed at once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--model", type=Path, help="base model of IRPO and PPO; none: one is trained")
     parser.add_argument("--methods", nargs="+", choices=RUNS, default=list(RUNS), help="which to kill")
     args = parser.parse_args()
-    shutil.rmtree(args.out, ignore_errors=True)
+    if args.out.exists():
+        sys.exit(f"{args.out} exists: remove it, or give another --out")
     args.out.mkdir(parents=True)
     if args.model is None and args.methods != ["sft"]:
         base = args.out / "base"
@@ -116,12 +104,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for method in args.methods:
         command = RUNS[method] + ([] if method == "sft" else ["--model", str(args.model.resolve())])
-        tally = torture(command, args.out / method, args.kills, args.ranks, args.seed)
-        print(f"| {method} | {args.ranks} | {tally.kills} | {tally.runs} | {tally.files} | {tally.seconds:.0f} | "
-              f"{len(tally.faults)} |", flush=True)
-        for fault in tally.faults:
-            bad = True
-            print(fault)
+        row, found = torture(command, args.out / method, args.kills, args.ranks, args.seed)
+        print(f"| {method} | {args.ranks} | {row} | {len(found)} |", *found, sep="\n", flush=True)
+        bad |= bool(found)
     sys.exit(bad)
 
 
