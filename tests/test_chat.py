@@ -22,15 +22,15 @@ def test_a_stream_is_what_generate_draws(temperature, top_p, top_k, max_new_toke
     """Token by token, the same responses, with EOS if they have one."""
     model, prompt = tiny_model(), [1, 5, 9, 4]
     options = dict(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=7)
-    [responses] = generate(model, [prompt], num_samples=3, eos_id=2, **options)
-    streams = [[*chat.stream(model, prompt, n, 2, chat.Config(model="m", **options))] for n in range(3)]
+    [responses] = generate(model, [prompt], num_samples=3, eos_ids=(2,), **options)
+    streams = [[*chat.stream(model, prompt, n, [2], chat.Config(model="m", **options))] for n in range(3)]
     assert streams == [response.ids for response in responses]
     assert torch.is_grad_enabled()
 
 
 def test_a_stream_ends_where_the_model_has_no_more_positions():
     config = chat.Config(model="m", max_new_tokens=50)
-    assert len([*chat.stream(tiny_model(), [5] * 120, 0, -1, config)]) == 8
+    assert len([*chat.stream(tiny_model(), [5] * 120, 0, [], config)]) == 8
 
 
 def test_a_chat_prints_the_responses(base, monkeypatch, capsys):
@@ -44,7 +44,7 @@ def test_a_chat_prints_the_responses(base, monkeypatch, capsys):
 
     prompt = encode_prompt(tokenizer, prompt_text("rft", "", QUESTION))
     [responses] = generate(load_model(base), [prompt], num_samples=2, temperature=1.2, top_k=9, top_p=0.9, seed=3,
-                           max_new_tokens=8, eos_id=tokenizer.eos_id)
+                           max_new_tokens=8, eos_ids=tokenizer.eos_ids)
     shown = "".join(tokenizer.decode(r.ids) + ("\n" if r.finished else " [truncated]\n") for r in responses)
     assert said.startswith(shown) and said.endswith(shown)
     assert "tokens are too long for this model's 192 positions]\n" in said

@@ -2,6 +2,7 @@
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -120,7 +121,10 @@ def edit(path: Path, **fields) -> None:
     ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
     ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor, high_freq_factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is None"),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "low_freq_factor is 1.0, and must be below"),
+    ({"rope_scaling": LLAMA3 | {"factor": 0}}, "factor is 0"), ({"rope_scaling": [8.0]}, "rope scaling is [8.0]"),
+    ({"rope_theta": "1e4"}, "rope_theta is '1e4'"), ({"rope_theta": math.inf}, "rope_theta is inf"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}, "partial_rotary_factor is 0.25"),
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is {'quant_method': 'gptq'}"),
@@ -129,10 +133,18 @@ def edit(path: Path, **fields) -> None:
     ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
      "use_sliding_window is True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
-    ({"rms_norm_eps": ...}, "rms_norm_eps is None"), ({"vocab_size": "24"}, "vocab_size is '24'")], ids=str)
+    ({"layer_types": 2}, "layer_types is 2"), ({"model_type": ["llama"]}, "model_type is ['llama']"),
+    ({"rms_norm_eps": ...}, "rms_norm_eps is None"), ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+    *(({"vocab_size": value}, f"vocab_size is {value!r}, and must be a") for value in ("24", 24.0, True, -24, None)),
+    ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"), ({"num_key_value_heads": 3}, "no multiple"),
+    ({"head_dim": 8.0}, "head_dim is 8.0"), ({"head_dim": 7}, "head_dim must be even"),
+    ({"hidden_size": 30, "head_dim": ...}, "hidden_size 30 is divided by 4 heads"),
+    ({"sliding_window": -1}, "sliding_window is -1"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'")], ids=str)
 def test_models_that_cannot_be_computed_are_refused(fields, named, tmp_path):
     """Another architecture, or another rotary scaling, under weights of the same names and shapes would load and talk
-    nonsense. A field that is missing must not become a default that was another family's, either."""
+    nonsense. A field that is missing must not become a default that was another family's, either. 24.0 and "false"
+    ended in tracebacks, or in a tied model."""
     save_model(tiny_model(), tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     edit(path, **fields)
@@ -385,6 +397,8 @@ def change_a_bit(path: Path) -> None:
 @pytest.mark.parametrize("change", [
     *(lambda model, i=i: change_a_bit(sorted(model.glob("*.safetensors"))[i]) for i in (0, 1, -1)),
     lambda model: edit(model / "config.json", rope_theta=101.0),
+    lambda model: edit(model / "config.json", eos_token_id=[2, 7]),
+    lambda model: (model / "generation_config.json").write_text('{"eos_token_id": 7}'),
     lambda model: (model / "tokenizer.model").write_bytes(b"another"),
     lambda model: edit(model / "tokenizer_config.json", eos_token="<end>"),
     lambda model: (model / "chat_template.jinja").write_text("{{ messages }}")])

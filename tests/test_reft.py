@@ -328,7 +328,7 @@ def test_it_learns_to_say_what_is_rewarded(options):
     optimizer, shares = new_optimizer(policy, config), []
     prompts = [random_tokens(i, 2 + i % 3).tolist() for i in range(16)]
     for step in range(25):
-        groups = generate(policy.model, prompts, num_samples=4, eos_id=2, max_new_tokens=5, seed=step)
+        groups = generate(policy.model, prompts, num_samples=4, eos_ids=(2,), max_new_tokens=5, seed=step)
         pairs = [(prompt, response) for prompt, group in zip(prompts, groups) for response in group]
         rollouts = [Rollout("q", prompt, r.ids, r.finished, r.ids[0] == 7, float(r.ids[0] == 7), row)
                     for row, (prompt, r) in enumerate(pairs)]

@@ -24,7 +24,7 @@ def some_prompts() -> list[list[int]]:
 
 
 def some_responses(model: Llama, prompts: list[list[int]], **changes) -> list[list[Response]]:
-    options = dict(num_samples=SAMPLES, max_new_tokens=40, temperature=1.5, eos_id=EOS, seed=3)
+    options = dict(num_samples=SAMPLES, max_new_tokens=40, temperature=1.5, eos_ids=(EOS,), seed=3)
     return generate(model, prompts, **{**options, **changes})
 
 
@@ -54,7 +54,8 @@ def test_a_greedy_batch_equals_one_by_one(kv_heads):
     ends = {token: sorted(ids.index(token) for ids in slow if token in ids) for token in range(24)}
     eos = max(ends, key=lambda token: (len(set(ends[token])), -sum(ends[token])))
     assert len(set(ends[eos])) >= 3
-    got = generate(model, prompts, num_samples=2, max_new_tokens=12, temperature=0, eos_id=eos, seed=0, batch_rows=8)
+    got = generate(model, prompts, num_samples=2, max_new_tokens=12, temperature=0, eos_ids=(eos,), seed=0,
+                   batch_rows=8)
     for ids, pair in zip(slow, got, strict=True):
         expected = ids[:ids.index(eos) + 1] if eos in ids else ids
         assert [response.ids for response in pair] == [expected, expected]
@@ -72,6 +73,11 @@ def test_a_response_ends_with_eos_if_and_only_if_finished(max_new_tokens):
         assert 1 <= len(response.ids) <= max_new_tokens
         assert response.finished or len(response.ids) == max_new_tokens
     assert {response.finished for response in responses if len(response.ids) == max_new_tokens} == {True, False}
+    either = some_responses(tiny_model(), some_prompts(), num_samples=40, max_new_tokens=max_new_tokens,
+                            eos_ids=(EOS, 7))
+    for response, sooner in zip(responses, sum(either, []), strict=True):
+        end = min((response.ids + [EOS, 7]).index(token) for token in (EOS, 7)) + 1
+        assert sooner == Response(response.ids[:end], {EOS, 7} & {*response.ids} != set())
 
 
 @pytest.mark.parametrize("changes", [{}, dict(batch_rows=1), dict(batch_rows=10), dict(batch_rows=25),
@@ -85,7 +91,7 @@ def test_nothing_but_seed_prompt_and_sample_number_matters(alone, changes):
     assert some_responses(model, [prompts[i] for i in order], **changes) == [alone[i] for i in order]
     assert some_responses(model, prompts, num_samples=2, **changes) == [group[:2] for group in alone]
     assert some_responses(model, prompts, seed=4, **changes) != alone
-    longer = some_responses(model, prompts[:4], eos_id=-1, **changes)  # EOS is a token like any other
+    longer = some_responses(model, prompts[:4], eos_ids=(), **changes)  # EOS is a token like any other
     assert [[full.ids[:len(response.ids)] for full, response in zip(*groups)] for groups in zip(longer, alone)] == [
         [response.ids for response in group] for group in alone[:4]]
 
@@ -138,7 +144,7 @@ def test_the_default_budget_is_1_gib():
 @pytest.mark.parametrize("num_samples", [1, 32])
 def test_more_samples_cost_no_more_prompt(num_samples):
     """32 samples of a 300-token prompt: as many tokens through the model before the first is drawn as for one."""
-    watched = Watched(tiny_model(max_position_embeddings=512), prompts=random_prompts(60, [300]), eos_id=-1,
+    watched = Watched(tiny_model(max_position_embeddings=512), prompts=random_prompts(60, [300]), eos_ids=(),
                       num_samples=num_samples, max_new_tokens=3)
     assert watched.shapes == [(1, 300), (num_samples, 1), (num_samples, 1)]
 
@@ -158,7 +164,7 @@ def test_bfloat16_samples_are_close_to_float32():
     """The float32 model's log-probabilities of what a bfloat16 copy drew must be what it expects of its own draws: the
     mean over 9,600 tokens within five standard errors plus 0.02 nats, which is what bfloat16 may cost."""
     model, prompts = tiny_model(sharpness=0.8), random_prompts(70, [6, 3, 11, 2])
-    options = dict(num_samples=200, max_new_tokens=12, temperature=1.0, eos_id=-1)
+    options = dict(num_samples=200, max_new_tokens=12, temperature=1.0, eos_ids=())
     exact = some_responses(model, prompts, **options)
     rounded = some_responses(copy.deepcopy(model).bfloat16(), prompts, **options)
     for groups in (exact, rounded):
@@ -178,12 +184,26 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
     """Past its last position the model talks nonsense, so nothing may be cut or sampled there."""
     model = tiny_model(max_position_embeddings=32)
     fits, long = random_prompts(9, [20, 21])
-    assert generate(model, [], num_samples=2, max_new_tokens=12, eos_id=EOS, seed=0) == []
+    assert generate(model, [], num_samples=2, max_new_tokens=12, eos_ids=(EOS,), seed=0) == []
     assert len(some_responses(model, [fits], max_new_tokens=12)[0]) == SAMPLES  # 20 + 12 is exactly the limit
     for prompts, message in (([fits, long], "prompt 1 has 21 tokens: 1 to 20 .*32 positions.*=12"),
                              ([[]], "prompt 0 has 0 tokens")):
         with pytest.raises(ValueError, match=message):
             some_responses(model, prompts, max_new_tokens=12)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("drawing", [dict(temperature=0), dict(temperature=1), dict(top_k=3, top_p=0.9)], ids=str)
+def test_logits_that_are_not_finite_are_named(value, drawing):
+    """Greedy, such a model was "accuracy 0.0 %" with exit status 0; sampled, an IndexError."""
+    model = tiny_model()
+    model.lm_head.weight.data[7] = value
+    with pytest.raises(SystemExit, match="logits are not finite"):
+        some_responses(model, some_prompts(), **drawing)
+    rows = torch.tensor([[0.0] * 149 + [value], [-math.inf] * 150, [0.0] * 150])
+    drawing = dict(temperature=1, top_p=1, top_k=0) | drawing
+    *bad, good = sample_next_token(rows, torch.full((3,), 0.5).double(), **drawing).tolist()
+    assert bad == [-1, -1] and good >= 0
 
 
 # --- what a GPU does, as far as a CPU can tell -------------------------------------------------------
@@ -271,7 +291,7 @@ def test_replayed_steps_in_windows_that_grow(graphs):
 def test_a_decoding_step_reads_no_value(monkeypatch, drawing):
     """It would make the CPU wait for the GPU, and cannot be recorded. Tensors on the device "meta" have no values."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know this device
-    batch = Batch(tiny_model().to("meta"), 10, 4, SAMPLES, 20, 12, 10**5, eos_id=EOS, seed=0, **drawing)
+    batch = Batch(tiny_model().to("meta"), 10, 4, SAMPLES, 20, 12, 10**5, eos_ids=(EOS,), seed=0, **drawing)
     batch.cache.look_at(16)
     batch.cache.prompts.look_at(16)
     batch.step()
@@ -315,7 +335,7 @@ def test_generated_pairs_of_tokens_follow_the_model():
     """Chi-square of the first two tokens of 6,000 samples against the model's own joint probabilities: one random
     number used for both steps, or for two samples, keeps each token's frequencies and ruins those of pairs."""
     model, prompt, n = tiny_model(vocab_size=9, sharpness=0.9), [4, 7, 3], 6000
-    [samples] = generate(model, [prompt], num_samples=n, max_new_tokens=2, eos_id=99, seed=5)
+    [samples] = generate(model, [prompt], num_samples=n, max_new_tokens=2, eos_ids=(99,), seed=5)
     with torch.no_grad():
         first = model(torch.tensor([prompt]))[0, -1].double().softmax(-1)
         second = model(torch.tensor([prompt + [a] for a in range(9)]))[:, -1].double().softmax(-1)
