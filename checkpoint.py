@@ -100,10 +100,9 @@ def config_faults(raw: dict, rope: dict) -> list[str]:
     scaling = {name: rope.get(name) for name in ("rope_theta", *(LLAMA3_ROPE if rope_type == "llama3" else ()))}
     numbers = {name: raw.get(name) for name in NUMBERS} | optional | scaling
     for name, value in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            faults.append(f"{name} is {value!r}, and must be a number above 0")
-        elif isinstance(value, float) and name not in FRACTIONS:
-            faults.append(f"{name} is {value!r}, and must be a whole number")
+        kinds, limit = ((int, float), math.inf) if name in FRACTIONS else (int, 2**31)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < limit:
+            faults.append(f"{name} is {value!r}, and must be a {'whole ' if kinds is int else ''}number above 0")
     if faults:
         return faults
 

@@ -87,7 +87,7 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
             for token in tokens if isinstance(tokens, list) else [tokens]:
                 text = token["content"] if isinstance(token, dict) else token
                 number = added.get(text, token_id(text)) if isinstance(text, str) else text
-                if token is not None and (type(number) is not int or number < 0):
+                if token is not None and (type(number) is not int or not 0 <= number < 2**31):
                     raise ValueError(f"{name} declares the end token {text!r}, which {path.name} does not have")
                 if token is not None:
                     found.setdefault(name, []).append(number)

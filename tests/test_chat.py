@@ -28,9 +28,13 @@ def test_a_stream_is_what_generate_draws(temperature, top_p, top_k, max_new_toke
     assert torch.is_grad_enabled()
 
 
-def test_a_stream_ends_where_the_model_has_no_more_positions():
+def test_a_stream_ends_where_the_model_has_no_more_positions_or_no_finite_logits():
     config = chat.Config(model="m", max_new_tokens=50)
     assert len([*chat.stream(tiny_model(), [5] * 120, 0, [], config)]) == 8
+    broken = tiny_model()
+    broken.lm_head.weight.data[9] = torch.nan
+    with pytest.raises(SystemExit, match="logits are not finite"):
+        next(chat.stream(broken, [5], 0, [], config))
 
 
 def test_a_chat_prints_the_responses(base, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Responses are draws from the model, and a function of seed, prompt and sample number alone."""
 import contextlib
 import copy
+import itertools
 import math
 from unittest.mock import MagicMock
 
@@ -141,16 +142,11 @@ def test_the_default_budget_is_1_gib():
         assert cache_budget(model) == 2**30 // sum(x.numel() * x.element_size() for x in one.keys + one.values)
 
 
-@pytest.mark.parametrize("num_samples", [1, 32])
-def test_more_samples_cost_no_more_prompt(num_samples):
-    """32 samples of a 300-token prompt: as many tokens through the model before the first is drawn as for one."""
-    watched = Watched(tiny_model(max_position_embeddings=512), prompts=random_prompts(60, [300]), eos_ids=(),
-                      num_samples=num_samples, max_new_tokens=3)
-    assert watched.shapes == [(1, 300), (num_samples, 1), (num_samples, 1)]
-
-
-def test_prompts_are_computed_in_parts(monkeypatch):
-    """A short prompt among long ones must not let all of them be computed, padded and scored, at once."""
+def test_prompts_are_computed_in_parts_and_once_for_all_samples(monkeypatch):
+    """32 samples of a prompt cost no more of it than one; and a short prompt among long ones must not let all of them
+    be computed, padded and scored, at once."""
+    watched = Watched(tiny_model(), prompts=random_prompts(60, [100]), eos_ids=(), num_samples=32, max_new_tokens=3)
+    assert watched.shapes == [(1, 100), (32, 1), (32, 1)]
     prompts = random_prompts(80, [2, *[15] * 5, 60])
     together = some_responses(tiny_model(), prompts)
     monkeypatch.setattr(sample, "PREFILL_TOKENS", 40)
@@ -344,42 +340,25 @@ def test_generated_pairs_of_tokens_follow_the_model():
     assert chi_square_p(counts, (first[:, None] * second * n).flatten().tolist()) > P_FALSE_ALARM
 
 
-@pytest.mark.parametrize("u", [0.0, 1e-300, 0.5, 1 - 2**-53])
 @pytest.mark.parametrize("top_k, top_p", [(0, 1.0), (2, 1.0), (0, 0.5)])
-def test_a_token_of_probability_zero_is_never_drawn(u, top_k, top_p):
+def test_a_token_of_probability_zero_is_never_drawn(top_k, top_p):
     """At u = 0 a search from the wrong side finds the first token even if it cannot occur; at the other end rounding
-    of the sum finds an index past the vocabulary."""
-    generator, uniform = torch.Generator().manual_seed(0), torch.tensor([u], dtype=torch.float64)
+    of the sum finds an index past the vocabulary; and with weights of 1 and 1e-14 in two blocks, the rest of the random
+    number in the second is below 0."""
+    generator, rows = torch.Generator().manual_seed(0), []
     for size in [40, 200] * 30:
-        logits = 5 * torch.randn(1, size, generator=generator)
-        logits[0, :7], logits[0, 20], logits[0, 33:] = -math.inf, -math.inf, -math.inf
-        logits[0, 150:180] = 0.0
-        token = int(sample_next_token(logits, uniform, 1.0, top_p, top_k))
-        assert 0 <= token < size and logits[0, token] > -math.inf
-
-
-def test_rounding_between_blocks_draws_no_token_of_probability_zero():
-    """64 tokens of weight 1, and one of 1e-14 in the next block: the rest of the random number there is below 0."""
-    logits = torch.zeros(1, 2 * sample.BLOCK)
-    logits[0, sample.BLOCK:] = -math.inf
-    logits[0, sample.BLOCK + 5] = math.log(1e-14)
-    token = int(sample_next_token(logits, torch.tensor([1 - 2**-53], dtype=torch.float64), 1.0, 1.0, 0))
-    assert logits[0, token] > -math.inf
-
-
-@pytest.mark.parametrize("u", [0.0, 0.999])
-def test_temperature_zero_takes_the_best_whatever_the_random_number(u):
-    """Greedy must not divide by zero, nor draw."""
-    logits = torch.tensor([[0.0, 3.0, 2.9], [5.0, 1.0, 4.9]])
-    assert sample_next_token(logits, torch.full((2,), u).double(), 0, 1.0, 0).tolist() == [1, 0]
+        logits = 5 * torch.randn(size, generator=generator)
+        logits[:7], logits[20], logits[33:] = -math.inf, -math.inf, -math.inf
+        logits[150:180] = 0.0
+        rows.append(logits)
+    rows.append(torch.tensor([0.0] * sample.BLOCK + [-math.inf] * 5 + [math.log(1e-14)] + [-math.inf] * 58))
+    for logits, u in itertools.product(rows, (0.0, 1e-300, 0.5, 1 - 2**-53)):
+        uniform = torch.tensor([u], dtype=torch.float64)
+        token = int(sample_next_token(logits[None], uniform, 1.0, top_p, top_k))
+        assert 0 <= token < len(logits) and logits[token] > -math.inf
 
 
 # --- the random numbers ------------------------------------------------------------------------------
-
-def uniform_grid(seed: int) -> Tensor:
-    """(60 questions, 40 samples, 30 steps): all the numbers that a small run draws from."""
-    return torch.stack([uniforms(seed, [1, question], 40, 30) for question in range(60)])
-
 
 def test_a_number_is_a_function_of_seed_prompt_sample_and_step():
     """Of prompts as lists: the same tokens in another order, or digits that read alike, are other prompts. More samples
@@ -396,23 +375,10 @@ def test_a_number_is_a_function_of_seed_prompt_sample_and_step():
 def test_uniforms_are_uniform_and_none_is_used_twice():
     """Among 2 * 72,000 numbers of 53 bits a true coincidence has a chance of 1e-6. Counters that are added up rather
     than mixed make (question 1, sample 0) draw what (0, 1) draws."""
-    u = torch.stack([uniform_grid(0), uniform_grid(1)])
+    u = torch.stack([uniforms(seed, [1, question], 40, 30) for seed in (0, 1) for question in range(60)])
     assert u.dtype == torch.float64 and u.min() >= 0 and u.max() < 1
     assert u.unique().numel() == u.numel()
     assert abs(float(u.mean()) - 0.5) < 5 / math.sqrt(12 * u.numel())
     for bins in ((u * 64).long(), (u * 2**53).long() % 64):  # the highest bits and the lowest
         counts = torch.bincount(bins.flatten(), minlength=64).tolist()
         assert chi_square_p(counts, [u.numel() / 64] * 64) > P_FALSE_ALARM
-
-
-@pytest.mark.parametrize("direction", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (0, 0, 0, 2),
-                                       (0, 1, 1, 0), (0, 0, 1, 1), (1, 1, 0, 0)], ids=str)
-def test_uniforms_are_independent(direction):
-    """Neighbours in seed, question, sample or step: correlation within five standard errors, and an 8 by 8 table of
-    both by chi-square. Seeds of generators that are mixed too little fail here."""
-    u = torch.stack([uniform_grid(0), uniform_grid(1)])
-    a = u[tuple(slice(step, None) for step in direction)].flatten()
-    b = u[tuple(slice(None, -step or None) for step in direction)].flatten()
-    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 5 / math.sqrt(a.numel())
-    counts = torch.bincount((a * 8).long() * 8 + (b * 8).long(), minlength=64).tolist()
-    assert chi_square_p(counts, [a.numel() / 64] * 64) > P_FALSE_ALARM
