@@ -63,7 +63,7 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p
     """
     if temperature == 0:
         best, token = logits.max(-1)
-        return token.where(best.isfinite(), -1)
+        return token.masked_fill(~best.isfinite(), -1)
     if top_k:
         kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -torch.inf)
@@ -78,7 +78,7 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p
     blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (R, V/BLOCK, BLOCK)
     block, uniform = pick(blocks.sum(-1), uniform)
     token, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
-    return (block * BLOCK + token).where(best[:, 0].isfinite(), -1)
+    return (block * BLOCK + token).masked_fill(~best[:, 0].isfinite(), -1)
 
 
 # --- many responses at once ------------------------------------------------------------------------

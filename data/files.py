@@ -6,6 +6,7 @@ programs or end in "Therefore, the answer is: 72.0". SVAMP's test set, ARC and R
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
+from decimal import Decimal
 from pathlib import Path
 
 
@@ -36,6 +37,9 @@ FILES = {
 }
 
 
+NUMBER = (int, Decimal, str)  # how data sets write numeric answers
+
+
 def read_problems(path: Path, task: str) -> list[Problem]:
     """Read all problems of a file; SystemExit names file, place and fault of the first bad record."""
     if not path.is_file():
@@ -64,15 +68,15 @@ def read_problems(path: Path, task: str) -> list[Problem]:
 
 
 def records(text: str) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record) of JSON lines, or of one JSON array. Decimals stay text, so that no digit is lost."""
+    """Yield (place, record) of JSON lines, or of one JSON array. No digit of a decimal is lost."""
     if text.lstrip().startswith("["):
-        for i, row in enumerate(json.loads(text, parse_float=str), start=1):
+        for i, row in enumerate(json.loads(text, parse_float=Decimal), start=1):
             yield f"record {i}", row
         return
     for i, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 within a text
         if line.strip():
             try:
-                row = json.loads(line, parse_float=str)
+                row = json.loads(line, parse_float=Decimal)
             except (ValueError, RecursionError) as error:  # the latter where brackets are nested without end
                 error.lineno = i  # json counts from this line
                 raise
@@ -90,8 +94,6 @@ def read_record(row: dict, task: str, name: str) -> Problem:
     problem = reader(row, task)(row, name)
     for text in astuple(problem):
         text.encode()  # ValueError for half of a surrogate pair, which no tokenizer takes
-    if not problem.question.strip() or not problem.answer.strip():
-        raise ValueError("the question or the answer is empty")
     if READ[task](problem.answer) is None or problem.answer.lower() in ("null", "none", "nan"):
         raise ValueError(f"the right answer is {problem.answer!r:.60}, which the grader of {task} cannot read")
     return problem
@@ -101,11 +103,11 @@ def reader(row: dict, task: str) -> Callable[[dict, str], Problem]:
     return reft if isinstance(row, dict) and "answer_value" in row else READERS[task]
 
 
-def text_of(row: dict, field: str) -> str:
-    """Return the text of a field, without spaces around it; ValueError for another kind of value."""
-    if not isinstance(row[field], str):
-        raise ValueError(f"{field} is {row[field]!r:.60}, not text")
-    return row[field].strip()
+def text_of(row: dict, field: str, kinds: tuple[type, ...] = (str,)) -> str:
+    """Return a field as text without spaces around it; ValueError for another kind of value, and for an empty one."""
+    if not isinstance(row[field], kinds) or isinstance(row[field], bool) or not (text := str(row[field]).strip()):
+        raise ValueError(f"{field} is {row[field]!r:.60}, not {'a number' if int in kinds else 'text'}")
+    return text
 
 
 # Each reader's docstring begins with the record that it expects, which error messages show.
@@ -122,7 +124,7 @@ def svamp(row: dict, name: str) -> Problem:
     """{"Body": ..., "Question": ..., "Equation": ..., "Answer": 51.0}"""
     body = text_of(row, "Body")
     end = "" if body.endswith((".", "?", "!")) else "."
-    return Problem(name, f"{body}{end} {text_of(row, 'Question')}", str(row["Answer"]), "")
+    return Problem(name, f"{body}{end} {text_of(row, 'Question')}", text_of(row, "Answer", NUMBER), "")
 
 
 def mathqa(row: dict, name: str) -> Problem:
@@ -141,7 +143,7 @@ def reft(row: dict, name: str) -> Problem:
     As in ReFT's training, the trigger follows every solution in words, although SVAMP's already say "Therefore, the
     answer is <203>."
     """
-    answer, solution = str(row["answer_value"]), text_of({"answer_cot": ""} | row, "answer_cot")
+    answer, solution = text_of(row, "answer_value", NUMBER), text_of(row, "answer_cot") if row.get("answer_cot") else ""
     if solution and not solution.startswith("def solution"):
         solution += f"\nTherefore, the answer is: {answer}"
     return Problem(name, text_of(row, "question"), answer, solution)
@@ -160,10 +162,11 @@ def arc(row: dict, name: str) -> Problem:
     There are three to five choices, labelled A to E or 1 to 5. Labels are shown, and answered, as they are.
     """
     choices = row["question"]["choices"]
+    texts = [text_of(choice, "text") for choice in choices]
     labels, key = [text_of(choice, "label") for choice in choices], text_of(row, "answerKey")
     if not 3 <= len({*labels}) == len(labels) <= 5 or key not in labels:
         raise ValueError(f"answerKey {key!r} is not among 3 to 5 different labels: {labels}")
-    lines = [text_of(row["question"], "stem"), *(f"({c['label']}) {text_of(c, 'text')}" for c in choices)]
+    lines = [text_of(row["question"], "stem"), *(f"({label}) {text}" for label, text in zip(labels, texts))]
     return Problem(text_of(row, "id") if row.get("id") else name, "\n".join(lines), key, "")
 
 

@@ -135,7 +135,8 @@ def edit(path: Path, **fields) -> None:
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     ({"layer_types": 2}, "layer_types is 2"), ({"model_type": ["llama"]}, "model_type is ['llama']"),
     ({"rms_norm_eps": ...}, "rms_norm_eps is None"), ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
-    *(({"vocab_size": value}, f"vocab_size is {value!r}, and must be a") for value in ("24", 24.0, True, -24, None, 10**30)),
+    *(({"vocab_size": value}, f"vocab_size is {value!r}, and must be a whole number")
+      for value in ("24", 24.0, True, -24, None, 10**30)),
     ({"num_key_value_heads": "2"}, "num_key_value_heads is '2'"), ({"num_key_value_heads": 3}, "no multiple"),
     ({"head_dim": 8.0}, "head_dim is 8.0"), ({"head_dim": 7}, "head_dim must be even"),
     ({"hidden_size": 30, "head_dim": ...}, "hidden_size 30 is divided by 4 heads"),

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
@@ -97,7 +98,8 @@ def test_which_file_is_which_split(source, task, train, dev, test, tmp_path, mon
 @pytest.mark.parametrize("task, row, expected", [
     ("gsm8k", {}, data.Problem("name", ROWS["gsm8k"]["question"], "7", ROWS["gsm8k"]["answer"])),
     ("svamp", {"Answer": "152.0"}, data.Problem("name", "A pack costs 76 dollars. How much are 2?", "152.0", "")),
-    ("svamp", {"Body": "Is it 76? "}, data.Problem("name", "Is it 76? How much are 2?", "152.0", "")),
+    ("svamp", {"Body": "Is it 76? ", "Answer": Decimal("152.0")},
+     data.Problem("name", "Is it 76? How much are 2?", "152.0", "")),
     ("mathqa", {}, data.Problem("name", "what is 5 % of 40 ?\na ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "b",
                                 "5 % of 40 = 2 . answer b\nTherefore, the answer is: b")),
     ("math", {}, data.Problem("train/algebra/1.json", "What is $1+1$?", "2", "It is $\\boxed{2}$.")),
@@ -173,11 +175,12 @@ def test_unknown_names_are_refused(arguments, said):
 
 def test_records_of_both_kinds_of_file():
     """Decimals keep their digits, and only a line feed ends a line."""
-    assert list(records('[{"a": 1},\n\n {"a":\n 2.50}]\n')) == [("record 1", {"a": 1}), ("record 2", {"a": "2.50"})]
+    assert list(records('[{"a": 1},\n\n {"a":\n 2.50}]\n')) == [
+        ("record 1", {"a": 1}), ("record 2", {"a": Decimal("2.50")})]
     assert list(records('{"a": 1}\r\n\n{"a": 2}')) == [("line 1", {"a": 1}), ("line 3", {"a": 2})]
     assert list(records("")) == [] == list(records("[]"))
     assert list(records('{"a": "x\u2028y\x85"}\n{"a": 0.1000}')) == [
-        ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": "0.1000"})]
+        ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": Decimal("0.1000")})]
 
 
 def changed(task: str, **fields) -> str:
@@ -194,10 +197,10 @@ def choices(labels: str) -> dict:
     ("gsm8k", '[{"question": "q", "answer": "#### 1"}]\n[]', "line 2: not JSON"),
     ("gsm8k", "\n\n7", "line 3: not an object but 7"), ("gsm8k", "\n", "line 1: no records"),
     ("gsm8k", changed("gsm8k", answer="72"), "line 1: the answer does not end in '#### N'"),
-    ("gsm8k", changed("gsm8k", answer="####"), "line 1: the question or the answer is empty"),
-    ("gsm8k", changed("gsm8k", question=" "), "line 1: the question or the answer is empty"),
+    ("gsm8k", changed("gsm8k", question=" "), "line 1: question is ' ', not text"),
     ("gsm8k", changed("gsm8k", question=3), "line 1: question is 3, not text"),
-    ("gsm8k", changed("gsm8k", answer_value="1", answer_cot=None), "line 1: answer_cot is None, not text"),
+    ("gsm8k", changed("gsm8k", question=1.5), "line 1: question is Decimal('1.5'), not text"),
+    ("gsm8k", changed("gsm8k", answer_value="1", answer_cot=5), "line 1: answer_cot is 5, not text"),
     ("gsm8k", f'7\n{{"question": {"9" * 5000}}}'[2:], "line 1: Exceeds the limit"),
     ("gsm8k", changed("gsm8k") + "\n" + "[" * 10**6, "line 2: maximum recursion depth"),
     ("gsm8k", "[" * 10**6, "line 1: maximum recursion depth"),
@@ -207,6 +210,7 @@ def choices(labels: str) -> dict:
     ("arc", changed("arc", answerKey="D"), "line 1: answerKey 'D'"),
     ("arc", changed("arc", answerKey=None), "line 1: answerKey is None"),
     ("arc", changed("arc", id=7), "line 1: id is 7"),
+    ("arc", changed("arc", question=choices("123") | {"stem": ""}), "line 1: stem is ''"),
     ("arc", changed("arc", answerKey="1", question=choices("12")), "line 1: answerKey '1'"),
     ("arc", changed("arc", answerKey="1", question=choices("123456")), "line 1: answerKey '1'"),
     ("arc", changed("arc", answerKey="1", question=choices("112")), "line 1: answerKey '1'"),
@@ -214,12 +218,12 @@ def choices(labels: str) -> dict:
     # golds that no response can give
     ("gsm8k", changed("gsm8k", answer="So.\n#### none"), "line 1: the right answer is 'none'"),
     ("gsm8k", changed("gsm8k", answer=f"#### {'9' * 5000}"), "line 1: the right answer is '999"),
+    ("gsm8k", changed("gsm8k", answer="####"), "line 1: the right answer is ''"),
     ("gsm8k", changed("gsm8k", answer_value="[]"), "line 1: the right answer is '[]'"),
-    ("svamp", changed("svamp", Answer=None), "line 1: the right answer is 'None'"),
-    ("svamp", changed("svamp", Answer=float("nan")), "line 1: the right answer is 'nan'"),
-    ("svamp", changed("svamp", Answer=True), "line 1: the right answer is 'True'"),
+    *(("svamp", changed("svamp", Answer=value), f"line 1: Answer is {value}, not a number")
+      for value in (None, float("nan"), True, [1])),
     ("mathqa", changed("mathqa", question="q", answer_value="2"), "line 1: the right answer is '2'"),
-    ("mathqa-numeric", changed("mathqa-numeric", answer_value=float("inf")), "line 1: the right answer is 'inf'"),
+    ("mathqa-numeric", changed("mathqa-numeric", answer_value=float("inf")), "line 1: answer_value is inf, not a "),
     ("arc", changed("arc", answerKey="F", question=choices("ABF")), "line 1: the right answer is 'F'"),
     ("math", changed("math", answer="NaN"), "line 1: the right answer is 'NaN'"),
     ("math", changed("math", answer=None), "line 1: answer is None")])
