@@ -183,10 +183,6 @@ def test_records_of_both_kinds_of_file():
         ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": Decimal("0.1000")})]
 
 
-def changed(task: str, **fields) -> str:
-    return json.dumps(ROWS[task] | fields)
-
-
 def choices(labels: str) -> dict:
     return {"stem": "?", "choices": [{"text": "a", "label": label} for label in labels]}
 
@@ -196,41 +192,36 @@ def choices(labels: str) -> dict:
     ("gsm8k", '[{"question": "q", "answer": "#### 1"},\n{"question": "q"}]', "record 2: no field 'answer'"),
     ("gsm8k", '[{"question": "q", "answer": "#### 1"}]\n[]', "line 2: not JSON"),
     ("gsm8k", "\n\n7", "line 3: not an object but 7"), ("gsm8k", "\n", "line 1: no records"),
-    ("gsm8k", changed("gsm8k", answer="72"), "line 1: the answer does not end in '#### N'"),
-    ("gsm8k", changed("gsm8k", question=" "), "line 1: question is ' ', not text"),
-    ("gsm8k", changed("gsm8k", question=3), "line 1: question is 3, not text"),
-    ("gsm8k", changed("gsm8k", question=1.5), "line 1: question is Decimal('1.5'), not text"),
-    ("gsm8k", changed("gsm8k", answer_value="1", answer_cot=5), "line 1: answer_cot is 5, not text"),
-    ("gsm8k", f'7\n{{"question": {"9" * 5000}}}'[2:], "line 1: Exceeds the limit"),
-    ("gsm8k", changed("gsm8k") + "\n" + "[" * 10**6, "line 2: maximum recursion depth"),
+    ("gsm8k", dict(answer="72"), "the answer does not end in '#### N'"),
+    ("gsm8k", dict(question=" "), "question is ' ', not text"), ("gsm8k", dict(question=3), "question is 3, not text"),
+    ("gsm8k", dict(question=1.5), "question is Decimal('1.5'), not text"),
+    ("gsm8k", dict(answer_value="1", answer_cot=5), "answer_cot is 5, not text"),
+    ("gsm8k", f'{{"question": {"9" * 5000}}}', "line 1: Exceeds the limit"),
+    ("gsm8k", json.dumps(ROWS["gsm8k"]) + "\n" + "[" * 10**6, "line 2: maximum recursion depth"),
     ("gsm8k", "[" * 10**6, "line 1: maximum recursion depth"),
-    ("gsm8k", changed("gsm8k", question="a \ud800"), "line 1: 'utf-8' codec can't encode character '\\ud800'"),
-    ("mathqa", changed("mathqa", correct="f"), "line 1: correct is 'f'"),
-    ("mathqa", changed("mathqa", correct="d", options="a ) 1 , b ) 2"), "line 1: correct is 'd'"),
-    ("arc", changed("arc", answerKey="D"), "line 1: answerKey 'D'"),
-    ("arc", changed("arc", answerKey=None), "line 1: answerKey is None"),
-    ("arc", changed("arc", id=7), "line 1: id is 7"),
-    ("arc", changed("arc", question=choices("123") | {"stem": ""}), "line 1: stem is ''"),
-    ("arc", changed("arc", answerKey="1", question=choices("12")), "line 1: answerKey '1'"),
-    ("arc", changed("arc", answerKey="1", question=choices("123456")), "line 1: answerKey '1'"),
-    ("arc", changed("arc", answerKey="1", question=choices("112")), "line 1: answerKey '1'"),
-    ("math", changed("math", unique_id="algebra/1"), "line 1: unique_id is 'algebra/1'"),
+    ("gsm8k", dict(question="a \ud800"), "'utf-8' codec can't encode character '\\ud800'"),
+    ("mathqa", dict(correct="f"), "correct is 'f'"),
+    ("mathqa", dict(correct="d", options="a ) 1 , b ) 2"), "correct is 'd'"),
+    ("arc", dict(answerKey="D"), "answerKey 'D'"), ("arc", dict(answerKey=None), "answerKey is None"),
+    ("arc", dict(id=7), "id is 7"), ("arc", dict(question=choices("123") | {"stem": ""}), "stem is ''"),
+    *(("arc", dict(answerKey="1", question=choices(labels)), "answerKey '1'") for labels in ("12", "123456", "112")),
+    ("math", dict(unique_id="algebra/1"), "unique_id is 'algebra/1'"),
     # golds that no response can give
-    ("gsm8k", changed("gsm8k", answer="So.\n#### none"), "line 1: the right answer is 'none'"),
-    ("gsm8k", changed("gsm8k", answer=f"#### {'9' * 5000}"), "line 1: the right answer is '999"),
-    ("gsm8k", changed("gsm8k", answer="####"), "line 1: the right answer is ''"),
-    ("gsm8k", changed("gsm8k", answer_value="[]"), "line 1: the right answer is '[]'"),
-    *(("svamp", changed("svamp", Answer=value), f"line 1: Answer is {value}, not a number")
-      for value in (None, float("nan"), True, [1])),
-    ("mathqa", changed("mathqa", question="q", answer_value="2"), "line 1: the right answer is '2'"),
-    ("mathqa-numeric", changed("mathqa-numeric", answer_value=float("inf")), "line 1: answer_value is inf, not a "),
-    ("arc", changed("arc", answerKey="F", question=choices("ABF")), "line 1: the right answer is 'F'"),
-    ("math", changed("math", answer="NaN"), "line 1: the right answer is 'NaN'"),
-    ("math", changed("math", answer=None), "line 1: answer is None")])
+    ("gsm8k", dict(answer="So.\n#### none"), "the right answer is 'none'"),
+    ("gsm8k", dict(answer=f"#### {'9' * 5000}"), "the right answer is '999"),
+    ("gsm8k", dict(answer="####"), "the right answer is ''"),
+    ("gsm8k", dict(answer_value="[]"), "the right answer is '[]'"),
+    *(("svamp", dict(Answer=value), f"Answer is {value}, not a n") for value in (None, float("nan"), True, [1])),
+    ("mathqa", dict(question="q", answer_value="2"), "the right answer is '2'"),
+    ("mathqa-numeric", dict(answer_value=float("inf")), "answer_value is inf, not a "),
+    ("arc", dict(answerKey="F", question=choices("ABF")), "the right answer is 'F'"),
+    ("math", dict(answer="NaN"), "the right answer is 'NaN'"), ("math", dict(answer=None), "answer is None")])
 def test_a_bad_record_is_named(task, text, place, tmp_path):
     """File, place, fault, and what was expected, before any work starts. A gold `null` or NaN, as data tools write
     them, used to load: every response to it was wrong, and became a loser."""
     path = tmp_path / "train.jsonl"
+    if isinstance(text, dict):
+        text, place = json.dumps(ROWS[task] | text), f"line 1: {place}"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
         read_problems(path, task)
@@ -531,14 +522,15 @@ def gsm8k_run(tmp_path_factory, sentencepiece_dir) -> RunConfig:
 
 @pytest.mark.parametrize("trained_on, warned", [("plain", False), ("irpo", True)])
 def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, warned):
-    """With a warning if the model was trained with another prompt."""
+    """With a warning if the model was trained with another prompt, and a line if its files declare other end tokens."""
     config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "iter1" / "model"))
     shutil.copytree(gsm8k_run.model, config.model)
     (tmp_path / "config.json").write_text(json.dumps({"prompt": trained_on, "chat": "", "answer_format": ""}))
+    (tmp_path / "iter1/model/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5][:1 + warned]}))
     check_inputs(config, load_tokenizer(config.model), config.problems("train"), config.problems("test"))
     said = capsys.readouterr().out
-    assert said.startswith("check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n")
-    assert ("warning: " in said) == warned
+    assert "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n" in said
+    assert ("warning: " in said) == ("ends with any of the tokens 2, 5, since files disagree" in said) == warned
 
 
 @pytest.mark.parametrize("flags, tokenizer, said", [
@@ -559,8 +551,6 @@ def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
     with pytest.raises(SystemExit, match=said):
         check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)
 
-
-# --- show -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("module", ["irpo", "reft", "rft", "tools.sft", "tools.evaluation"])
 def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path, monkeypatch):
@@ -591,6 +581,8 @@ def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path
         with pytest.raises(SystemExit, match="other inputs:\n  weights: "):
             main.main()
 
+
+# --- show -----------------------------------------------------------------------------------------
 
 def test_show_paints_the_mask(tmp_path, sentencepiece_dir, monkeypatch, capsys):
     """What is green is what is trained on: the solution in its format, with EOS, and nothing else."""

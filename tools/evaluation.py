@@ -54,7 +54,7 @@ def rescore(path: Path) -> None:
             if a.verdict != b.verdict:
                 print(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, gold {old.gold}")
     print(f"{path}: {task}, answers marked as {marks}")
-    print_shares(task, summarize(after, task))
+    print_shares(f"{task} {settings['split']}", summarize(after, task))
 
 
 def print_shares(name: str, found: dict) -> None:
