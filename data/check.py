@@ -17,8 +17,8 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
                          "are different files")
     shape, prompts = load_config(config.model), [config.prompt_ids(tokenizer, p) for p in [*problems, *others]]
     golds = [(ids, p.answer) for p in problems if (ids := config.gold_ids(tokenizer, p))]
-    longest, last = max(map(len, prompts)), max(max(ids) for ids in [*prompts, [tokenizer.eos_id],
-                                                                         *(ids for ids, _ in golds)])
+    longest = max(map(len, prompts))
+    last = max(tokenizer.eos_id, *(max(ids) for ids in [*prompts, *(ids for ids, _ in golds)]))
     if longest + config.max_new_tokens > shape.max_length:
         raise SystemExit(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
                          f"it exceeds the model's {shape.max_length} positions")

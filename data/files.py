@@ -103,8 +103,13 @@ def reader(row: dict, task: str) -> Callable[[dict, str], Problem]:
     return reft if isinstance(row, dict) and "answer_value" in row else READERS[task]
 
 
-def text_of(row: dict, field: str, kinds: tuple[type, ...] = (str,)) -> str:
-    """Return a field as text without spaces around it; ValueError for another kind of value, and for an empty one."""
+def text_of(row: dict, field: str, kinds: tuple[type, ...] = (str,), optional: bool = False) -> str:
+    """Return a field as text without spaces around it; ValueError for another kind of value, and for an empty one.
+
+    An optional field may be missing, null or empty, which is "".
+    """
+    if optional and row.get(field) in (None, ""):
+        return ""
     if not isinstance(row[field], kinds) or isinstance(row[field], bool) or not (text := str(row[field]).strip()):
         raise ValueError(f"{field} is {row[field]!r:.60}, not {'a number' if int in kinds else 'text'}")
     return text
@@ -132,7 +137,7 @@ def mathqa(row: dict, name: str) -> Problem:
     options, correct = text_of(row, "options"), text_of(row, "correct")
     if correct not in tuple("abcde") or f"{correct} )" not in options:
         raise ValueError(f"correct is {correct!r}, not one of the options a to e: {options}")
-    rationale = text_of(row, "Rationale").strip('"').strip()
+    rationale = text_of(row, "Rationale", optional=True).strip('"').strip()
     return Problem(name, f"{text_of(row, 'Problem')}\n{options}", correct,
                    f"{rationale}\nTherefore, the answer is: {correct}")
 
@@ -143,7 +148,7 @@ def reft(row: dict, name: str) -> Problem:
     As in ReFT's training, the trigger follows every solution in words, although SVAMP's already say "Therefore, the
     answer is <203>."
     """
-    answer, solution = text_of(row, "answer_value", NUMBER), text_of(row, "answer_cot") if row.get("answer_cot") else ""
+    answer, solution = text_of(row, "answer_value", NUMBER), text_of(row, "answer_cot", optional=True)
     if solution and not solution.startswith("def solution"):
         solution += f"\nTherefore, the answer is: {answer}"
     return Problem(name, text_of(row, "question"), answer, solution)
@@ -153,7 +158,8 @@ def math(row: dict, name: str) -> Problem:
     """{"problem": ..., "solution": "... $\\boxed{2}$", "answer": "2", "unique_id": "test/algebra/1.json"}"""
     if not text_of(row, "unique_id").startswith(("train/", "test/")):
         raise ValueError(f"unique_id is {row['unique_id']!r}: it must say train/ or test/")
-    return Problem(row["unique_id"], text_of(row, "problem"), text_of(row, "answer"), text_of(row, "solution"))
+    solution = text_of(row, "solution", optional=True)
+    return Problem(row["unique_id"], text_of(row, "problem"), text_of(row, "answer"), solution)
 
 
 def arc(row: dict, name: str) -> Problem:
@@ -167,7 +173,7 @@ def arc(row: dict, name: str) -> Problem:
     if not 3 <= len({*labels}) == len(labels) <= 5 or key not in labels:
         raise ValueError(f"answerKey {key!r} is not among 3 to 5 different labels: {labels}")
     lines = [text_of(row["question"], "stem"), *(f"({label}) {text}" for label, text in zip(labels, texts))]
-    return Problem(text_of(row, "id") if row.get("id") else name, "\n".join(lines), key, "")
+    return Problem(text_of(row, "id", optional=True) or name, "\n".join(lines), key, "")
 
 
 READERS = {"gsm8k": gsm8k, "svamp": svamp, "mathqa": mathqa, "mathqa-numeric": reft, "math": math, "arc": arc}

@@ -75,22 +75,21 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
         return read_object(path.with_name(name), {})
 
     settings, found = read("tokenizer_config.json"), {}
-    declared = {"tokenizer_config.json": settings.get("eos_token"),
-                "special_tokens_map.json": read("special_tokens_map.json").get("eos_token"),
+    declared = {**{name: read(name).get("eos_token") for name in ("tokenizer_config.json", "special_tokens_map.json")},
                 path.name: None if own < 0 else own,
-                "generation_config.json": read("generation_config.json").get("eos_token_id"),
-                "config.json": read("config.json").get("eos_token_id")}
+                **{name: read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")}}
     try:
         added = read("added_tokens.json") | {token["content"]: int(number) for number, token in
                                              (settings.get("added_tokens_decoder") or {}).items()}
         for name, tokens in declared.items():
             for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token is None:
+                    continue
                 text = token["content"] if isinstance(token, dict) else token
                 number = added.get(text, token_id(text)) if isinstance(text, str) else text
-                if token is not None and (type(number) is not int or not 0 <= number < 2**31):
+                if type(number) is not int or not 0 <= number < 2**31:
                     raise ValueError(f"{name} declares the end token {text!r}, which {path.name} does not have")
-                if token is not None:
-                    found.setdefault(name, []).append(number)
+                found.setdefault(name, []).append(number)
         if not found:
             raise ValueError("no file declares an end token (eos_token)")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
