@@ -1,5 +1,7 @@
 """A chat streams the responses that generate gives, and says where one was cut off."""
 import io
+import json
+import shutil
 import sys
 
 import pytest
@@ -37,18 +39,22 @@ def test_a_stream_ends_where_the_model_has_no_more_positions_or_no_finite_logits
         next(chat.stream(broken, [5], 0, [], config))
 
 
-def test_a_chat_prints_the_responses(base, monkeypatch, capsys):
-    """As the flags ask for them; neither a question that is too long ends it, nor blank lines, nor broken UTF-8."""
+def test_a_chat_prints_the_responses(base, tmp_path, monkeypatch, capsys):
+    """As the flags ask for them, one finished and one not, by an end token that only generation_config.json declares;
+    neither a question that is too long ends it, nor blank lines, nor broken UTF-8."""
+    model, tokenizer = shutil.copytree(base, tmp_path / "model"), load_tokenizer(base)
+    prompt = encode_prompt(tokenizer, prompt_text("rft", "", QUESTION))
+    options = dict(num_samples=2, temperature=1.2, top_k=9, top_p=0.9, seed=3, max_new_tokens=8)
+    [[first, second]] = generate(load_model(base), [prompt], eos_ids=(), **options)
+    end = next(token for token in first.ids if token not in second.ids)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [end]}))
+    first = first.ids[:first.ids.index(end) + 1]
+
     lines = f"{QUESTION}\n\n\xff\n{QUESTION * 20}\n{QUESTION}\n".encode("latin1")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines), encoding="utf-8"))
     monkeypatch.setattr(chat, "load_sampler", load_model)  # float32: where rows are few, bfloat16 may round otherwise
-    call(chat, "--model", base, "--prompt", "rft", "--num_samples", "2", "--temperature", "1.2", "--top_k", "9",
-         "--top_p", "0.9", "--seed", "3", "--max_new_tokens", "8")
-    said, tokenizer = capsys.readouterr().out, load_tokenizer(base)
-
-    prompt = encode_prompt(tokenizer, prompt_text("rft", "", QUESTION))
-    [responses] = generate(load_model(base), [prompt], num_samples=2, temperature=1.2, top_k=9, top_p=0.9, seed=3,
-                           max_new_tokens=8, eos_ids=tokenizer.eos_ids)
-    shown = "".join(tokenizer.decode(r.ids) + ("\n" if r.finished else " [truncated]\n") for r in responses)
+    call(chat, "--model", model, "--prompt", "rft", *(f"--{name}={value}" for name, value in options.items()))
+    said = capsys.readouterr().out
+    shown = f"{tokenizer.decode(first)}\n{tokenizer.decode(second.ids)} [truncated]\n"
     assert said.startswith(shown) and said.endswith(shown)
     assert "tokens are too long for this model's 192 positions]\n" in said

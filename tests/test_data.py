@@ -527,10 +527,14 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
     shutil.copytree(gsm8k_run.model, config.model)
     (tmp_path / "config.json").write_text(json.dumps({"prompt": trained_on, "chat": "", "answer_format": ""}))
     (tmp_path / "iter1/model/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5][:1 + warned]}))
-    check_inputs(config, load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+    tokenizer = load_tokenizer(config.model)
+    check_inputs(config, tokenizer, config.problems("train"), config.problems("test"))
     said = capsys.readouterr().out
     assert "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n" in said
     assert ("warning: " in said) == ("ends with any of the tokens 2, 5, since files disagree" in said) == warned
+    tokenizer.eos_id = tokenizer.vocab_size  # an added end token that the embedding has no row for
+    with pytest.raises(SystemExit, match="the tokenizer gives token .*, and the model knows"):
+        check_inputs(config, tokenizer, [], config.problems("test"))
 
 
 @pytest.mark.parametrize("flags, tokenizer, said", [

@@ -189,13 +189,15 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", ["lm_head", "model.embed_tokens"])
 @pytest.mark.parametrize("drawing", [dict(temperature=0), dict(temperature=1), dict(top_k=3, top_p=0.9)], ids=str)
-def test_logits_that_are_not_finite_are_named(value, drawing):
-    """Greedy, such a model was "accuracy 0.0 %" with exit status 0; sampled, an IndexError."""
-    model = tiny_model()
-    model.lm_head.weight.data[7] = value
+def test_logits_that_are_not_finite_are_named(value, broken, drawing):
+    """Greedy, such a model was "accuracy 0.0 %" with exit status 0; sampled, an IndexError. With one row of the
+    embedding broken, other responses go on beside those that have drawn it."""
+    model, prompts = tiny_model(), [[token for token in prompt if token != 7] for prompt in some_prompts()]
+    model.get_submodule(broken).weight.data[7] = value
     with pytest.raises(SystemExit, match="logits are not finite"):
-        some_responses(model, some_prompts(), **drawing)
+        some_responses(model, prompts, **drawing)
     rows = torch.tensor([[0.0] * 149 + [value], [-math.inf] * 150, [0.0] * 150])
     drawing = dict(temperature=1, top_p=1, top_k=0) | drawing
     *bad, good = sample_next_token(rows, torch.full((3,), 0.5).double(), **drawing).tolist()
