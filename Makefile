@@ -15,6 +15,7 @@ PY = .venv/bin/python
 RUN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc_per_node $(GPUS))
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BASE = runs/base-s$(SEED)/model
+quoted = '$(subst ','\'',$(1))'
 IRPO = $(RUN) irpo.py --preset toy --model $(BASE) --seed $(SEED) --run_dir
 SWEEP = $(PY) -m tools.sweep --jobs $(JOBS) --gpus $(GPUS)
 
@@ -51,7 +52,7 @@ GOALS = $(filter irpo rft reft sft eval,$(MAKECMDGOALS))
 ifneq ($(TASK),toy)
 $(if $(MODEL),,$(if $(GOALS),$(error name a model directory: make $(firstword $(GOALS)) TASK=$(TASK) MODEL=dir)))
 irpo rft reft: setup
-	$(RUN) $@.py --task $(TASK) --model $(MODEL) --seed $(SEED) --run_dir runs/$@-$(TASK)-s$(SEED) $(ARGS)
+	$(RUN) $@.py --task $(TASK) --model $(call quoted,$(MODEL)) --seed $(SEED) --run_dir runs/$@-$(TASK)-s$(SEED) $(ARGS)
 	$(PY) -m tools.report runs/$@-$(TASK)-s$(SEED)
 else ifneq ($(and $(MODEL),$(filter irpo rft reft,$(GOALS))),)
 $(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own)
@@ -75,9 +76,9 @@ endif
 endif
 
 sft: $(if $(MODEL),setup,base)  ## fine-tuning on a task's gold solutions: make sft TASK=gsm8k MODEL=dir
-	$(RUN) train.py --task $(TASK) --model $(or $(MODEL),$(BASE)) --seed $(SEED) --run_dir runs/sft-$(TASK)-s$(SEED) $(ARGS)
+	$(RUN) train.py --task $(TASK) --model $(call quoted,$(or $(MODEL),$(BASE))) --seed $(SEED) --run_dir runs/sft-$(TASK)-s$(SEED) $(ARGS)
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
-	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(or $(MODEL),$(BASE)) $(ARGS)
+	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(call quoted,$(or $(MODEL),$(BASE))) $(ARGS)
 
 tables: setup  ## 3 seeds of TABLE="irpo rft reft", or ablate-nll, reft-tune, reft-sweep; JOBS=2: 27 minutes for irpo
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true

@@ -7,6 +7,7 @@ converts Meta's own .pth files).
 """
 import dataclasses
 import gc
+import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ ONLY = {  # fields of config.json with the one value that model.py computes, whi
     "quantization_config": None}
 NUMBERS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "max_position_embeddings", "rms_norm_eps")
+FRACTIONS = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")  # all others are whole
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -45,30 +47,39 @@ def load_config(directory: str | Path) -> ModelConfig:
         meta = (path.parent / "params.json").is_file()
         raise SystemExit(f"{path} does not exist: give a directory with config.json and weights" + (
             ". This one is Meta's: transformers' convert_llama_weights_to_hf writes such a directory" if meta else ""))
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise SystemExit(f"{path} holds a JSON {type(raw).__name__}, not an object")
+    raw = read_object(path)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 4 or 5
+    if not isinstance(rope, dict):
+        raise SystemExit(f"{path} is not supported: rope scaling is {rope!r}, not an object")
+    before_scaling = raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
+    rope = {"rope_theta": raw.get("rope_theta", 10000.0), "original_max_position_embeddings": before_scaling} | rope
     if faults := config_faults(raw, rope):
         raise SystemExit(f"{path} is not supported: {'; '.join(faults)}")
-    scaling = {"original_max_position_embeddings": raw["max_position_embeddings"]} | rope
     llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
     return ModelConfig(
         **{name: raw[name] for name in NUMBERS},
         num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
         head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-        rope_theta=rope.get("rope_theta", raw.get("rope_theta", 10000.0)),
-        rope_scaling={"rope_type": "llama3", **{name: scaling[name] for name in LLAMA3_ROPE}} if llama3 else None,
+        rope_theta=rope["rope_theta"],
+        rope_scaling={"rope_type": "llama3", **{name: rope[name] for name in LLAMA3_ROPE}} if llama3 else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         attention_bias=raw["model_type"] == "qwen2",
         # a Mistral whose config.json does not mention the window has one of 4096 tokens in transformers
         sliding_window=raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None)
 
 
+def read_object(path: Path, absent: dict | None = None) -> dict:
+    """Read a JSON object; return `absent`, if that is given, where there is no such file."""
+    value = absent if absent is not None and not path.is_file() else read_json(path)
+    if not isinstance(value, dict):
+        raise SystemExit(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
 def config_faults(raw: dict, rope: dict) -> list[str]:
     """Name every field that describes a model which model.py does not compute."""
     family = raw.get("model_type")
-    if family not in ARCHITECTURES:
+    if family not in [*ARCHITECTURES]:
         return [f"model_type is {family!r}, and only {', '.join(ARCHITECTURES)} can be loaded"]
     faults = [f"{name} is {found!r}, and only {value!r} is supported" for name, value in ONLY.items()
               if (found := rope.get(name, raw.get(name))) not in (None, value)]  # partial_rotary_factor may be in rope
@@ -76,15 +87,33 @@ def config_faults(raw: dict, rope: dict) -> list[str]:
         faults.append(f"architectures is {raw['architectures']}, not {ARCHITECTURES[family]}")
     if family == "llama" and raw.get("attention_bias"):
         faults.append("attention_bias is true, with biases on q, k, v and o; Qwen2's, on q, k and v, are supported")
-    if set(raw.get("layer_types") or []) - {"full_attention"}:
-        faults.append(f"layer_types is {raw['layer_types']}, and only full_attention is supported")
-    faults += [f"{name} is {raw.get(name)!r}, and must be a number above 0" for name in NUMBERS
-               if not isinstance(raw.get(name), (int, float)) or raw[name] <= 0]
+    layers = raw.get("layer_types") or ["full_attention"]
+    if not isinstance(layers, list) or layers.count("full_attention") < len(layers):
+        faults.append(f"layer_types is {layers}, and only full_attention is supported")
+    if raw.get("tie_word_embeddings") not in (None, False, True):
+        faults.append(f"tie_word_embeddings is {raw['tie_word_embeddings']!r}, and must be true or false")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         faults.append(f"rope type is {rope_type!r}, and only default and llama3 are supported")
-    if rope_type == "llama3" and (absent := [name for name in LLAMA3_ROPE[:3] if name not in rope]):
-        faults.append(f"rope scaling {rope} has no {', '.join(absent)}")
+
+    optional = {name: raw[name] for name in ("num_key_value_heads", "head_dim", "sliding_window")
+                if raw.get(name) is not None}
+    scaling = {name: rope.get(name) for name in ("rope_theta", *(LLAMA3_ROPE if rope_type == "llama3" else ()))}
+    numbers = {name: raw.get(name) for name in NUMBERS} | optional | scaling
+    for name, value in numbers.items():
+        kinds, limit = ((int, float), math.inf) if name in FRACTIONS else (int, 2**31)
+        if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < limit:
+            faults.append(f"{name} is {value!r}, and must be a {'whole ' if kinds is int else ''}number above 0")
+    if faults:
+        return faults
+
+    heads, width = raw["num_attention_heads"], raw["hidden_size"]
+    if heads % numbers.get("num_key_value_heads", heads):
+        faults.append(f"num_attention_heads, {heads}, is no multiple of num_key_value_heads, {optional}")
+    if numbers.get("head_dim", width / heads) % 2:
+        faults.append(f"head_dim must be even, and hidden_size {width} is divided by {heads} heads")
+    if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        faults.append(f"low_freq_factor is {rope['low_freq_factor']}, and must be below high_freq_factor")
     return faults
 
 
@@ -172,8 +201,7 @@ def weight_files(directory: Path) -> list[Path]:
                              "which files belong together: fetch what is missing")
         return [directory / files[0]]
 
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_object(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
         raise SystemExit(f"{index} has no weight_map from tensors to files of its directory")
@@ -227,10 +255,14 @@ def num_parameters(directory: str | Path) -> int:
 
 
 def model_hash(directory: str | Path) -> str:
-    """Tell which model a directory holds: SHA-256 over its config, its weights and the files of its tokenizer."""
+    """Tell which model a directory holds: SHA-256 over its config, its weights and the files of its tokenizer.
+
+    config.json has an end token, too, which is the tokenizer's business (data/tokenizer.py).
+    """
     directory = Path(directory)
     tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    return hash_of(load_config(directory), *weight_files(directory), *tokenizer)
+    return hash_of(load_config(directory), read_json(directory / "config.json").get("eos_token_id"),
+                   *weight_files(directory), *tokenizer)
 
 
 # --- saving ----------------------------------------------------------------------------------------

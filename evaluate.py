@@ -8,6 +8,7 @@ import math
 import runpy
 import warnings
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +68,13 @@ class SampleOptions(TaskOptions, ComputeOptions):
                                   "device", low=1, free=True)
 
 
+REMEDIES = {  # of what makes an accuracy say little about a model
+    "unparsed": "--prompt, --chat or --answer_format may not be those that the model was trained with",
+    "unfinished": "raise --max_new_tokens, or declare the token that ends this model's responses as eos_token_id in "
+                  "its generation_config.json",
+    "empty": "--prompt or --chat may not be those that the model was trained with"}
+
+
 # --- sampling and grading --------------------------------------------------------------------------
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *, num_samples: int = 1,
@@ -76,7 +84,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     An empty label hides the progress bar.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    responses = sample_all(model, prompts, options, tokenizer.eos_id, num_samples, temperature, seed, label)
+    responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
     grades = grade_all(texts, [problem.answer for problem in problems], options.task, options.marks)
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
@@ -107,7 +115,7 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
     """Answer problems with the model of a directory, unless the file `path` already holds the result.
 
     The file begins with the settings of its samples and a SHA-256 of all that follows. sampler: the directory's, where
-    several files share it.
+    several files share it. SystemExit if no response to train on has finished.
     """
     sampler = sampler or Sampler(directory, options)
 
@@ -119,11 +127,15 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
                 if not field.metadata["free"]}
     settings |= dict(marks=options.marks, split=split, weights=sampler.weights, num_samples=num_samples,
                      temperature=temperature, seed=seed)
-    return once(path, make, Answered, settings)
+    answered = once(path, make, Answered, settings)
+    if split == "train" and not any(sample.finished for question in answered for sample in question.samples):
+        raise SystemExit(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "
+                         f"{options.max_new_tokens}: {REMEDIES['unfinished']}")
+    return answered
 
 
-def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, eos_id: int, num_samples: int,
-               temperature: float, seed: int, label: str) -> list[list[Response]]:
+def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, eos_ids: Collection[int],
+               num_samples: int, temperature: float, seed: int, label: str) -> list[list[Response]]:
     """Sample responses to each prompt; groups of prompts of similar length are distributed over the samplers."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # about 64 groups, whatever the number of ranks; in one that is larger than a batch, new responses take over the
@@ -139,7 +151,7 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
     with Progress(label, sum(map(len, mine)) * num_samples, "sample") as bar:
         for group in mine:
             found.append(generate(model, [prompts[i] for i in group], num_samples=num_samples,
-                                  max_new_tokens=options.max_new_tokens, temperature=temperature, eos_id=eos_id,
+                                  max_new_tokens=options.max_new_tokens, temperature=temperature, eos_ids=eos_ids,
                                   seed=seed, batch_rows=options.batch_rows, cache_tokens=cache_tokens,
                                   progress=bar.advance))
     by_prompt = dict(zip(order, (responses for group in collected(found, samplers) for responses in group)))
@@ -200,6 +212,7 @@ def summarize(answered: list[Answered], task: str) -> dict:
     found = {"n": n, "accuracy": right / n, "ci95": wilson(right, n),
              "verdicts": {name: verdicts[name] / n for name in sorted(verdicts)},
              "finished": fmean(sample.finished for sample in first), "length": fmean(len(s.ids) for s in first),
+             "empty": fmean(not sample.text.strip() for sample in first),
              "tags": by_tags([(q.id, q.samples[0]) for q in answered], task)}
     if k == 1:
         return found
@@ -209,6 +222,18 @@ def summarize(answered: list[Answered], task: str) -> dict:
     return found | {"pass@1_ci95": wilson_of_mean([fmean(right) for right in rights]),
                     f"maj@{k}": fmean(majority([(s.answer, s.right) for s in q.samples]) for q in answered),
                     "num_samples": k, "sampled_tags": by_tags([(q.id, s) for q in answered for s in q.samples], task)}
+
+
+def print_summary(name: str, found: dict) -> None:
+    """Print a model's accuracy and the shares of responses that could not be judged; warn where these are high."""
+    shares = {"unparsed": found["verdicts"].get("unparsed", 0.0), "unfinished": 1 - found["finished"],
+              "empty": found["empty"]}
+    print("{}: accuracy {:.1%}, 95 % interval {:.1%} to {:.1%}, {} questions; {}".format(
+        name, found["accuracy"], *found["ci95"], found["n"],
+        ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items())))
+    for kind, share in shares.items():
+        if share > 0.2:
+            print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 
 def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
@@ -235,7 +260,9 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
         answered = answer_once(folder / file, directory, config.problems(split, config.eval_questions), config,
                                split=split, num_samples=num_samples, temperature=temperature, seed=config.seed,
                                label=f"{name} {split}", sampler=sampler)
-        return summarize(answered, config.task)
+        found = summarize(answered, config.task)
+        print_summary(f"{name} {split}", found)
+        return found
 
     rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]

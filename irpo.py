@@ -49,7 +49,7 @@ class Config(TrainOptions, SampleOptions):
     """Defaults are the paper's values for GSM8K where it states them."""
     model: str = option("", "directory of M_0 (make base makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
-    seed: int = option(0, "of samples, subsampling and batch order")
+    seed: int = option(0, "of samples, subsampling and batch order", low=0, high=2**64 - 1)
     prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     iterations: int = option(4, "T; more or fewer may be asked for later", low=1, free=True)
@@ -173,6 +173,9 @@ def with_reference(pairs: list[Pair], directory: str, config: Config) -> list[Pa
             return pair_logps(model, part)[0].tolist()  # (2, B)
 
     found = computed(parts, scored, label="reference")  # in the order of parts, which are sorted by length
+    if not math.isfinite(sum(sum(map(sum, logps)) for logps in found)):
+        raise SystemExit(f"{directory} gives log-probabilities that are not finite: its logits are NaN or infinite, so "
+                         "its weights are damaged, or its training diverged")
     refs = {id(pair): ref for part, logps in zip(parts, found) for pair, *ref in zip(part, *logps)}
     return [replace(pair, ref_chosen=refs[id(pair)][0], ref_rejected=refs[id(pair)][1]) for pair in pairs]
 

@@ -58,7 +58,7 @@ class Config(TrainOptions, SampleOptions):
     """Defaults are the paper's values for GSM8K and chains of thought in words."""
     model: str = option("", "directory of the base model (make base makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
-    seed: int = option(0, "of samples and batch order")
+    seed: int = option(0, "of samples and batch order", low=0, high=2**64 - 1)
     prompt: str = option("reft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and on sampled "

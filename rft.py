@@ -47,7 +47,7 @@ class Config(TrainOptions, SampleOptions):
     """Defaults are the paper's values for 7B and 13B models (App. A) and its code's prompt."""
     model: str = option("", "directory of the base model rho (make rft makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
-    seed: int = option(0, "of samples, subsampling and batch order")
+    seed: int = option(0, "of samples, subsampling and batch order", low=0, high=2**64 - 1)
     prompt: str = option("rft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import math
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import numpy
@@ -27,7 +27,7 @@ PREFILL_TOKENS = 2048  # prompts of similar length are computed together, up to 
 
 @dataclass(frozen=True)
 class Response:
-    """Sampled token ids; they end with EOS if and only if the model produced it (`finished`)."""
+    """Sampled token ids; they end with an end token if and only if the model produced one (`finished`)."""
     ids: list[int]
     finished: bool
 
@@ -50,19 +50,25 @@ def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     cdf = weights.double().cumsum(-1)
     target = uniform[:, None] * cdf[:, -1:]  # below the last, since uniform < 1
     index = torch.searchsorted(cdf, target, right=True)  # the first whose cdf exceeds the target
+    index.clamp_(max=cdf.shape[-1] - 1)  # NaN exceeds everything
     weight = weights.gather(-1, index).double()
     rest = (target - cdf.gather(-1, index) + weight) / weight
     return index[:, 0], rest[:, 0].clamp(0, 1 - 2**-53)
 
 
 def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
-    """logits (R, V), uniforms (R,) -> token ids (R,); temperature 0 takes the most likely token."""
+    """logits (R, V), uniforms (R,) -> token ids (R,); temperature 0 takes the most likely token.
+
+    A row whose largest logit is not finite (NaN counts as the largest) gets -1: to raise here would need its value.
+    """
     if temperature == 0:
-        return logits.argmax(-1)
+        best, token = logits.max(-1)
+        return token.masked_fill(~best.isfinite(), -1)
     if top_k:
         kth_best = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < kth_best, -torch.inf)
-    weights = logits - logits.amax(-1, keepdim=True)
+    best = logits.amax(-1, keepdim=True)
+    weights = logits - best
     weights.mul_(math.log2(math.e) / temperature).exp2_()  # softmax up to its normalisation
     if top_p < 1:
         ordered, order = (weights / weights.sum(-1, keepdim=True)).sort(-1, descending=True)
@@ -72,7 +78,7 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p
     blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (R, V/BLOCK, BLOCK)
     block, uniform = pick(blocks.sum(-1), uniform)
     token, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
-    return block * BLOCK + token
+    return (block * BLOCK + token).masked_fill(~best[:, 0].isfinite(), -1)
 
 
 # --- many responses at once ------------------------------------------------------------------------
@@ -81,13 +87,15 @@ class Batch:
     """R rows, each free or with an unfinished response. Decoding modifies tensors in place, as CUDA graphs require."""
 
     def __init__(self, model: Llama, longest: int, questions: int, num_samples: int, max_new_tokens: int,
-                 batch_rows: int, cache_tokens: int, *, temperature: float, top_p: float, top_k: int, eos_id: int,
-                 seed: int) -> None:
+                 batch_rows: int, cache_tokens: int, *, temperature: float, top_p: float, top_k: int,
+                 eos_ids: Collection[int], seed: int) -> None:
         """Allocate rows for as many questions as batch_rows and cache_tokens allow, but for at least one."""
         config, weight, N = model.config, model.lm_head.weight, num_samples
-        self.model, self.max_new_tokens, self.eos_id, self.seed = model, max_new_tokens, eos_id, seed
+        self.model, self.max_new_tokens, self.seed = model, max_new_tokens, seed
         self.drawing = dict(temperature=temperature, top_p=top_p, top_k=top_k)
         self.device, on_gpu = weight.device, weight.is_cuda
+        self.ends = {-1, *eos_ids}  # -1: see sample_next_token
+        self.end_tokens = torch.tensor([*self.ends], device=self.device)
         # On a GPU, checking which rows have finished makes the CPU wait, and each window needs a graph of its own.
         self.check_every, self.columns = (8, 128) if on_gpu else (1, 16)
 
@@ -137,15 +145,15 @@ class Batch:
 
     def step(self) -> None:
         """Decode one more token for every row. No result is read, so that a GPU may run ahead."""
-        hidden = self.model.model(self.newest[:, None], self.cache)[:, -1]  # (R, D)
+        hidden = self.model.model(self.newest[:, None].clamp(min=0), self.cache)[:, -1]  # (R, D)
         self.draw(torch.arange(len(hidden), device=self.device), self.model.lm_head(hidden).float())
 
     def draw(self, rows: Tensor, logits: Tensor) -> None:
-        """Draw the next token of rows (n,) from logits (n, V). A row finishes with EOS or when it is full."""
+        """Draw the next token of rows (n,) from logits (n, V). A row finishes with an end token or when it is full."""
         at = self.cache.lengths[rows]  # tokens of a row in the cache, and so the number of the token to draw
         self.newest[rows] = new = sample_next_token(logits, self.uniforms[rows, at], **self.drawing)
         self.ids[rows, at.masked_fill(~self.live[rows], self.max_new_tokens)] = new  # finished rows: the spare column
-        self.live[rows] &= (new != self.eos_id) & (at + 1 < self.max_new_tokens)
+        self.live[rows] &= (new[:, None] != self.end_tokens).all(-1) & (at + 1 < self.max_new_tokens)
         self.cache.lengths *= self.live  # a finished row stays at column 0
 
     def decode(self, step: Callable[[], None], share: float) -> None:
@@ -164,8 +172,10 @@ class Batch:
         """Yield question, sample and response of each row that has finished, and free the row."""
         ended = [row for row, live in enumerate(self.live.tolist()) if not live and self.owner[row]]
         for row, ids in zip(ended, self.ids[ended, :-1].tolist()):
-            finished = self.eos_id in ids
-            yield *self.owner[row], Response(ids[:ids.index(self.eos_id) + 1] if finished else ids, finished)
+            end = next((i for i, token in enumerate(ids) if token in self.ends), None)
+            response = Response(ids if end is None else ids[:end + 1], end is not None)
+            require_finite(response.ids[-1])
+            yield *self.owner[row], response
             self.owner[row] = None
 
     def shrink(self) -> None:
@@ -179,14 +189,15 @@ class Batch:
 
 @torch.inference_mode()
 def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_new_tokens: int,
-             temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, eos_id: int, seed: int,
+             temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, eos_ids: Collection[int], seed: int,
              batch_rows: int = 1024, cache_tokens: int | None = None,
              progress: Callable[[int, int], None] = lambda responses, tokens: None) -> list[list[Response]]:
-    """Sample num_samples responses to each prompt; return them in the order of the prompts.
+    """Sample num_samples responses to each prompt, up to any of eos_ids; return them in the order of the prompts.
 
     At most batch_rows responses are generated at a time, and their cache holds at most cache_tokens tokens, prompts
     included (default: cache_budget), unless a single question needs more. `progress` receives numbers of responses and
-    of tokens as they come. Raises ValueError for a prompt that is empty or leaves no room for max_new_tokens.
+    of tokens as they come. Raises ValueError for a prompt that is empty or leaves no room for max_new_tokens, and
+    SystemExit where a model's logits are not finite.
     """
     limit = model.config.max_length - max_new_tokens
     for i, prompt in enumerate(prompts):
@@ -199,7 +210,7 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
         return responses
     batch = Batch(model, len(prompts[waiting[0]]), len(prompts), num_samples, max_new_tokens, batch_rows,
                   cache_tokens or cache_budget(model), temperature=temperature, top_p=top_p, top_k=top_k,
-                  eos_id=eos_id, seed=seed)
+                  eos_ids=eos_ids, seed=seed)
     on_gpu = batch.device.type == "cuda"
     step = recorded(batch) if on_gpu else batch.step
     while waiting or any(batch.owner):
@@ -217,6 +228,13 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
         if not waiting and any(batch.owner):
             batch.shrink()
     return responses
+
+
+def require_finite(token: int) -> None:
+    """Refuse the token that sample_next_token gives for logits that are not finite."""
+    if token < 0:
+        raise SystemExit("the model's logits are not finite (NaN or infinity), so nothing can be sampled: its weights "
+                         "are damaged, or its training diverged. Fetch it again, or train it with a smaller --lr")
 
 
 def cache_budget(model: Llama) -> int:

@@ -58,9 +58,13 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
 
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:
     """Append its position to every id that occurred before."""
-    first = {problem.id: i for i, problem in reversed(list(enumerate(problems)))}
-    return [problem if first[problem.id] == i else replace(problem, id=f"{problem.id}#{i}")
-            for i, problem in enumerate(problems)]
+    unique: dict[str, Problem] = {}
+    for i, problem in enumerate(problems):
+        name = problem.id
+        while name in unique:
+            name += f"#{i}"
+        unique[name] = replace(problem, id=name)
+    return list(unique.values())
 
 
 def dev_questions(problems: list[Problem]) -> set[str]:

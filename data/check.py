@@ -17,13 +17,17 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
                          "are different files")
     shape, prompts = load_config(config.model), [config.prompt_ids(tokenizer, p) for p in [*problems, *others]]
     golds = [(ids, p.answer) for p in problems if (ids := config.gold_ids(tokenizer, p))]
-    longest, last = max(map(len, prompts)), max(max(ids) for ids in [*prompts, *(ids for ids, _ in golds)])
+    longest = max(map(len, prompts))
+    last = max(tokenizer.eos_id, *(max(ids) for ids in [*prompts, *(ids for ids, _ in golds)]))
     if longest + config.max_new_tokens > shape.max_length:
         raise SystemExit(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
                          f"it exceeds the model's {shape.max_length} positions")
     if last >= shape.vocab_size:
         raise SystemExit(f"the tokenizer gives token {last}, and the model knows {shape.vocab_size}: they do not "
                          "belong together")
+    if tokenizer.eos_note:
+        print(f"check: a response ends with any of the tokens {', '.join(map(str, tokenizer.eos_ids))}, since files "
+              f"disagree: {tokenizer.eos_note}")
     one_bos = sum(tokenizer.bos_id is None or prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
     if one_bos < len(prompts):
         raise SystemExit(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "

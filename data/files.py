@@ -5,7 +5,8 @@ programs or end in "Therefore, the answer is: 72.0". SVAMP's test set, ARC and R
 """
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from decimal import Decimal
 from pathlib import Path
 
 
@@ -36,6 +37,9 @@ FILES = {
 }
 
 
+NUMBER = (int, Decimal, str)  # how data sets write numeric answers
+
+
 def read_problems(path: Path, task: str) -> list[Problem]:
     """Read all problems of a file; SystemExit names file, place and fault of the first bad record."""
     if not path.is_file():
@@ -43,16 +47,18 @@ def read_problems(path: Path, task: str) -> list[Problem]:
                          "--path names a folder that has them, or one file")
     problems, place, row = [], "line 1", {}
     try:
-        for place, row in records(path.read_text(encoding="utf-8")):  # noqa: B007 (both name a fault)
+        for place, row in records(path.read_text(encoding="utf-8-sig")):  # noqa: B007 (both name a fault)
             problems.append(read_record(row, task, f"{path.stem}-{len(problems) + 1}"))
     except UnicodeDecodeError as error:
         raise SystemExit(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise SystemExit(f"{path} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         fault = f"line {error.lineno}: not JSON: {error.msg}"
     except KeyError as error:
         fault = f"{place}: no field {error}"
-    except (ValueError, TypeError, AttributeError) as error:
-        fault = f"{place}: {error}"
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        fault = f"line {error.lineno}: {error}" if hasattr(error, "lineno") else f"{place}: {error}"
     else:
         fault = "" if problems else f"{place}: no records"
     if fault:
@@ -62,28 +68,34 @@ def read_problems(path: Path, task: str) -> list[Problem]:
 
 
 def records(text: str) -> Iterator[tuple[str, dict]]:
-    """Yield (place, record) of JSON lines, or of one JSON array. Decimals stay text, so that no digit is lost."""
+    """Yield (place, record) of JSON lines, or of one JSON array. No digit of a decimal is lost."""
     if text.lstrip().startswith("["):
-        for i, row in enumerate(json.loads(text, parse_float=str), start=1):
+        for i, row in enumerate(json.loads(text, parse_float=Decimal), start=1):
             yield f"record {i}", row
         return
     for i, line in enumerate(text.split("\n"), start=1):  # splitlines would also split at U+2028 within a text
         if line.strip():
             try:
-                row = json.loads(line, parse_float=str)
-            except json.JSONDecodeError as error:
+                row = json.loads(line, parse_float=Decimal)
+            except (ValueError, RecursionError) as error:  # the latter where brackets are nested without end
                 error.lineno = i  # json counts from this line
                 raise
             yield f"line {i}", row
 
 
 def read_record(row: dict, task: str, name: str) -> Problem:
-    """Read one record in its data set's format, or in ReFT's. Where it has no id, `name` is its id."""
+    """Read one record in its data set's format, or in ReFT's. Where it has no id, `name` is its id.
+
+    ValueError for a record that no response can answer: the gold answer must be one that the task's grader reads.
+    """
+    from rewards import READ  # here, since it loads torch, which a download does without
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {row!r:.60}")
     problem = reader(row, task)(row, name)
-    if not problem.question.strip() or not problem.answer.strip():
-        raise ValueError("the question or the answer is empty")
+    for text in astuple(problem):
+        text.encode()  # ValueError for half of a surrogate pair, which no tokenizer takes
+    if READ[task](problem.answer) is None or problem.answer.lower() in ("null", "none", "nan"):
+        raise ValueError(f"the right answer is {problem.answer!r:.60}, which the grader of {task} cannot read")
     return problem
 
 
@@ -91,30 +103,43 @@ def reader(row: dict, task: str) -> Callable[[dict, str], Problem]:
     return reft if isinstance(row, dict) and "answer_value" in row else READERS[task]
 
 
+def text_of(row: dict, field: str, kinds: tuple[type, ...] = (str,), optional: bool = False) -> str:
+    """Return a field as text without spaces around it; ValueError for another kind of value, and for an empty one.
+
+    An optional field may be missing, null or empty, which is "".
+    """
+    if optional and row.get(field) in (None, ""):
+        return ""
+    if not isinstance(row[field], kinds) or isinstance(row[field], bool) or not (text := str(row[field]).strip()):
+        raise ValueError(f"{field} is {row[field]!r:.60}, not {'a number' if int in kinds else 'text'}")
+    return text
+
+
 # Each reader's docstring begins with the record that it expects, which error messages show.
 
 def gsm8k(row: dict, name: str) -> Problem:
     """{"question": ..., "answer": "48/2 = <<48/2=24>>24 ... #### 72"}"""
-    question, solution = row["question"].strip(), row["answer"].strip()
+    solution = text_of(row, "answer")
     if "####" not in solution:
         raise ValueError("the answer does not end in '#### N'")
-    return Problem(name, question, solution.split("####")[1].strip(), solution)
+    return Problem(name, text_of(row, "question"), solution.split("####")[1].strip(), solution)
 
 
 def svamp(row: dict, name: str) -> Problem:
     """{"Body": ..., "Question": ..., "Equation": ..., "Answer": 51.0}"""
-    body = row["Body"].strip()
+    body = text_of(row, "Body")
     end = "" if body.endswith((".", "?", "!")) else "."
-    return Problem(name, f"{body}{end} {row['Question'].strip()}", str(row["Answer"]), "")
+    return Problem(name, f"{body}{end} {text_of(row, 'Question')}", text_of(row, "Answer", NUMBER), "")
 
 
 def mathqa(row: dict, name: str) -> Problem:
     """{"Problem": ..., "Rationale": ..., "options": "a ) 38 , b ) ...", "correct": "a"}"""
-    if row["correct"] not in tuple("abcde"):
-        raise ValueError(f"correct is {row['correct']!r}, not one of a to e")
-    rationale = row["Rationale"].strip().strip('"').strip()
-    return Problem(name, f"{row['Problem'].strip()}\n{row['options'].strip()}", row["correct"],
-                   f"{rationale}\nTherefore, the answer is: {row['correct']}")
+    options, correct = text_of(row, "options"), text_of(row, "correct")
+    if correct not in tuple("abcde") or f"{correct} )" not in options:
+        raise ValueError(f"correct is {correct!r}, not one of the options a to e: {options}")
+    rationale = text_of(row, "Rationale", optional=True).strip('"').strip()
+    return Problem(name, f"{text_of(row, 'Problem')}\n{options}", correct,
+                   f"{rationale}\nTherefore, the answer is: {correct}")
 
 
 def reft(row: dict, name: str) -> Problem:
@@ -123,17 +148,18 @@ def reft(row: dict, name: str) -> Problem:
     As in ReFT's training, the trigger follows every solution in words, although SVAMP's already say "Therefore, the
     answer is <203>."
     """
-    answer, solution = str(row["answer_value"]), row.get("answer_cot", "").strip()
+    answer, solution = text_of(row, "answer_value", NUMBER), text_of(row, "answer_cot", optional=True)
     if solution and not solution.startswith("def solution"):
         solution += f"\nTherefore, the answer is: {answer}"
-    return Problem(name, row["question"].strip(), answer, solution)
+    return Problem(name, text_of(row, "question"), answer, solution)
 
 
 def math(row: dict, name: str) -> Problem:
     """{"problem": ..., "solution": "... $\\boxed{2}$", "answer": "2", "unique_id": "test/algebra/1.json"}"""
-    if not row["unique_id"].startswith(("train/", "test/")):
+    if not text_of(row, "unique_id").startswith(("train/", "test/")):
         raise ValueError(f"unique_id is {row['unique_id']!r}: it must say train/ or test/")
-    return Problem(row["unique_id"], row["problem"].strip(), row["answer"], row["solution"].strip())
+    solution = text_of(row, "solution", optional=True)
+    return Problem(row["unique_id"], text_of(row, "problem"), text_of(row, "answer"), solution)
 
 
 def arc(row: dict, name: str) -> Problem:
@@ -142,11 +168,12 @@ def arc(row: dict, name: str) -> Problem:
     There are three to five choices, labelled A to E or 1 to 5. Labels are shown, and answered, as they are.
     """
     choices = row["question"]["choices"]
-    labels = [choice["label"] for choice in choices]
-    if not 3 <= len(choices) <= 5 or row["answerKey"] not in labels:
-        raise ValueError(f"answerKey {row['answerKey']!r} is not among the 3 to 5 labels {labels}")
-    lines = [row["question"]["stem"].strip(), *(f"({c['label']}) {c['text'].strip()}" for c in choices)]
-    return Problem(row.get("id") or name, "\n".join(lines), row["answerKey"], "")
+    texts = [text_of(choice, "text") for choice in choices]
+    labels, key = [text_of(choice, "label") for choice in choices], text_of(row, "answerKey")
+    if not 3 <= len({*labels}) == len(labels) <= 5 or key not in labels:
+        raise ValueError(f"answerKey {key!r} is not among 3 to 5 different labels: {labels}")
+    lines = [text_of(row["question"], "stem"), *(f"({label}) {text}" for label, text in zip(labels, texts))]
+    return Problem(text_of(row, "id", optional=True) or name, "\n".join(lines), key, "")
 
 
 READERS = {"gsm8k": gsm8k, "svamp": svamp, "mathqa": mathqa, "mathqa-numeric": reft, "math": math, "arc": arc}

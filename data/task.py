@@ -15,7 +15,8 @@ class TaskOptions(Options):
     path: str = option("", "folder with the data set's files, or one file; empty: downloads/TASK, where `make data` "
                        "puts them")
     source: str = option("publisher", "whose files: publisher or reft", data.SOURCES)
-    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world", low=1)
+    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world", low=1,
+                                         high=len(toy.NAMES) - 1)
     toy_world: str = option("ways", f"which toy world: {', '.join(toy.WORLDS)} (see data/toy.py)", toy.WORLDS)
     prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     chat: str = option("", f"wrap the prompt for a chat model: {', '.join(filter(None, CHATS))}", CHATS)

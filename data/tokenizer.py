@@ -2,27 +2,29 @@
 
 `encode` adds no special tokens and recognises none: "</s>" in a question is just characters. (Tokens that a
 tokenizer.json adds without marking them as special, such as Qwen's <tool_call>, count as ordinary words.) BOS and EOS
-are added in one place, data/prompts.py.
+are added in one place, data/prompts.py. A response ends with any token that one of the directory's files declares.
 """
-import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
+from checkpoint import read_object
+
 
 class SentencePieceTokenizer:
     """A `tokenizer.model` file: Llama 1 and 2, CodeLlama, TinyLlama, Mistral, and the toy world's own."""
-    begins_with_space = True
-
     def __init__(self, path: Path) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        self.bos_id: int | None = self.processor.bos_id()
-        if self.bos_id < 0 or settings(path).get("add_bos_token") is False:
-            self.bos_id = None
-        self.eos_id = self.processor.eos_id()
         self.vocab_size = self.processor.vocab_size()
+        self.bos_id: int | None = self.processor.bos_id()
+        if self.bos_id < 0 or read_object(path.with_name("tokenizer_config.json"), {}).get("add_bos_token") is False:
+            self.bos_id = None
+        names = {self.processor.id_to_piece(i): i for i in range(self.vocab_size)}
+        self.eos_ids, self.eos_note = end_tokens(path, names.get, self.processor.eos_id())
+        self.eos_id = self.eos_ids[0]
+        self.begins_with_space = self.processor.encode("a", out_type=str)[0].startswith("▁")
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
@@ -46,18 +48,13 @@ class JsonTokenizer:
             raise SystemExit(f"{path} is not a complete tokenizer: {error}") from None
         self.tokenizer.encode_special_tokens = True  # a special token's name in a text is text
         self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
         self.vocab_size = self.tokenizer.get_vocab_size()
-
-        eos = settings(path).get("eos_token")
-        eos = eos["content"] if isinstance(eos, dict) else eos
-        self.eos_id = self.tokenizer.token_to_id(eos or "")
-        if self.eos_id is None:
-            raise SystemExit(f"{path.with_name('tokenizer_config.json')} names no eos_token of {path.name} "
-                             f"(eos_token is {eos!r}): copy that file from the model's source")
-        template = self.tokenizer.encode("").ids  # the special tokens that are put around an empty text
-        self.bos_id = template[0] if template and template[0] != self.eos_id else None
-        first = self.tokenizer.encode("a", add_special_tokens=False).tokens[0]
-        self.begins_with_space = first.startswith(("▁", "Ġ"))
+        self.eos_ids, self.eos_note = end_tokens(path, self.tokenizer.token_to_id)
+        self.eos_id = self.eos_ids[0]
+        templated, bare = (self.tokenizer.encode("a", add_special_tokens=added) for added in (True, False))
+        self.bos_id = templated.ids[0] if templated.special_tokens_mask[:1] == [1] else None
+        self.begins_with_space = "".join(bare.tokens).startswith(("▁", "Ġ"))
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -67,13 +64,39 @@ class JsonTokenizer:
         return self.tokenizer.decode(ids)
 
 
-def settings(path: Path) -> dict:
-    """Read the tokenizer_config.json next to a tokenizer's file; {} if there is none."""
-    config = path.with_name("tokenizer_config.json")
+def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1) -> tuple[tuple[int, ...], str]:
+    """Collect the ids of all tokens that end a response, and a note that names the files if these disagree.
+
+    The first id also ends what is written for training: it is that of the tokenizer's settings, or else its `own`.
+    config.json and generation_config.json often list more, such as the end of a turn. SystemExit for a token that the
+    tokenizer does not have, and where none is declared.
+    """
+    def read(name: str) -> dict:
+        return read_object(path.with_name(name), {})
+
+    settings, found = read("tokenizer_config.json"), {}
+    declared = {**{name: read(name).get("eos_token") for name in ("tokenizer_config.json", "special_tokens_map.json")},
+                path.name: None if own < 0 else own,
+                **{name: read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")}}
     try:
-        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:
-        raise SystemExit(f"{config} cannot be read: {error}") from None
+        added = read("added_tokens.json") | {token["content"]: int(number) for number, token in
+                                             (settings.get("added_tokens_decoder") or {}).items()}
+        for name, tokens in declared.items():
+            for token in tokens if isinstance(tokens, list) else [tokens]:
+                if token is None:
+                    continue
+                text = token["content"] if isinstance(token, dict) else token
+                number = added.get(text, token_id(text)) if isinstance(text, str) else text
+                if type(number) is not int or not 0 <= number < 2**31:
+                    raise ValueError(f"{name} declares the end token {text!r}, which {path.name} does not have")
+                found.setdefault(name, []).append(number)
+        if not found:
+            raise ValueError("no file declares an end token (eos_token)")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path.parent}: {error}. Copy all files of the tokenizer from the model's source") from None
+    note = "; ".join(f"{name} declares {', '.join(map(str, numbers))}" for name, numbers in found.items())
+    ids = dict.fromkeys(number for numbers in found.values() for number in numbers)
+    return tuple(ids), note if len({*map(frozenset, found.values())}) > 1 else ""
 
 
 def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokenizer:

@@ -277,7 +277,8 @@ def tags(problem_id: str, text: str) -> dict[str, str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show the toy world.", allow_abbrev=False)
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3], help="relations per story, drawn from these")
+    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3], choices=range(1, len(NAMES)),
+                        help="relations per story, drawn from these")
     parser.add_argument("--world", default="ways", choices=WORLDS, help="what rationales are like")
     args = parser.parse_args()
     rows = corpus(0, 4000, 4000, 1000, args.steps, args.world)

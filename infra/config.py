@@ -45,7 +45,7 @@ def fault_of(value, rule: typing.Mapping) -> str:
         return f"choose from {', '.join(filter(None, rule['choices']))}"
     if not isinstance(value, (int, float)):
         return ""
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):  # an integer may be too large for a float
         return "must be finite"
     if value <= rule["above"]:
         return f"must be above {rule['above']:g}"

@@ -279,7 +279,7 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
 def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
 
 

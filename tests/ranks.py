@@ -105,7 +105,7 @@ def sampled(model_dir: str) -> dict:
     for name, model in (("complete", load_model(model_dir)), ("split", load_model(model_dir, ranks=ranks)),
                         ("of training", sampler_of(load_for_training(model_dir, options_here()), "fp32", ranks))):
         found[name] = [[r.ids for r in group] for group in
-                       generate(model, prompts, num_samples=3, max_new_tokens=12, eos_id=2, seed=0)]
+                       generate(model, prompts, num_samples=3, max_new_tokens=12, eos_ids=(2,), seed=0)]
         found[f"logits {name}"] = model(random_tokens(5, 2, 7)).flatten().tolist()[:50]
     return found
 

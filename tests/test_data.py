@@ -2,13 +2,16 @@
 what a bad file says."""
 import dataclasses
 import functools
+import importlib
 import json
 import re
 import shutil
 import sys
+from decimal import Decimal
 from types import SimpleNamespace
 
 import pytest
+import sentencepiece
 from tiny import tiny_model
 
 import data
@@ -19,6 +22,7 @@ from data.prompts import CHATS, MARKS, PROMPTS, TEMPLATES, encode_prompt, encode
 from data.task import TaskOptions
 from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
 from checkpoint import save_model
+import infra.run
 from infra.config import option
 from infra.run import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
@@ -81,7 +85,8 @@ def test_which_file_is_which_split(source, task, train, dev, test, tmp_path, mon
         for name in {name for names in tasks.get(task, {}).values() for name in names}:
             write(tmp_path / name, [
                 ROWS["math"] | {"problem": f"{name} {i}?", "unique_id": f"{'train' if i % 2 else 'test'}/{i}"}
-                if task == "math" else {"question": f"{name} {i}?", "answer_cot": "So.", "answer_value": "1"}
+                if task == "math" else
+                {"question": f"{name} {i}?", "answer_cot": "So.", "answer_value": "b" if task == "mathqa" else "1"}
                 for i in range(9)])
     flags = {"answer_format": "python"} if source == "program" else {"source": source}
     options = TaskOptions(task=task, path=str(tmp_path), **flags)
@@ -93,7 +98,8 @@ def test_which_file_is_which_split(source, task, train, dev, test, tmp_path, mon
 @pytest.mark.parametrize("task, row, expected", [
     ("gsm8k", {}, data.Problem("name", ROWS["gsm8k"]["question"], "7", ROWS["gsm8k"]["answer"])),
     ("svamp", {"Answer": "152.0"}, data.Problem("name", "A pack costs 76 dollars. How much are 2?", "152.0", "")),
-    ("svamp", {"Body": "Is it 76? "}, data.Problem("name", "Is it 76? How much are 2?", "152.0", "")),
+    ("svamp", {"Body": "Is it 76? ", "Answer": Decimal("152.0")},
+     data.Problem("name", "Is it 76? How much are 2?", "152.0", "")),
     ("mathqa", {}, data.Problem("name", "what is 5 % of 40 ?\na ) 1 , b ) 2 , c ) 3 , d ) 4 , e ) 5", "b",
                                 "5 % of 40 = 2 . answer b\nTherefore, the answer is: b")),
     ("math", {}, data.Problem("train/algebra/1.json", "What is $1+1$?", "2", "It is $\\boxed{2}$.")),
@@ -143,6 +149,8 @@ def test_ids_that_occur_twice_get_their_place(tmp_path):
         write(tmp_path / name, numbered("arc", 2))
     ids = [p.id for p in data.load_problems("arc", "train", tmp_path)]
     assert ids == ["Mercury_0", "Mercury_1", "Mercury_0#2", "Mercury_1#3"]
+    taken = [dataclasses.replace(read_one("arc"), id=name) for name in ("a#2", "a", "a")]
+    assert [p.id for p in data.with_unique_ids(taken)] == ["a#2", "a", "a#2#2"]
 
 
 def test_dev_is_a_fifth_and_at_most_a_thousand(tmp_path):
@@ -167,19 +175,16 @@ def test_unknown_names_are_refused(arguments, said):
 
 def test_records_of_both_kinds_of_file():
     """Decimals keep their digits, and only a line feed ends a line."""
-    assert list(records('[{"a": 1},\n\n {"a":\n 2.50}]\n')) == [("record 1", {"a": 1}), ("record 2", {"a": "2.50"})]
+    assert list(records('[{"a": 1},\n\n {"a":\n 2.50}]\n')) == [
+        ("record 1", {"a": 1}), ("record 2", {"a": Decimal("2.50")})]
     assert list(records('{"a": 1}\r\n\n{"a": 2}')) == [("line 1", {"a": 1}), ("line 3", {"a": 2})]
     assert list(records("")) == [] == list(records("[]"))
     assert list(records('{"a": "x\u2028y\x85"}\n{"a": 0.1000}')) == [
-        ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": "0.1000"})]
+        ("line 1", {"a": "x\u2028y\x85"}), ("line 2", {"a": Decimal("0.1000")})]
 
 
-def changed(task: str, **fields) -> str:
-    return json.dumps(ROWS[task] | fields)
-
-
-def choices(count: int) -> dict:
-    return {"stem": "?", "choices": [{"text": "a", "label": str(i + 1)} for i in range(count)]}
+def choices(labels: str) -> dict:
+    return {"stem": "?", "choices": [{"text": "a", "label": label} for label in labels]}
 
 
 @pytest.mark.parametrize("task, text, place", [
@@ -187,20 +192,36 @@ def choices(count: int) -> dict:
     ("gsm8k", '[{"question": "q", "answer": "#### 1"},\n{"question": "q"}]', "record 2: no field 'answer'"),
     ("gsm8k", '[{"question": "q", "answer": "#### 1"}]\n[]', "line 2: not JSON"),
     ("gsm8k", "\n\n7", "line 3: not an object but 7"), ("gsm8k", "\n", "line 1: no records"),
-    ("gsm8k", changed("gsm8k", answer="72"), "line 1: the answer does not end in '#### N'"),
-    ("gsm8k", changed("gsm8k", answer="####"), "line 1: the question or the answer is empty"),
-    ("gsm8k", changed("gsm8k", question=" "), "line 1: the question or the answer is empty"),
-    ("gsm8k", changed("gsm8k", question=3), "line 1: "),
-    ("gsm8k", changed("gsm8k", answer_value=None, answer_cot=5), "line 1: "),
+    ("gsm8k", dict(answer="72"), "the answer does not end in '#### N'"),
+    ("gsm8k", dict(question=" "), "question is ' ', not text"), ("gsm8k", dict(question=3), "question is 3, not text"),
+    ("gsm8k", dict(question=1.5), "question is Decimal('1.5'), not text"),
+    ("gsm8k", dict(answer_value="1", answer_cot=5), "answer_cot is 5, not text"),
     ("gsm8k", f'{{"question": {"9" * 5000}}}', "line 1: Exceeds the limit"),
-    ("mathqa", changed("mathqa", correct="f"), "line 1: correct is 'f'"),
-    ("arc", changed("arc", answerKey="D"), "line 1: answerKey 'D'"),
-    ("arc", changed("arc", answerKey="1", question=choices(2)), "line 1: answerKey '1'"),
-    ("arc", changed("arc", answerKey="1", question=choices(6)), "line 1: answerKey '1'"),
-    ("math", changed("math", unique_id="algebra/1"), "line 1: unique_id is 'algebra/1'")])
+    ("gsm8k", json.dumps(ROWS["gsm8k"]) + "\n" + "[" * 10**6, "line 2: maximum recursion depth"),
+    ("gsm8k", "[" * 10**6, "line 1: maximum recursion depth"),
+    ("gsm8k", dict(question="a \ud800"), "'utf-8' codec can't encode character '\\ud800'"),
+    ("mathqa", dict(correct="f"), "correct is 'f'"),
+    ("mathqa", dict(correct="d", options="a ) 1 , b ) 2"), "correct is 'd'"),
+    ("arc", dict(answerKey="D"), "answerKey 'D'"), ("arc", dict(answerKey=None), "answerKey is None"),
+    ("arc", dict(id=7), "id is 7"), ("arc", dict(question=choices("123") | {"stem": ""}), "stem is ''"),
+    *(("arc", dict(answerKey="1", question=choices(labels)), "answerKey '1'") for labels in ("12", "123456", "112")),
+    ("math", dict(unique_id="algebra/1"), "unique_id is 'algebra/1'"),
+    # golds that no response can give
+    ("gsm8k", dict(answer="So.\n#### none"), "the right answer is 'none'"),
+    ("gsm8k", dict(answer=f"#### {'9' * 5000}"), "the right answer is '999"),
+    ("gsm8k", dict(answer="####"), "the right answer is ''"),
+    ("gsm8k", dict(answer_value="[]"), "the right answer is '[]'"),
+    *(("svamp", dict(Answer=value), f"Answer is {value}, not a n") for value in (None, float("nan"), True, [1])),
+    ("mathqa", dict(question="q", answer_value="2"), "the right answer is '2'"),
+    ("mathqa-numeric", dict(answer_value=float("inf")), "answer_value is inf, not a "),
+    ("arc", dict(answerKey="F", question=choices("ABF")), "the right answer is 'F'"),
+    ("math", dict(answer="NaN"), "the right answer is 'NaN'"), ("math", dict(answer=None), "answer is None")])
 def test_a_bad_record_is_named(task, text, place, tmp_path):
-    """File, place, fault, and what was expected, before any work starts."""
+    """File, place, fault, and what was expected, before any work starts. A gold `null` or NaN, as data tools write
+    them, used to load: every response to it was wrong, and became a loser."""
     path = tmp_path / "train.jsonl"
+    if isinstance(text, dict):
+        text, place = json.dumps(ROWS[task] | text), f"line 1: {place}"
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
         read_problems(path, task)
@@ -208,11 +229,20 @@ def test_a_bad_record_is_named(task, text, place, tmp_path):
     assert said.startswith(f"{path}, {place}") and ' like {"' in said and "Traceback" not in said
 
 
-def test_files_that_are_no_text_or_absent(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"question": "caf\xe9"}')
-    for name, word in [("latin", "UTF-8"), ("absent", "make data TASK=gsm8k")]:
-        with pytest.raises(SystemExit, match=word):
-            read_problems(tmp_path / f"{name}.jsonl", "gsm8k")
+def test_files_that_are_no_text_or_absent(tmp_path, monkeypatch):
+    """But a byte order mark, and lines that end in CR, as Windows and old Macs write them, are no fault."""
+    path = tmp_path / "train.jsonl"
+    for content in (b"\xef\xbb\xbf%s\r%s\r", b"\xef\xbb\xbf[%s,\r\n%s]"):
+        path.write_bytes(content % ((json.dumps(ROWS["gsm8k"]).encode(),) * 2))
+        assert [p.answer for p in read_problems(path, "gsm8k")] == ["7", "7"]
+    with pytest.raises(SystemExit, match="make data TASK=gsm8k"):
+        read_problems(tmp_path / "absent.jsonl", "gsm8k")
+    path.write_bytes(b'{"question": "caf\xe9"}')
+    with pytest.raises(SystemExit, match="UTF-8"):
+        read_problems(path, "gsm8k")
+    monkeypatch.setattr(type(path), "read_text", lambda *args, **how: (_ for _ in ()).throw(PermissionError(13, "No")))
+    with pytest.raises(SystemExit, match="cannot be read: No"):
+        read_problems(path, "gsm8k")
 
 
 # --- prompts --------------------------------------------------------------------------------------
@@ -282,6 +312,15 @@ def test_a_prompt_brings_its_answer_format(task, flags, marks):
     assert TaskOptions(task=task, **flags).marks == marks
 
 
+@pytest.mark.parametrize("module", ["irpo", "reft", "rft", "tools.sft", "tools.evaluation", "tools.chat",
+                                    "tools.rerank"])
+@pytest.mark.parametrize("seed", [-1, 2**64, 10**400])
+def test_seeds_that_no_generator_takes_are_refused(module, seed):
+    """--seed -1 was a traceback after the whole warm-up. (numpy takes none below 0, torch none from 2**64 on.)"""
+    with pytest.raises(ValueError, match=f"--seed {seed}: must be at "):
+        importlib.import_module(module).Config(model="m", seed=seed)
+
+
 def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
     """Not after a day of sampling, and not as zeros."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -308,6 +347,7 @@ def json_dir(folder, template: str, config: dict):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.enable_truncation(12)  # as some files on the Hub have it
+    tokenizer.enable_padding(length=99)
     if template:
         tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
             single=template, special_tokens=[(name, i) for i, name in enumerate(names)])
@@ -321,16 +361,18 @@ LLAMA3 = ("<|begin|> $A", {"eos_token": "<|end|>"})
 
 
 @pytest.mark.parametrize("template, eos, bos", [
-    (*LLAMA3, True), ("", {"eos_token": {"content": "<|end|>"}}, False), ("$A <|end|>", LLAMA3[1], False)])
+    (*LLAMA3, [0]), ("", {"eos_token": {"content": "<|end|>"}}, []), ("$A <|end|>", LLAMA3[1], []),
+    ("<|end|> $A", LLAMA3[1], [1]), ("<|end|> $A <|end|>", LLAMA3[1], [1])])
 def test_tokenizer_json(tmp_path, template, eos, bos):
-    """BOS only where the model's own template begins with one; EOS from tokenizer_config.json; nothing is cut off; and
-    the tiktoken file that Llama 3 ships as tokenizer.model is ignored."""
+    """BOS only where the model's own template begins with one, be it EOS as well (a model that never saw a text without
+    it was asked so); EOS from tokenizer_config.json; nothing is cut off or padded; and the tiktoken file that Llama 3
+    ships as tokenizer.model is ignored."""
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")
     tokenizer = load_tokenizer(json_dir(tmp_path, template, eos))
     assert isinstance(tokenizer, JsonTokenizer)
     text = "a question é数 with <|begin|> and <|end|>"
     ids = encode_prompt(tokenizer, text)
-    assert ids.count(0) == bos and (ids[0] == 0) == bos and ids.count(1) == 0
+    assert ids == bos + tokenizer.encode(text) and not {0, 1} & {*tokenizer.encode(text)}
     assert tokenizer.decode(ids) == text == tokenizer.decode(tokenizer.encode(text))
     solution = encode_solution(tokenizer, text)
     assert solution[-1] == tokenizer.eos_id == 1 and solution.count(1) == 1 and solution.count(0) == 0
@@ -359,14 +401,27 @@ def test_a_trained_tokenizer_keeps_texts_and_symbols(tmp_path):
     assert [piece for _, piece in pieces(tokenizer, tokenizer.encode("4121612"))][-3:] == ["12", "16", "12"]
 
 
+def spaceless_dir(folder, **ids) -> None:
+    """A tokenizer.model that begins no text with a space; ids: eos_id=-1 leaves EOS out."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["Solution: So it x"] * 9), model_prefix=str(folder / "tokenizer"), vocab_size=40,
+        model_type="bpe", hard_vocab_limit=False, add_dummy_prefix=False, remove_extra_whitespaces=False,
+        user_defined_symbols=["\n"], minloglevel=2, **ids)
+
+
 def test_a_written_solution_begins_like_a_spoken_one(tmp_path, sentencepiece_dir):
-    """Behind "Solution:" byte-level models say " So": gold without the space taught another beginning."""
-    tokenizer = load_tokenizer(json_dir(tmp_path, *LLAMA3))
+    """Behind "Solution:" byte-level models say " So": gold without the space taught another beginning, and so did
+    "Solution:Ben" with a sentencepiece model that begins no text with a space."""
+    tokenizer = load_tokenizer(json_dir(tmp_path / "json", *LLAMA3))
     spoken = tokenizer.encode(" So it")
     assert encode_solution(tokenizer, "So it", "Solution:") == [*spoken, 1]
     assert encode_solution(tokenizer, "So it", "reasoning:\n") == [*tokenizer.encode("So it"), 1]
     other = load_tokenizer(sentencepiece_dir)
     assert encode_solution(other, "So it", "Solution:") == encode_solution(other, "So it", "x\n")
+    spaceless_dir(tmp_path)
+    spaceless = load_tokenizer(tmp_path)
+    for prompt, text in (("Solution:", "Solution: So it"), ("x\n", "x\nSo it")):
+        assert spaceless.decode(spaceless.encode(prompt) + encode_solution(spaceless, "So it", prompt)) == text
 
 
 @pytest.mark.parametrize("files, said", [
@@ -374,16 +429,58 @@ def test_a_written_solution_begins_like_a_spoken_one(tmp_path, sentencepiece_dir
     ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, "not a sentencepiece model.*tokenizer.json"),
     ({"tokenizer.json": "{broken"}, "tokenizer.json is not a complete tokenizer"),
     ({"tokenizer.json": None, "tokenizer_config.json": "{broken"}, "tokenizer_config.json cannot be read"),
-    ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "tokenizer_config.json names no eos_token")])
+    ({"tokenizer.json": None, "tokenizer_config.json": "[" * 10**6}, "tokenizer_config.json cannot be read"),
+    ({"tokenizer.json": None, "tokenizer_config.json": "[1]"}, "tokenizer_config.json holds a JSON list"),
+    *(({"tokenizer.json": None, name: content}, said) for name, content, said in (
+        ("tokenizer_config.json", "{}", "no file declares an end token"),
+        ("tokenizer_config.json", '{"eos_token": "<eos>"}', "tokenizer_config.json declares the end token '<eos>'"),
+        ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "surrogates"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": [1]}', "has no attribute"),
+        ("special_tokens_map.json", '{"eos_token": "<eos>"}', "special_tokens_map.json declares the end token '<eos>'"),
+        ("generation_config.json", '{"eos_token_id": [1, -1]}', "generation_config.json declares the end token -1"),
+        ("config.json", '{"eos_token_id": true}', "config.json declares the end token True"),
+        ("config.json", f'{{"eos_token_id": {10**30}}}', "config.json declares the end token 10000"),
+        ("config.json", '{"eos_token_id": 1.0}', "config.json declares the end token 1.0"))),
+    ({"tokenizer.model": None}, "no file declares an end token")])
 def test_broken_tokenizers_are_named(files, said, tmp_path):
-    """None: as it should be."""
+    """None: as it should be, but a tokenizer.model has no EOS: it has the id -1, and a solution would end in it."""
     if "tokenizer.json" in files:
         json_dir(tmp_path, *LLAMA3)
+    elif "tokenizer.model" in files:
+        spaceless_dir(tmp_path, eos_id=-1)
     for name, content in files.items():
         if content:
             (tmp_path / name).write_text(content)
     with pytest.raises(SystemExit, match=said):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind, files, ends, note", [
+    ("json", {}, [1], ""), ("json", {"config.json": {"eos_token_id": 1}}, [1], ""), ("model", {}, [2], ""),
+    ("json", {"config.json": {"eos_token_id": [7, 1]}, "generation_config.json": {"eos_token_id": [1, 8]}}, [1, 8, 7],
+     "tokenizer_config.json declares 1; generation_config.json declares 1, 8; config.json declares 7, 1"),
+    ("json", {"tokenizer_config.json": {}, "config.json": {"eos_token_id": [7, 8]}}, [7, 8], ""),
+    ("json", {"tokenizer_config.json": {}, "special_tokens_map.json": {"eos_token": {"content": "<|end|>"}}}, [1], ""),
+    ("model", {"tokenizer_config.json": {"eos_token": "<|im_end|>"}, "added_tokens.json": {"<|im_end|>": 140}},
+     [140, 2], "tokenizer_config.json declares 140; tokenizer.model declares 2"),
+    ("model", {"tokenizer_config.json": {"added_tokens_decoder": {"140": {"content": "<|im_end|>"}}},
+               "special_tokens_map.json": {"eos_token": "<|im_end|>"}}, [140, 2],
+     "special_tokens_map.json declares 140; tokenizer.model declares 2"),
+    ("model", {"config.json": {"eos_token_id": 2}, "generation_config.json": {"eos_token_id": [2, 140]}}, [2, 140],
+     "tokenizer.model declares 2; generation_config.json declares 2, 140; config.json declares 2")])
+def test_every_declared_end_token_counts(kind, files, ends, note, tmp_path, sentencepiece_dir):
+    """Llama 3 and Qwen list several in generation_config.json, and chat models of Llama 2 end in an added <|im_end|>.
+    With the tokenizer's own alone such a model ran to the length limit each time: 80 samples, none finished. The first
+    ends what is written for training; files that disagree are named."""
+    if kind == "json":
+        json_dir(tmp_path, *LLAMA3)
+    else:
+        shutil.copy(sentencepiece_dir / "tokenizer.model", tmp_path)
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert ([*tokenizer.eos_ids], tokenizer.eos_note) == (ends, note)
+    assert encode_solution(tokenizer, "pens")[-1] == tokenizer.eos_id == ends[0]
 
 
 def test_tokenizer_json_without_the_package_names_the_command(tmp_path, monkeypatch):
@@ -425,14 +522,19 @@ def gsm8k_run(tmp_path_factory, sentencepiece_dir) -> RunConfig:
 
 @pytest.mark.parametrize("trained_on, warned", [("plain", False), ("irpo", True)])
 def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, warned):
-    """With a warning if the model was trained with another prompt."""
+    """With a warning if the model was trained with another prompt, and a line if its files declare other end tokens."""
     config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "iter1" / "model"))
     shutil.copytree(gsm8k_run.model, config.model)
     (tmp_path / "config.json").write_text(json.dumps({"prompt": trained_on, "chat": "", "answer_format": ""}))
-    check_inputs(config, load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+    (tmp_path / "iter1/model/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5][:1 + warned]}))
+    tokenizer = load_tokenizer(config.model)
+    check_inputs(config, tokenizer, config.problems("train"), config.problems("test"))
     said = capsys.readouterr().out
-    assert said.startswith("check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n")
-    assert ("warning: " in said) == warned
+    assert "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n" in said
+    assert ("warning: " in said) == ("ends with any of the tokens 2, 5, since files disagree" in said) == warned
+    tokenizer.eos_id = tokenizer.vocab_size  # an added end token that the embedding has no row for
+    with pytest.raises(SystemExit, match="the tokenizer gives token .*, and the model knows"):
+        check_inputs(config, tokenizer, [], config.problems("test"))
 
 
 @pytest.mark.parametrize("flags, tokenizer, said", [
@@ -448,10 +550,40 @@ def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
     own = load_tokenizer(gsm8k_run.model)
     methods = {name: functools.partial(tokenizer[name], own) if name in tokenizer else getattr(own, name)
                for name in ("encode", "decode")}
-    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, begins_with_space=True, **methods)
+    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, eos_note="", begins_with_space=True, **methods)
     problems = [gsm8k_run.problems(split) for split in ("train", "test")]
     with pytest.raises(SystemExit, match=said):
         check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)
+
+
+@pytest.mark.parametrize("module", ["irpo", "reft", "rft", "tools.sft", "tools.evaluation"])
+def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path, monkeypatch):
+    """Its samples, pairs, reference log-probabilities and states are token ids: with another tokenizer of the same size
+    a resumed run trained on noise, and with another end token on responses that do not end."""
+    model, run, main = tmp_path / "model", tmp_path / "run", importlib.import_module(module)
+    shutil.copytree(gsm8k_run.model, model)
+    config = json.loads((model / "config.json").read_text())
+
+    def open_run(*args, **inputs):
+        infra.run.open_run(*args, **inputs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "open_run", open_run)
+    monkeypatch.setattr(main, "check_inputs", lambda *args: None, raising=False)
+    monkeypatch.setattr("sys.argv", [module, "--task", "gsm8k", "--path", gsm8k_run.path, "--model", str(model),
+                                     "--run_dir", str(run)])
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            main.main()
+    changes = [lambda: (model / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 7]})),
+               lambda: (model / "special_tokens_map.json").write_text('{"eos_token": "<s>"}'),
+               lambda: train_tokenizer(["another"], model, 140, [*map(str, range(100))])]
+    for change in changes:
+        shutil.rmtree(model)
+        shutil.copytree(gsm8k_run.model, model)
+        change()
+        with pytest.raises(SystemExit, match="other inputs:\n  weights: "):
+            main.main()
 
 
 # --- show -----------------------------------------------------------------------------------------

@@ -287,7 +287,7 @@ def reader(folder: Path) -> Path:
 
 def test_a_task_without_gold_solutions(tmp_path, capsys):
     """ARC has none: refused with the flag that helps, not trained on empty responses; and --no-gold gets as far as
-    samples and pairs, of which a model without training has none."""
+    samples, none of which a model without training ends."""
     (tmp_path / "arc").mkdir()
     for name in ("ARC-Challenge-Train", "ARC-Easy-Train", "ARC-Challenge-Dev", "ARC-Challenge-Test"):
         rows = [{"id": f"{name}-{i}", "answerKey": "AB"[i % 2], "question": {
@@ -298,7 +298,7 @@ def test_a_task_without_gold_solutions(tmp_path, capsys):
     flags = [*data, "--select_every", "0", "--num_samples", "2", "--max_new_tokens", "8", "--run_dir", tmp_path / "run"]
     assert "--no-gold" in refusal(capsys, irpo, *flags)
     assert not (tmp_path / "run").exists()
-    assert "has no pairs" in refusal(capsys, irpo, *flags, "--no-gold")
+    assert "none of 16 responses ended" in refusal(capsys, irpo, *flags, "--no-gold")
     [first, *_] = read_lines(tmp_path / "run" / "iter1" / "samples.jsonl")
     assert '"Final answer: (insert letter here)"\n\nQuestion: Which is 0?\n(A) 0\n' in first["prompt"]
     assert "no gold solutions" in refusal(capsys, sft, *data, "--run_dir", tmp_path / "sft")

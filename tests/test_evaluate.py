@@ -165,7 +165,7 @@ def test_groups_do_not_change_which_question_a_response_belongs_to(base):
                       for rows in (1024, 6, 2)]
     assert others == [found, found]
     for question in found:
-        [alone] = generate(model, [question.prompt_ids], max_new_tokens=8, eos_id=tokenizer.eos_id, **how)
+        [alone] = generate(model, [question.prompt_ids], max_new_tokens=8, eos_ids=tokenizer.eos_ids, **how)
         assert [(s.ids, s.finished) for s in question.samples] == [(r.ids, r.finished) for r in alone]
     assert [(q.id, q.prompt, q.prompt_ids, q.gold) for q in found] == [
         (p.id, f"{p.question}\n", options.prompt_ids(tokenizer, p), p.answer) for p in problems]
@@ -176,7 +176,7 @@ def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
     """In the answer format that the prompt asks for; a truncated one as it stands."""
     options, own = SampleOptions(prompt="irpo"), load_tokenizer(base)
     problems = [replace(p, answer=str(i)) for i, p in enumerate(options.problems("train", 3))]
-    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, encode=own.encode,
+    tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_ids=own.eos_ids, encode=own.encode,
                                 decode=lambda ids: f"Final answer: {ids[0]}")
     monkeypatch.setattr(evaluate, "sample_all", lambda *args: [
         [Response([i], False), Response([2 - i], True)] for i in range(3)])
@@ -205,9 +205,34 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
     assert said == how | dict(weights=model_hash(base), task="toy", path="", source="publisher", toy_steps=[2, 3],
                               toy_world="ways", prompt="irpo", chat="", answer_format="", marks="final_answer",
                               max_new_tokens=512, precision="auto")
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    with pytest.raises(SystemExit, match="other settings:\n  weights: "):
+        ask({})
+    (base / "generation_config.json").unlink()
     for name, value in dict(split="test", num_samples=1, temperature=1.0, seed=4).items():
         with pytest.raises(SystemExit, match=f"other settings:\n  {name}: "):
             ask({}, **{name: value})
+
+
+def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys):
+    """A model whose end token was not known ran to the length limit each time: 24 right answers of 80 became losers,
+    with exit status 0. Where nothing is trained it is a warning, as are other shares that say something is amiss."""
+    endless = [replace(q, samples=[replace(s, finished=False, text=" ") for s in q.samples]) for q in hand_made()]
+    monkeypatch.setattr(evaluate, "answer", lambda *args, **how: endless)
+    how = dict(num_samples=4, temperature=1.0, seed=0, label="", sampler=SimpleNamespace(weights="", loaded=()))
+    with pytest.raises(SystemExit, match="none of 12 responses ended within --max_new_tokens 512: .*eos_token_id"):
+        evaluate.answer_once(tmp_path / "samples.jsonl", "", [], SampleOptions(), split="train", **how)
+    assert evaluate.answer_once(tmp_path / "eval.jsonl", "", [], SampleOptions(), split="test", **how) == endless
+
+    evaluate.print_summary("M0", summarize(endless, "toy"))
+    said, *warnings = capsys.readouterr().out.splitlines()
+    assert said == ("M0: accuracy 33.3%, 95 % interval 6.1% to 79.2%, 3 questions; 33.3% unparsed, 100.0% unfinished, "
+                    "100.0% empty")
+    assert [line.split(": ")[:2] for line in warnings] == [
+        ["warning", f"{share} of the responses are {kind}"] for share, kind in (
+            ("33%", "unparsed"), ("100%", "unfinished"), ("100%", "empty"))]
+    evaluate.print_summary("M0", summarize([replace(q, samples=q.samples[:1]) for q in hand_made()[:2]], "toy"))
+    assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.mark.parametrize("eval_samples", [0, 4])

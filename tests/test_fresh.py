@@ -62,14 +62,6 @@ def test_it_is_made_once_and_the_same_flags_make_the_same(base, tmp_path, capsys
     assert weights_of(other.parent / "start") != weights_of(base.parent / "start")
 
 
-def test_another_config_is_refused_and_the_model_left_alone(base):
-    """The model was deleted first and the config refused afterwards: hours of training would be lost to a flag."""
-    before = weights_of(base)
-    with pytest.raises(SystemExit, match=r"lr: 0\.01 there, 0\.5 now"):
-        call(base.parent, *SMALL, "--lr", 0.5)
-    assert weights_of(base) == before
-
-
 def test_a_wrong_width_is_refused_before_anything_is_written(tmp_path, capsys):
     """A run directory with a config.json that can never work would refuse the right flags, too."""
     with pytest.raises(SystemExit):

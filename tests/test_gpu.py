@@ -64,7 +64,7 @@ def test_loss_and_gradients_are_those_of_the_cpu(monkeypatch):
 def test_recorded_steps_give_the_same_responses(changes, monkeypatch):
     """As steps that are not recorded, to the bit, and nearly always as a CPU."""
     prompts = random_prompts(50, [5, 3, 7, 30, 4, 20, 6, 2, 9, 17, 8, 2, 12, 3] * 3)
-    options = dict(num_samples=3, max_new_tokens=60, temperature=1.5, eos_id=EOS, seed=3) | changes
+    options = dict(num_samples=3, max_new_tokens=60, temperature=1.5, eos_ids=(EOS,), seed=3) | changes
     got = generate(on_gpu(), prompts, **options)
     on_cpu = generate(tiny_model(), prompts, **options)
     monkeypatch.setattr(sample, "recorded", lambda batch: batch.step)
@@ -76,7 +76,7 @@ def test_recorded_steps_give_the_same_responses(changes, monkeypatch):
 def test_windows_grow_past_a_block_of_columns():
     """More than 128 new tokens and prompts of different hundreds: the graph is recorded anew for each window."""
     model, prompts = on_gpu(max_position_embeddings=1024), random_prompts(7, [300, 10, 140, 520])
-    options = dict(num_samples=2, max_new_tokens=300, temperature=0, eos_id=-1, seed=0)
+    options = dict(num_samples=2, max_new_tokens=300, temperature=0, eos_ids=(), seed=0)
     got = generate(model, prompts, **options)
     for prompt, responses in zip(prompts, got):
         ids = prompt + responses[0].ids

@@ -184,6 +184,15 @@ def test_the_stored_reference_is_what_the_model_gives_each_response(budget, tiny
         assert [pair.ref_chosen, pair.ref_rejected] == pytest.approx(live, abs=1e-3)
 
 
+def test_a_reference_that_is_not_finite_is_refused(tmp_path):
+    """ln 2 minus NaN is not above any bound, so that training began."""
+    model = tiny_model()
+    model.lm_head.weight.data[5] = math.nan
+    save_model(model, tmp_path / "model")
+    with pytest.raises(SystemExit, match="model gives log-probabilities that are not finite"):
+        with_reference(some_pairs(), str(tmp_path / "model"), Config(**FP32))
+
+
 def test_before_the_first_step_the_policy_is_the_reference(tiny_dirs, capsys):
     """DPO loss ln 2, no reward, and nobody ahead (ties do not count). A reference of other weights is refused, where
     the loss itself would show nothing odd."""
@@ -307,7 +316,7 @@ def test_every_file_of_samples_is_made_as_it_must(name, iterations, back, split,
         assert [q.prompt for q in questions_answered] == [f"{problem.question}\n" for problem in problems]
         again = generate(load_sampler(directory, "auto"), [q.prompt_ids for q in questions_answered],
                          num_samples=num_samples, max_new_tokens=24, temperature=temperature(t),
-                         eos_id=tokenizer.eos_id, seed=seed(t))
+                         eos_ids=tokenizer.eos_ids, seed=seed(t))
         assert [[s.ids for s in q.samples] for q in questions_answered] == [[r.ids for r in group] for group in again]
 
 

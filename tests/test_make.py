@@ -1,6 +1,7 @@
 """The Makefile: what its targets run, and what it refuses."""
 import os
 import re
+import shlex
 import subprocess
 
 import pytest
@@ -38,6 +39,13 @@ def test_make_runs_the_right_programs(arguments, programs):
     assert not dry.returncode, dry.stderr
     assert [name for name in re.findall(r"python (?:-m )?(\S+?)(?:\.py)? ", dry.stdout)
             if name not in ("pip", "venv")] == programs
+
+
+@pytest.mark.parametrize("goal", ["irpo", "rft", "reft", "sft", "eval"])
+def test_a_model_is_one_argument(goal):
+    """MODEL="a b" was the model a and an argument b."""
+    dry = dry_run([goal, "TASK=gsm8k", "MODEL=models/it's a 7B"])
+    assert "models/it's a 7B" in shlex.split(dry.stdout.replace("\n", " "))
 
 
 def test_every_command_in_the_makefile_parses():

@@ -60,7 +60,7 @@ def sample_ours(job: dict, tick: Tick) -> int:
     tick()
     for _ in range(2):
         groups = generate(model, random_prompts(job), num_samples=job["num_samples"],
-                          max_new_tokens=job["new_tokens"], eos_id=-1, seed=0)
+                          max_new_tokens=job["new_tokens"], eos_ids=(), seed=0)
         tick()
     return sum(len(response.ids) for group in groups for response in group)
 

@@ -4,7 +4,7 @@
     echo "How many?" | python sample.py --model DIR --num_samples 4 --temperature 0.7
 """
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from infra.hardware import ComputeOptions
 from infra.progress import printable
 from infra.run import run_script
 from model import Llama
-from sample import Batch, cache_budget
+from sample import Batch, cache_budget, require_finite
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,24 @@ class Config(ComputeOptions):
     top_k: int = option(0, "draw only from this many most likely tokens; 0: from all", low=0)
     max_new_tokens: int = option(256, "longest response", low=1)
     num_samples: int = option(1, "responses to each question", low=1)
-    seed: int = option(0, "same seed, same responses")
+    seed: int = option(0, "same seed, same responses", low=0, high=2**64 - 1)
 
 
 @torch.inference_mode()
-def stream(model: Llama, prompt: list[int], sample: int, eos_id: int, config: Config) -> Iterator[int]:
+def stream(model: Llama, prompt: list[int], sample: int, eos_ids: Collection[int], config: Config) -> Iterator[int]:
     """Yield the tokens of generate's response number `sample` to one prompt, each as soon as it is drawn."""
     N, room = sample + 1, min(config.max_new_tokens, model.config.max_length - len(prompt))
     batch = Batch(model, len(prompt), 1, N, room, N, cache_budget(model), temperature=config.temperature,
-                  top_p=config.top_p, top_k=config.top_k, eos_id=eos_id, seed=config.seed)
+                  top_p=config.top_p, top_k=config.top_k, eos_ids=eos_ids, seed=config.seed)
     batch.begin({0: prompt}, [0])
-    yield int(batch.newest[sample])
-    while batch.live[sample]:
+    while True:
+        token = int(batch.newest[sample])
+        require_finite(token)
+        yield token
+        if not batch.live[sample]:
+            return
         batch.cache.look_at(room)
         batch.step()
-        yield int(batch.newest[sample])
 
 
 def read_question() -> str:
@@ -69,9 +72,9 @@ def main() -> None:
             print(f"[{len(prompt)} tokens are too long for this model's {model.config.max_length} positions]")
             continue
         for sample in range(config.num_samples):
-            for token, text in pieces(tokenizer, stream(model, prompt, sample, tokenizer.eos_id, config)):
+            for token, text in pieces(tokenizer, stream(model, prompt, sample, tokenizer.eos_ids, config)):
                 print(printable(text), end="", flush=True)
-                finished = token == tokenizer.eos_id
+                finished = token in tokenizer.eos_ids
             print("" if finished else " [truncated]")
 
 

@@ -12,7 +12,7 @@ import data
 from checkpoint import model_hash
 from data.check import check_inputs
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, SampleOptions, answer_once, summarize
+from evaluate import Answered, SampleOptions, answer_once, print_summary, summarize
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
 from infra.progress import printable
@@ -27,7 +27,7 @@ class Config(SampleOptions):
     limit: int = option(0, "use only the first N problems; 0: all", low=0)
     num_samples: int = option(1, "responses per question", low=1)
     temperature: float = option(0.0, "0: always the most likely token", low=0)
-    seed: int = option(0, "same seed, same responses")
+    seed: int = option(0, "same seed, same responses", low=0, high=2**64 - 1)
     run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a name made of the "
                           "flags")
     rescore: str = option("", "grade the samples of this file again, and do nothing else")
@@ -60,12 +60,11 @@ def rescore(path: Path) -> None:
                 print(printable(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, "
                                 f"gold {old.gold}"))
     print(f"{path}: {task}, answers marked as {marks}")
-    print_summary(summarize(after, task))
+    print_shares(f"{task} {settings['split']}", summarize(after, task))
 
 
-def print_summary(found: dict) -> None:
-    print("accuracy {:.1%}, 95 % interval {:.1%} to {:.1%}, {} questions".format(
-        found["accuracy"], *found["ci95"], found["n"]))
+def print_shares(name: str, found: dict) -> None:
+    print_summary(name, found)
     if "num_samples" in found:
         print(", ".join(f"{name} {value:.1%}" for name, value in found.items()
                         if re.fullmatch(r"(pass|maj)@\d+", name)))
@@ -82,7 +81,7 @@ def main() -> None:
                            num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
                            label="evaluate")
     write_json(run / "eval.json", found := summarize(answered, config.task))
-    print_summary(found)
+    print_shares(f"{config.task} {config.split}", found)
     print(f"everything is in {run}")
 
 

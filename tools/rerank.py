@@ -37,7 +37,7 @@ class Config(TrainOptions):
     labelled: str = option("", "file of samples of training questions, the warm-up model's", required=True)
     candidates: str = option("", "file of k samples of each test question, the policy's", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
-    seed: int = option(0, "of batch order")
+    seed: int = option(0, "of batch order", low=0, high=2**64 - 1)
     lr: float = option(1e-6, "peak learning rate of AdamW", above=0)
     batch_size: int = option(48, "responses of one optimizer step (24 in the authors' code)", low=1)
     epochs: int = option(3, "passes over the labelled responses", low=1)

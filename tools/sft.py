@@ -22,7 +22,7 @@ from train import Example, TrainOptions, fit_sft, load_for_training, train_once
 class Config(TrainOptions, TaskOptions):
     model: str = option("", "model directory to start from; empty: fresh weights and a new tokenizer")
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
-    seed: int = option(0, "of fresh weights, batch order and the toy corpus")
+    seed: int = option(0, "of fresh weights, batch order and the toy corpus", low=0, high=2**64 - 1)
     prompt_weight: float = option(0.0, "weight of a prompt token in the loss; a response token has 1", low=0)
     vocab_size: int = option(288, "tokens of a new tokenizer", low=1)
     hidden_size: int = option(128, "width of a fresh model", low=8)
