@@ -338,14 +338,15 @@ def prepare_verify() -> None:
 
 
 def work_verify(job: dict) -> bool:
+    """Whether math-verify finds the two formulas equal, and their values agree beyond its tolerance of about 1e-15."""
     from math_verify import verify
 
     gold, answer = (parse_formula(job[key]) for key in ("gold", "answer"))
-    return None not in (gold, answer) and verify(gold, answer, timeout_seconds=None)
+    return None not in (gold, answer) and agree(gold, answer) and verify(gold, answer, timeout_seconds=None)
 
 
 def parse_formula(latex: str):
-    """Return a sympy expression in which all symbols are real, or None.
+    """Return a sympy expression in which all symbols are real and all numbers exact, or None.
 
     math-verify guesses for each text which symbols are complex; then 3i/2 and (3/2)i have two different i.
     """
@@ -355,8 +356,21 @@ def parse_formula(latex: str):
     found = parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
     if not found or isinstance(found[0], str):
         return None
-    symbols = found[0].free_symbols
-    return found[0].xreplace({s: sympy.Symbol(s.name, real=True) for s in symbols})
+    exact = {s: sympy.Symbol(s.name, real=True) for s in found[0].free_symbols}
+    exact |= {number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)}
+    return found[0].xreplace(exact)
+
+
+def agree(a, b) -> bool:
+    """Compare the values of two expressions to 30 digits, at a point: 2^-98 is not 2^-99. Other objects pass."""
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
+        return True
+    names = sorted(a.free_symbols | b.free_symbols, key=str)
+    point = {name: sympy.Rational(7 + 3 * i, 5 + 2 * i) for i, name in enumerate(names)}
+    a, b = (sympy.N(side.subs(point), 50) for side in (a, b))
+    return not (a.is_number and b.is_number) or bool(abs(a - b) <= sympy.Float("1e-30", 50) * max(abs(a), abs(b)))
 
 
 # Sends itself the signal that does nothing, which seccomp must refuse. No program of a model runs before this was
