@@ -13,13 +13,16 @@ Where the papers' own graders disagree with each other, or with common sense:
   - An answer must be given, not implied: no marker, a number in words, or an expression that is not worked out
     (6/2, 9 * 2) is "unparsed".
   - Hedging earns nothing: among two numbers, a range, or "A or C" none is chosen.
+  - Work must be done: where the question has \\sqrt{242} and the answer is 11\\sqrt{2}, who boxes \\sqrt{242} is
+    "copied", though published graders accept any equal formula (17 questions of MATH-500 can be answered so). It is no
+    winner, no reward and no part of an accuracy; what those graders report is the sum of both shares of "verdicts". It
+    is no loser either, for it is not wrong. Where the question does not have it, \\sqrt{12} is 2\\sqrt{3}.
   - Of several marked answers the last counts, but nothing behind a new "\\nQuestion:". `####` and Minerva's sentence
     are read from the front: there the official graders take the first.
 
 Left out: units, which are dropped. MATH needs `pip install "math-verify[antlr4_13_2]"`; call `require_math_verify()`
 at the start of a run to learn that it is missing before the first answer needs it.
 """
-import os
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -34,23 +37,22 @@ from infra.parallel import computed, node_size
 OWN_FORMAT = {"toy": "hash", "gsm8k": "hash", "svamp": "trigger", "mathqa": "trigger", "mathqa-numeric": "trigger",
               "math": "boxed", "arc": "final_answer"}
 REFT_FORMATS = ("trigger", "python")
-MAX_PHRASE = 1000  # characters from a marker to the end of its line; what is longer is no answer
 
 
 @dataclass(frozen=True)
 class Grade:
     """A verdict, and the answer that the response itself gave, even where a tolerance made it correct."""
-    verdict: str  # "correct" | "wrong" | "unparsed" (no answer found) | "timeout"
+    verdict: str  # "correct" | "wrong" | "unparsed" (no answer found) | "copied" | "timeout" (nobody knows)
     answer: str | None  # canonical: equal answers are equal strings, so they can be counted
 
 
-def grade(text: str, gold: str, dataset: str, answer_format: str | None = None) -> Grade:
-    """Judge one response; `answer_format` None is the data set's own. Any text gets a verdict."""
+def grade(text: str, gold: str, dataset: str, answer_format: str | None = None, prompt: str = "") -> Grade:
+    """Judge one response to a prompt; `answer_format` None is the data set's own. Any text gets a verdict."""
     answer_format = answer_format or OWN_FORMAT[dataset]
     if answer_format == "python":
         return grade_programs([text], [gold], dataset, workers=1)[0]
     text = text.partition("\0")[0]  # NUL ends a text, as for the authors of RFT
-    return _judge(EXTRACT[answer_format](text), gold, dataset, answer_format)
+    return _judge(EXTRACT[answer_format](text), gold, dataset, answer_format, prompt)
 
 
 def grade_programs(texts: Sequence[str], golds: Sequence[str], dataset: str, workers: int = 2) -> list[Grade]:
@@ -68,24 +70,24 @@ def grade_programs(texts: Sequence[str], golds: Sequence[str], dataset: str, wor
     return grades
 
 
-def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str) -> list[list[Grade]]:
+def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str,
+              prompts: list[str] | None = None) -> list[list[Grade]]:
     """Grade all texts of each question, on all ranks; programs run side by side."""
     def judge(part: range) -> list[list[Grade]]:
-        pairs = [(text, golds[i]) for i in part for text in texts[i]]
         if marks == "python":
-            grades = iter(grade_programs(*zip(*pairs), task, workers=max(1, os.cpu_count() // node_size())))
-        else:
-            grades = iter([grade(text, gold, task, marks) for text, gold in pairs])
-        return [[next(grades) for _ in texts[i]] for i in part]
+            pairs = [(text, golds[i]) for i in part for text in texts[i]]
+            grades = iter(grade_programs(*zip(*pairs), task, workers=max(1, sandbox.usable_cores() // node_size())))
+            return [[next(grades) for _ in texts[i]] for i in part]
+        return [[grade(text, golds[i], task, marks, prompts[i] if prompts else "") for text in texts[i]] for i in part]
 
     parts = [range(i, min(i + 64, len(texts))) for i in range(0, len(texts), 64)]
     return [group for part in computed(parts, judge) for group in part]
 
 
-def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str) -> Grade:
+def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str, prompt: str = "") -> Grade:
     read = READ[dataset]
     phrase = phrase and (formats.boxed(phrase) or phrase)
-    answer = read(phrase) if phrase and len(phrase) <= MAX_PHRASE else None
+    answer = read(phrase) if phrase else None
     if answer is None:
         return Grade("unparsed", None)
     wanted = read(gold)
@@ -94,7 +96,9 @@ def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str) -> G
     if wanted is None:
         return Grade("wrong", answer)
     if dataset == "math":
-        return Grade(latex.compare(gold, phrase), answer)
+        verdict = latex.compare(gold, phrase)
+        copied = verdict == "correct" and answer in latex.formulas(prompt)
+        return Grade("copied" if copied else verdict, answer)
     rounded = dataset == "mathqa-numeric" or answer_format in REFT_FORMATS
     near = rounded and read is read_number and _close(answer, wanted)
     return Grade("correct" if near else "wrong", answer)
@@ -140,7 +144,8 @@ _SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9, "hundred
            "million": 10**6, "billion": 10**9, "dozen": 12}
 _SPELLINGS = [  # (pattern, its one spelling): what read_number knows of other ways to write a number
     (r"[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")),
-    (r"\\[dtc]?frac ?(?:\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}|([0-9])([0-9]))", lambda m: f" {m[1] or m[3]}/{m[2] or m[4]}"),
+    (r"\\[dtc]?frac ?([0-9])([0-9])", r" \1/\2"),
+    (r"\\[dtc]?frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r" \1/\2"),
     (r"\^ ?\{? ?\\circ ?\}?", "°"),
     (r"\\(?:[;: ]|q?quad\b|left\b|right\b|approx\b)", " "),
     (r"(?<=[0-9])['’](?=[0-9]{3}(?![0-9]))", ","),
@@ -149,7 +154,7 @@ _SPELLINGS = [  # (pattern, its one spelling): what read_number knows of other w
     (r"(\$ ?[0-9.,]+ ?)([mb])\b", lambda m: m[1] + m[2].upper()),  # $5m
     (r" +", " "), (r"^- |(?<=[-+]) (?=[0-9]+/)", lambda m: m[0].strip())]
 _EXPLANATION = re.compile(  # what may follow a number and says nothing about its value
-    r" \((?=[^)]*[a-zA-Z]{2})|[.,;:] (?!(?:and |or |but )?[-$]*[0-9]|(?:and|or) )|,? (?:because|since|which|where|so)\b")
+    r" \((?=[^)]*[a-zA-Z]{2})|[.,;:] (?!(?:but )?[-$]*[0-9]|(?:and|or) )|,? (?:because|since|which|where|so)\b")
 _HEDGE = re.compile(r"(?i)\b(?:or|nor|not|never|neither|cannot|wrong|incorrect|false|except|below)\b|n['’]t\b")
 _UNFINISHED_BEFORE = re.compile(  # an operator, a function or a bound stands before the number
     r"(?:[-+*/^×÷·⋅√∛±∓|⌊⌈<>≤≥≠]|\w\(|\b(?:root|sqrt|log|ln|sin|cos|tan|half|third|quarter|fifth|tenth|twice|double|triple"

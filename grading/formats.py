@@ -6,6 +6,7 @@ Left out: guessing. No format falls back to the last number of a text that marks
 import re
 import textwrap
 
+MAX_PHRASE = 1000  # characters of an answer with its explanation, from the marker to the end of the line
 _FINAL_ANSWER = re.compile(r"(?i:final answer)[*_]* ?:[*_]*")
 _TRIGGER = re.compile(r"Therefore, the answer is:")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
@@ -88,7 +89,12 @@ def program(text: str) -> str | None:
 
 
 def plain(phrase: str) -> str:
-    """Strip Markdown emphasis, and the LaTeX around a number or a letter; single spaces, and one kind of minus."""
+    """Strip Markdown emphasis, and the LaTeX around a number or a letter; single spaces, and one kind of minus.
+
+    A phrase that is too long is no answer: "".
+    """
+    if len(phrase) > MAX_PHRASE:
+        return ""
     phrase = THIN_COMMA.sub(",", _COLOR.sub("", _FONT.sub("", " ".join(phrase.split()))))
     phrase = re.sub(r"\\[()\[\]]", " ", phrase)
     for mark, replacement in (("{,}", ","), (r"\$", "$"), (r"\%", "%"), (r"\!", ""), (r"\,", " "), ("`", "")):

@@ -108,6 +108,12 @@ def compare(gold: str, answer: str) -> str:
     return "correct"
 
 
+def formulas(text: str) -> set[str | None]:
+    """Return the canonical spellings of the formulas in a text, whole and on each side of an equals sign."""
+    found = re.sub(r"\\[()\[\]]|\$\$", "$", text.replace(r"\$", "")).split("$")[1::2]
+    return {read_latex(part.strip(" ,;?")) for formula in found for part in (formula, *formula.split("="))}
+
+
 def require_math_verify() -> None:
     """Raise if math-verify is missing, with the remedy: better at the start than after a day of sampling."""
     if importlib.util.find_spec("math_verify") is None:

@@ -338,7 +338,7 @@ def prepare_verify() -> None:
 
 
 def work_verify(job: dict) -> bool:
-    """Whether math-verify finds the two formulas equal, and their values agree beyond its tolerance of about 1e-15."""
+    """Whether math-verify finds the two formulas equal, and their values agree beyond its own tolerance."""
     from math_verify import verify
 
     gold, answer = (parse_formula(job[key]) for key in ("gold", "answer"))
@@ -362,15 +362,15 @@ def parse_formula(latex: str):
 
 
 def agree(a, b) -> bool:
-    """Compare the values of two expressions to 30 digits, at a point: 2^-98 is not 2^-99. Other objects pass."""
+    """Compare the values of two expressions to 120 digits, at a point: 2^-98 is not 2^-99. Other objects pass."""
     import sympy
 
     if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
         return True
     names = sorted(a.free_symbols | b.free_symbols, key=str)
     point = {name: sympy.Rational(7 + 3 * i, 5 + 2 * i) for i, name in enumerate(names)}
-    a, b = (sympy.N(side.subs(point), 50) for side in (a, b))
-    return not (a.is_number and b.is_number) or bool(abs(a - b) <= sympy.Float("1e-30", 50) * max(abs(a), abs(b)))
+    a, b = (sympy.N(side.subs(point), 150) for side in (a, b))
+    return not (a.is_number and b.is_number) or bool(abs(a - b) <= sympy.Float("1e-120", 150) * max(abs(a), abs(b)))
 
 
 # Sends itself the signal that does nothing, which seccomp must refuse. No program of a model runs before this was
