@@ -86,7 +86,8 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
-    grades = grade_all(texts, [problem.answer for problem in problems], options.task, options.marks)
+    grades = grade_all(texts, [problem.answer for problem in problems], options.task, options.marks,
+                       [options.prompt_text(problem) for problem in problems])
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
     return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group)

@@ -124,9 +124,12 @@ def make_pairs(right: list, wrong: list, num_pairs: int) -> list[tuple]:
 
 
 def right_and_wrong(question: Answered, gold: list[int] | None, dedupe: bool) -> tuple[list, list]:
-    """Step 2 for one question. A response that was truncated before EOS is wrong, whatever it says."""
+    """Step 2 for one question. A response that was truncated before EOS is wrong, whatever it says.
+
+    A complete one that is copied from the question, or whose check took too long, is neither.
+    """
     right = [s.ids for s in question.samples if s.right and s.finished] + ([gold] if gold else [])
-    wrong = [s.ids for s in question.samples if not (s.right and s.finished)]
+    wrong = [s.ids for s in question.samples if not s.finished or s.verdict in ("wrong", "unparsed")]
     if dedupe:
         right, wrong = ([list(ids) for ids in dict.fromkeys(map(tuple, group))] for group in (right, wrong))
     return right, wrong

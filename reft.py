@@ -175,7 +175,8 @@ class Policy(nn.Module):
 # --- steps 1 to 5: a batch of experience -----------------------------------------------------------
 
 def score(sample: Sample, gold: str, config: Config) -> float:
-    """Step 2. A response truncated before EOS is graded by its text like any other.
+    """Step 2. A response truncated before EOS is graded by its text like any other, and one that is copied from the
+    question, or whose check took too long, has given no answer.
 
     With multiple choice a wrong answer earns nothing, since any guess is a letter: 0.1 would be a constant.
     """

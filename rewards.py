@@ -13,14 +13,18 @@ Where the papers' own graders disagree with each other, or with common sense:
   - An answer must be given, not implied: no marker, a number in words, or an expression that is not worked out
     (6/2, 9 * 2) is "unparsed".
   - Hedging earns nothing: among two numbers, a range, or "A or C" none is chosen.
+  - Work must be done: where the question has \\sqrt{242} and the answer is 11\\sqrt{2}, who boxes \\sqrt{242} is
+    "copied", though published graders accept any equal formula (17 questions of MATH-500 can be answered so). It is no
+    winner, no reward and no part of an accuracy; what those graders report is the sum of both shares of "verdicts". It
+    is no loser either, for it is not wrong. Where the question does not have it, \\sqrt{12} is 2\\sqrt{3}.
   - Of several marked answers the last counts, but nothing behind a new "\\nQuestion:". `####` and Minerva's sentence
     are read from the front: there the official graders take the first.
 
 Left out: units, which are dropped. MATH needs `pip install "math-verify[antlr4_13_2]"`; call `require_math_verify()`
 at the start of a run to learn that it is missing before the first answer needs it.
 """
-import os
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -38,17 +42,17 @@ REFT_FORMATS = ("trigger", "python")
 @dataclass(frozen=True)
 class Grade:
     """A verdict, and the answer that the response itself gave, even where a tolerance made it correct."""
-    verdict: str  # "correct" | "wrong" | "unparsed" (no answer found) | "timeout"
+    verdict: str  # "correct" | "wrong" | "unparsed" (no answer found) | "copied" | "timeout" (nobody knows)
     answer: str | None  # canonical: equal answers are equal strings, so they can be counted
 
 
-def grade(text: str, gold: str, dataset: str, answer_format: str | None = None) -> Grade:
-    """Judge one response; `answer_format` None is the data set's own. Any text gets a verdict."""
+def grade(text: str, gold: str, dataset: str, answer_format: str | None = None, prompt: str = "") -> Grade:
+    """Judge one response to a prompt; `answer_format` None is the data set's own. Any text gets a verdict."""
     answer_format = answer_format or OWN_FORMAT[dataset]
     if answer_format == "python":
         return grade_programs([text], [gold], dataset, workers=1)[0]
     text = text.partition("\0")[0]  # NUL ends a text, as for the authors of RFT
-    return _judge(EXTRACT[answer_format](text), gold, dataset, answer_format)
+    return _judge(EXTRACT[answer_format](text), gold, dataset, answer_format, prompt)
 
 
 def grade_programs(texts: Sequence[str], golds: Sequence[str], dataset: str, workers: int = 2) -> list[Grade]:
@@ -66,21 +70,21 @@ def grade_programs(texts: Sequence[str], golds: Sequence[str], dataset: str, wor
     return grades
 
 
-def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str) -> list[list[Grade]]:
+def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str,
+              prompts: list[str] | None = None) -> list[list[Grade]]:
     """Grade all texts of each question, on all ranks; programs run side by side."""
     def judge(part: range) -> list[list[Grade]]:
-        pairs = [(text, golds[i]) for i in part for text in texts[i]]
         if marks == "python":
-            grades = iter(grade_programs(*zip(*pairs), task, workers=max(1, os.cpu_count() // node_size())))
-        else:
-            grades = iter([grade(text, gold, task, marks) for text, gold in pairs])
-        return [[next(grades) for _ in texts[i]] for i in part]
+            pairs = [(text, golds[i]) for i in part for text in texts[i]]
+            grades = iter(grade_programs(*zip(*pairs), task, workers=max(1, sandbox.usable_cores() // node_size())))
+            return [[next(grades) for _ in texts[i]] for i in part]
+        return [[grade(text, golds[i], task, marks, prompts[i] if prompts else "") for text in texts[i]] for i in part]
 
     parts = [range(i, min(i + 64, len(texts))) for i in range(0, len(texts), 64)]
     return [group for part in computed(parts, judge) for group in part]
 
 
-def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str) -> Grade:
+def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str, prompt: str = "") -> Grade:
     read = READ[dataset]
     phrase = phrase and (formats.boxed(phrase) or phrase)
     answer = read(phrase) if phrase else None
@@ -92,7 +96,9 @@ def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str) -> G
     if wanted is None:
         return Grade("wrong", answer)
     if dataset == "math":
-        return Grade(latex.compare(gold, phrase), answer)
+        verdict = latex.compare(gold, phrase)
+        copied = verdict == "correct" and answer in latex.formulas(prompt)
+        return Grade("copied" if copied else verdict, answer)
     rounded = dataset == "mathqa-numeric" or answer_format in REFT_FORMATS
     near = rounded and read is read_number and _close(answer, wanted)
     return Grade("correct" if near else "wrong", answer)
@@ -111,11 +117,11 @@ def _close(answer: str, gold: str) -> bool:
 
 # --- extract: text -> phrase ----------------------------------------------------------------------
 
-_HASH = re.compile(r"#### ([^\s*+<]\S*)")  # markup, annotations and a plus sign are no answer here
+_HASH = re.compile(r"#### ([^\s*+<][^\n<]*)")  # markup, annotations and a plus sign are no answer here
 
 
 def _hash(text: str) -> str | None:
-    """Find the word after the first `#### ` (one space): what follows may be the next question.
+    """Find the rest of the line after the first `#### ` (one space): what follows may be the next question.
 
     Any comma between digits is dropped, as OpenAI and the authors of RFT do: 1,3 is 13 here.
     """
@@ -131,38 +137,80 @@ EXTRACT = {"hash": _hash, "final_answer": formats.final_answer, "trigger": forma
 
 # ASCII digits, commas between groups of three: "1,3", "1.2.3", "1_00" and "5:30" are no numbers.
 _NUMBER = re.compile(
-    r"(?<![\w.,/])(?<![0-9]:)(-?\$?-?)"
-    r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)"
-    r"([eE][-+]?[0-9]{1,2})?(?:/([0-9]+))?"
-    r"(?![.,:/_^]?[0-9]|[_^*]|/\s*(?![\sa-zA-Z])|[eE][-+]?[0-9])")
-_UNFINISHED = re.compile(  # after a number: an operator, another number, "dollars and 50 cents"
-    r"\s*(?:[a-zA-Z]+\s+){0,2}(?:and|or|to|\\times|\\cdot|\\div|[-–+*/x×÷=^,;&])\s*[-$\\]*\.?[0-9]"
-    r"|\s*(?:[a-zA-Z]+\s+)?[$\\]*\.?[0-9]|\s*(?:hundred|thousand|million|billion|dozen)\b")
+    r"(?<![\w.,/)\]}])(?<![0-9]:)([-+]?(?:[$€£¥] ?)?[-+]?)(?:([0-9]+)(?: and)? (?=[0-9]+/))?"
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,2})?(?:/([0-9]+))?"
+    r"(?![.,:/_^]?[0-9]|[_^*]|[eE][-+]?[0-9])((?: ?(?:[kKMB]|bn)\b| (?:hundred|thousand|million|billion|dozen)\b)*)")
+_SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9, "hundred": 100, "thousand": 10**3,
+           "million": 10**6, "billion": 10**9, "dozen": 12}
+_SPELLINGS = [  # (pattern, its one spelling): what read_number knows of other ways to write a number
+    (r"[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")),
+    (r"\\[dtc]?frac ?([0-9])([0-9])", r" \1/\2"),
+    (r"\\[dtc]?frac ?\{ ?([0-9]+) ?\} ?\{ ?([0-9]+) ?\}", r" \1/\2"),
+    (r"\^ ?\{? ?\\circ ?\}?", "°"),
+    (r"\\(?:[;: ]|q?quad\b|left\b|right\b|approx\b)", " "),
+    (r"(?<=[0-9])['’](?=[0-9]{3}(?![0-9]))", ","),
+    (r"(?i)\b(?:negative|minus) (?=[$€£]?\.?[0-9])", "-"),
+    (r"(?<=[0-9]) ?(?:[×x*·]|\\times|\\cdot) ?10 ?(?:\^|\*\*) ?\{?([-+]?[0-9]{1,2})\}?(?![0-9])", r"e\1"),
+    (r"(\$ ?[0-9.,]+ ?)([mb])\b", lambda m: m[1] + m[2].upper()),  # $5m
+    (r" +", " "), (r"^- |(?<=[-+]) (?=[0-9]+/)", lambda m: m[0].strip())]
+_EXPLANATION = re.compile(  # what may follow a number and says nothing about its value
+    r" \((?=[^)]*[a-zA-Z]{2})|[.,;:] (?!(?:but )?[-$]*[0-9]|(?:and|or) )|,? (?:because|since|which|where|so)\b")
+_HEDGE = re.compile(r"(?i)\b(?:or|nor|not|never|neither|cannot|wrong|incorrect|false|except|below)\b|n['’]t\b")
+_UNFINISHED_BEFORE = re.compile(  # an operator, a function or a bound stands before the number
+    r"(?:[-+*/^×÷·⋅√∛±∓|⌊⌈<>≤≥≠]|\w\(|\b(?:root|sqrt|log|ln|sin|cos|tan|half|third|quarter|fifth|tenth|twice|double|triple"
+    r"|square|sum|product|hundred|thousand|million|dozen|plus|minus|times)(?: of)?(?: and)?"
+    r"|\b(?:than|at least|at most|up to|over|under|above|nearly|almost|between)) ?[$(]?$", re.IGNORECASE)
+_UNFINISHED_AFTER = re.compile(  # ... or behind it; "18/day" and "18-year-old" are units
+    r" ?(?:[+*^×÷·⋅√±∓|⌋⌉<>≤≥≠!]|[xyzn]\b|/ ?(?:[xyzn]\b|[^a-zA-Z ]|$)|- ?(?:[xyzn]\b|[^a-zA-Z ]|$)"
+    r"|(?:squared|cubed|factorial|plus|minus|divided|multiplied|choose|half|halves)\b)|[(i](?!\w)|\("
+    r"|.*\band (?:an?|one|two|three|four|five|six|seven|eight|nine|ten|\w+teen|\w+ty|half)\b", re.IGNORECASE)
 
 
 def read_number(phrase: str) -> str | None:
-    """Read the number that a phrase gives: "18", "$18.00.", "9 * 2 = 18", "Janet makes $18 a day"."""
+    """Read the number that a phrase gives: "18", "$18.00.", "9 * 2 = 18", "18 = 9 * 2", "Janet makes $18 a day".
+
+    Of the sides of an equation, those that are numbers must agree. Two numbers, a denial or an expression that is not
+    worked out ("9 * 2", "5²", "5!", "half of 36") give none.
+    """
     phrase = formats.plain(phrase)
-    lead = re.match(r"[\s({\[<\"']*", phrase).end()
-    match = _NUMBER.match(phrase, lead)
-    if match and not _UNFINISHED.match(phrase, match.end()):
-        return _number(match)
-    if "=" in phrase:
-        return read_number(phrase.rpartition("=")[2])
-    values = {_number(match) for match in _NUMBER.finditer(phrase)}
-    return values.pop() if len(values) == 1 and match is None else None
-
-
-def _number(match: re.Match) -> str | None:
-    sign, digits, power, divisor = match.groups()
-    if len(match[0]) > latex.MAX_DIGITS or sign.count("-") > 1:
+    for pattern, spelling in _SPELLINGS:
+        phrase = re.sub(pattern, spelling, phrase)
+    sides = [_without_explanation(side) for side in _without_explanation(phrase).split("=")]
+    if any(map(_HEDGE.search, sides)):
         return None
-    digits = digits.replace(",", "")
-    if divisor is None:
-        value = Fraction(digits + (power or ""))
+    values = {value for side in sides if (value := _only_number(side)) is not None}
+    return values.pop() if len(values) == 1 else None
+
+
+def _without_explanation(phrase: str) -> str:
+    """Cut off what follows a number at the start."""
+    phrase = phrase.lstrip(" ({[\"'")
+    number = _NUMBER.match(phrase)
+    explanation = number and _EXPLANATION.search(phrase, number.end())
+    return phrase[:explanation.start()] if explanation else phrase
+
+
+def _only_number(phrase: str) -> str | None:
+    """Read the only number of a phrase, if no expression is around it."""
+    match = _NUMBER.search(phrase)
+    if match is None or "\\" in phrase:
+        return None
+    before, after = phrase[:match.start()], phrase[match.end():]
+    if any(map(str.isnumeric, before + after)) or _UNFINISHED_BEFORE.search(before) or _UNFINISHED_AFTER.match(after):
+        return None
+    sign, whole, digits, power, bottom, scales = match.groups()
+    if len(match[0]) > latex.MAX_DIGITS or len(re.findall("[-+]", sign)) > (not re.search(r"\b[b-zB-HJ-Z] $", before)):
+        return None  # two signs, or the second term of x -5
+    if bottom is None:
+        value = Fraction(digits.replace(",", "") + (power or ""))
     else:  # 1/2 is a number; 6/2, 2/4 and 0.5/2 are divisions still to be done
-        value = latex.reduced(digits, divisor) if digits.isdigit() and not power else None
-    return None if value is None else latex.spell(-value if "-" in sign else value)
+        value = latex.reduced(digits, bottom) if digits.isdigit() and not power else None
+    if value is None or whole and value > 1:
+        return None
+    value += int(whole or 0)
+    for scale in scales.split():
+        value *= _SCALES[scale]
+    return latex.spell(-value if "-" in sign else value)
 
 
 READ = {"toy": read_number, "gsm8k": read_number, "svamp": read_number, "mathqa-numeric": read_number,

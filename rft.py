@@ -101,19 +101,20 @@ def select_paths(samples: list[str], gold: str, dataset: str, *, answer_format: 
     return distinct_paths(samples, right, dedup, select)
 
 
-def right_paths(samples: list[str], gold: str, dataset: str, marks: str, equation_filter: bool) -> list[int]:
+def right_paths(samples: list[str], gold: str, dataset: str, marks: str, equation_filter: bool,
+                prompt: str = "") -> list[int]:
     """Step 3: indices of the samples with the right answer and equations that hold."""
-    return [i for i, text in enumerate(samples) if is_right(text, gold, dataset, marks)
+    return [i for i, text in enumerate(samples) if is_right(text, gold, dataset, marks, prompt)
             and (equations_hold(text) or not equation_filter)]
 
 
-def is_right(text: str, gold: str, dataset: str, marks: str) -> bool:
+def is_right(text: str, gold: str, dataset: str, marks: str, prompt: str = "") -> bool:
     """Apply the authors' rule for GSM8K's "#### 72" (and the toy world's), and rewards.grade elsewhere.
 
     They differ at the edges: "#### $72" has no answer by the authors' rule, and "#### 6/2" is 6.
     """
     if marks != "hash" or OWN_FORMAT[dataset] != "hash":
-        return grade(text, gold, dataset, marks).verdict == "correct"
+        return grade(text, gold, dataset, marks, prompt).verdict == "correct"
     number, wanted = hash_number(text), hash_number(gold if "####" in gold else f"#### {gold}")
     return number is not None and number == wanted
 
@@ -247,7 +248,8 @@ def pooled(files: list[list[Answered]]) -> list[list[Sample]]:
 def all_right_paths(samples: list[list[Sample]], problems: list[data.Problem], config: Config) -> list[list[int]]:
     """Step 3 for every question."""
     return computed(range(len(problems)), lambda i: right_paths(
-        [sample.text for sample in samples[i]], problems[i].answer, config.task, config.marks, config.equation_filter))
+        [sample.text for sample in samples[i]], problems[i].answer, config.task, config.marks, config.equation_filter,
+        config.prompt_text(problems[i])))
 
 
 def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: list[data.Problem], tokenizer,

@@ -8,7 +8,8 @@ import operator
 import re
 from fractions import Fraction
 
-MAX_EQUATION = 200  # characters; the longest in GSM8K has 40
+MAX_EQUATION = 200  # characters; the longest in GSM8K has 40, and a limit keeps nonsense from taking seconds
+MAX_EQUATIONS = 200  # of a text, for the same reason
 MAX_BITS = 4096  # of any intermediate value
 _ARITHMETIC = re.compile(r"[0-9.+\-*/() ]+")
 _VALUE = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
@@ -30,7 +31,8 @@ def equations_hold(text: str) -> bool:
     As in the authors' code, an equation must have a "=", the two sides may differ by less than 1e-3 since right sides
     are rounded (10/3=3.333), and anything after a second "=" is ignored.
     """
-    return all(_holds(equation) for equation in _annotations(text))
+    annotations = _annotations(text)
+    return len(annotations) <= MAX_EQUATIONS and all(map(_holds, annotations))
 
 
 def _holds(equation: str) -> bool:

@@ -4,12 +4,18 @@ Each function takes a text and returns the phrase that its format marks, or None
 Left out: guessing. No format falls back to the last number of a text that marks no answer.
 """
 import re
+import textwrap
 
+MAX_PHRASE = 1000  # characters of an answer with its explanation, from the marker to the end of the line
 _FINAL_ANSWER = re.compile(r"(?i:final answer)[*_]* ?:[*_]*")
 _TRIGGER = re.compile(r"Therefore, the answer is:")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _MINERVA = "Final Answer: The final answer is"
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~).*$", re.MULTILINE)
+_FONT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?(?![a-zA-Z])|\\(?:mbox|boldsymbol|bm|displaystyle)\b")
+_COLOR = re.compile(r"\\(?:text)?color\{[a-zA-Z]{1,20}\}")
+THIN_COMMA = re.compile(r"(?<=[0-9])\\,(?=[0-9]{3}(?![0-9]))")  # 14\,400
+DASHES = re.compile("[\u2010-\u2015\u2212\ufe63\uff0d]")  # hyphens, dashes and minus signs that are not ASCII
 _TOP_LEVEL = ("def ", "class ", "import ", "from ", "@", "#")
 
 
@@ -63,27 +69,37 @@ def one_word(value: object) -> str | None:
 def program(text: str) -> str | None:
     """Cut the program out of a text: no code fence, and nothing that the model wrote after the program.
 
-    The text must contain `def solution`; if the prompt ends with that line, put it back in front. The ReFT authors
+    Fences cut a text into pieces, whatever their language; the last piece with `def solution` is the program. If the
+    prompt ends with that line, put it back in front. The ReFT authors
     stop at the first blank line, which truncates programs that contain one. Here a blank line ends the program only
     if the next line is neither indented nor a definition or an import. They also turn sys.exit into print; here a
     program that exits has returned no answer.
     """
-    fenced = _FENCE.search(text)
-    lines = (fenced[1] if fenced else text.partition("\nQuestion:")[0]).split("\n")
-    start = next((i for i, line in enumerate(lines) if re.match(r"def solution\b", line)), None)
-    if start is None:
+    pieces = _FENCE.split(text.replace("\r\n", "\n").partition("\nQuestion:")[0])
+    programs = [piece for piece in pieces if re.search(r"^[ \t]*def solution\b", piece, re.MULTILINE)]
+    if not programs:
         return None
+    lines = textwrap.dedent(programs[-1]).split("\n")
+    start = next((i for i, line in enumerate(lines) if re.match(r"def solution\b", line)), len(lines))
     for i in range(start + 1, len(lines)):
         is_code = not lines[i] or lines[i][0].isspace() or lines[i].startswith(_TOP_LEVEL)
         if not is_code and not lines[i - 1].strip():
             return "\n".join(lines[:i])
-    return "\n".join(lines)
+    return "\n".join(lines) if start < len(lines) else None
 
 
 def plain(phrase: str) -> str:
-    """Strip Markdown bold, and the LaTeX around a number or a letter."""
-    phrase = re.sub(r"\\(?:text|mathrm|textbf|mathbf)\b", "", phrase)
-    for mark, replacement in (("{,}", ","), (r"\$", "$"), (r"\!", ""), (r"\,", ""), ("−", "-")):
+    """Strip Markdown emphasis, and the LaTeX around a number or a letter; single spaces, and one kind of minus.
+
+    A phrase that is too long is no answer: "".
+    """
+    if len(phrase) > MAX_PHRASE:
+        return ""
+    phrase = THIN_COMMA.sub(",", _COLOR.sub("", _FONT.sub("", " ".join(phrase.split()))))
+    phrase = re.sub(r"\\[()\[\]]", " ", phrase)
+    for mark, replacement in (("{,}", ","), (r"\$", "$"), (r"\%", "%"), (r"\!", ""), (r"\,", " "), ("`", "")):
         phrase = phrase.replace(mark, replacement)
-    phrase = re.sub(r"\$([^$]*)\$", r" \1 ", phrase)
-    return re.sub(r"^- +", "-", phrase.replace("**", "").replace("`", "").strip(" _*"))
+    phrase = re.sub(r"\$([^$]*)\$", r" \1 ", DASHES.sub("-", phrase))
+    phrase = re.sub(r"(?<![\w)\]}])\*\*|\*\*(?![\w(\[{])", "", phrase)  # bold, but not the power in 3**2
+    phrase = re.sub(r"(?<![\w*])\*([^*\s]+)\*(?![\w*])", r"\1", phrase)
+    return " ".join(phrase.strip(" _*").split())

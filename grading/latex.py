@@ -20,40 +20,55 @@ import re
 from decimal import Context
 from fractions import Fraction
 
-from grading import sandbox
+from grading import formats, sandbox
 
 MAX_LATEX = 400  # characters; the longest of the 5,000 MATH test answers has 81
 MAX_DIGITS = 100  # longer "numbers" are repetition; Python refuses to read 4,300 digits
 
+_NAME = r"m?(?:\\(?:angle|overline|triangle|vec)\s*\{?\s*)?\\?[a-zA-Z]+\}?'*(?:_\{?\w+\}?)?(?:\([a-zA-Z0-9,\s]*\))?"
 _SPELLINGS = [  # (pattern, its one spelling), applied in this order to both answers
+    (formats.THIN_COMMA, ","),
+    (formats.DASHES, "-"),
     (r"(?<!\\)\\[()\[\]]|[\n\t]", " "),
-    (r",\\!|\{,\}", ""),  # 14,\!400 and 14{,}400
-    (r"(?<!\\)\\!|\\(?:left|right|displaystyle)(?![a-zA-Z])", ""),
+    (r",\s*\\!\s*|\{,\}", ""),  # 14,\!400 and 14{,}400
+    (r"(?<!\\)\\!|\\(?:left|right|[bB]igg?[lmr]?|displaystyle|textstyle|limits|bf|rm)(?![a-zA-Z])", ""),
+    (r"\\(?:text)?color\s*\{[a-zA-Z]*\}", ""),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![a-zA-Z])", " "),
-    (r"\\?[$%]|\s*\^\s*\{?\s*\\circ\s*\}?|°", ""),
+    (r"\\?[$%]|\s*\^\s*\{?\s*\\circ\s*\}?|°|\\degree(?![a-zA-Z])", ""),
     (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"),
-    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
-    (r"\\math(?:rm|bf|it)\s*\{([a-zA-Z])\}", r"\1"),
-    (r"\\(?:mbox|mathrm|textbf|textrm|textit)\s*\{", r"\\text{"),
-    ("−", "-"),
+    (r"\\(le|ge|ne)(?:q|qslant)(?![a-zA-Z])", r"\\\1"),
+    (r"\\lbrace(?![a-zA-Z])", r"\\{"),
+    (r"\\rbrace(?![a-zA-Z])", r"\\}"),
+    (r"(?<=[0-9}])\s*\\(?:mathrm|operatorname)\s*\{(?!\s*[ie]\s*\})", r"\\text{"),  # 5\,\mathrm{m}, but not 5\mathrm{i}
+    (r"\\(?:math(?:rm|bf|it|sf|tt)|boldsymbol|bm)\s*\{([a-zA-Z]|[^{}a-zA-Z]*)\}", r"\1"),
+    (r"\\(?:mathbf|mathsf|boldsymbol|bm)(?![a-zA-Z])", ""),
+    (r"\\(?:mbox|mathrm|textbf|textrm|textit|textsf)\s*\{", r"\\text{"),
     (r"π|(?<![a-zA-Z\\])pi(?![a-zA-Z])", r"\\pi "),
     ("∞", r"\\infty "),
     ("∪", r"\\cup "),
+    (r"\\varnothing(?![a-zA-Z])|∅|^\s*\\\{\s*\\\}\s*$", r"\\emptyset "),
     (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"(?<=[0-9a-zA-Z}!])\s*\\text\s*\{(?![^{}]*,).*", ""),  # \text{ cm}^2 is a unit; drop it and what follows
+    (r"(?<=[0-9a-zA-Z}!])\s*\\text\s*\{(?![^{}]*[,=]).*", ""),  # \text{ cm}^2 is a unit; drop it and what follows
     (r"\\text\s*\{([^{}]*)\}", r"\1"),
     (r"(?<=[0-9}])\s+[a-zA-Z]{2}[a-zA-Z. ]*(?:\^\{?[0-9]\}?)?$", ""),  # 39 degrees, 10 cm^2
     (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
+    (r"\{((?:[^{}]|\{[^{}]*\})*)\\over(?![a-zA-Z])((?:[^{}]|\{[^{}]*\})*)\}", r"\\frac{\1}{\2}"),
+    (r"^((?:[^{}]|\{[^{}]*\})*)\\over(?![a-zA-Z])((?:[^{}]|\{[^{}]*\})*)$", r"\\frac{\1}{\2}"),
     (r"\\frac\s*([0-9a-zA-Z]|\\pi(?![a-z]))", r"\\frac{\1}"),
     (r"(\\frac\s*\{(?:[^{}]|\{[^{}]*\})*\})\s*([0-9a-zA-Z]|\\pi(?![a-z]))", r"\1{\2}"),
     (r"([_^])\{([0-9a-zA-Z])\}", r"\1\2"),
+    (r"\\begin\{array\}\s*\{[clr|\s]*\}", r"\\begin{array}"),
+    (r"\(\s*\\begin\{(?:array|matrix)\}(.*)\\end\{(?:array|matrix)\}\s*\)", r"\\begin{pmatrix}\1\\end{pmatrix}"),
+    (r"\[\s*\\begin\{(?:array|matrix)\}(.*)\\end\{(?:array|matrix)\}\s*\]", r"\\begin{bmatrix}\1\\end{bmatrix}"),
+    (r"\\\\\s*\\end\{", r"\\end{"),
 ]
 _DECIMAL = re.compile(r"(-?)([0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?|[0-9]+\.?[0-9]*|\.[0-9]+)")
-_FRACTION = re.compile(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{([0-9]+)\}")
-_SLASHED = re.compile(r"(-?[0-9]+)/([0-9]+)")
+_FRACTION = re.compile(r"(-?)([0-9]*)\\frac\{(-?[0-9]+)\}\{(-?[0-9]+)\}")
+_SLASHED = re.compile(r"(-?)(?:([0-9]+) )?(-?[0-9]+)/(-?[0-9]+)")
 _SPELLED = re.compile(r"-?[0-9]+([./][0-9]+)?")  # what spell() returns
 _MATRIX = re.compile(r"\\begin\{(\w+)\}(.*)\\end\{\1\}")
-_ASSIGNED = re.compile(r"[a-zA-Z]\w?\s*(?:=|\\in(?![a-zA-Z]))([^=]*)")  # x = 5, x \in [2,5)
+_ASSIGNED = re.compile(  # x = 5, x_1 = 5, \theta = 60, f(x) = x^2, (x,y) = (3,4), x \in [2,5)
+    rf"(?:{_NAME}|\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))\s*(?:=|\\in(?![a-zA-Z]))([^=]*)")
 _ONE_FORMULA = re.compile(r"[^$]*(?<!\\)\$([^$]+)(?<!\\)\$[^$]*")  # a sentence around $16$
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
@@ -93,6 +108,12 @@ def compare(gold: str, answer: str) -> str:
     return "correct"
 
 
+def formulas(text: str) -> set[str | None]:
+    """Return the canonical spellings of the formulas in a text, whole and on each side of an equals sign."""
+    found = re.sub(r"\\[()\[\]]|\$\$", "$", text.replace(r"\$", "")).split("$")[1::2]
+    return {read_latex(part.strip(" ,;?")) for formula in found for part in (formula, *formula.split("="))}
+
+
 def require_math_verify() -> None:
     """Raise if math-verify is missing, with the remedy: better at the start than after a day of sampling."""
     if importlib.util.find_spec("math_verify") is None:
@@ -104,8 +125,8 @@ def _open_question(gold: str, answer: str) -> bool:
     number = _SPELLED.fullmatch(answer)
     if _SPELLED.fullmatch(gold) or number and number[1]:
         return False  # numbers were compared exactly, and 28.27 is not 9 pi
-    if re.search(r"[0-9A-Z]_|:", gold + answer):
-        return False  # math-verify would take 2112_7 for 2112_6, and 3 for the ratio 3:1
+    if re.search(r"[0-9A-Z]_|:|[0-9] [0-9]", f"{gold}{answer}") or ("=" in gold) != ("=" in answer):
+        return False  # math-verify would take 2112_7 for 2112_6, 3 for the ratio 3:1, and 13 for x^2+y^2=13
     return bool(gold and answer) and not gold.isalpha() and not answer.isalpha()
 
 
@@ -124,7 +145,7 @@ def _parse(phrase: str) -> tuple[str, list[str]]:
 
 def _shape(latex: str, leaves: list[str]) -> str:
     """Return brackets, commas, unions and rows with _LEAF for each element; append the elements to `leaves`."""
-    latex = latex.strip().rstrip(".").rstrip()
+    latex = latex.strip().rstrip(".").rstrip().removeprefix("+")
     if not latex:
         return ""
     if _DECIMAL.fullmatch(latex):  # before the comma of 15,000 can make it a list
@@ -174,11 +195,12 @@ def _inside(latex: str) -> str | None:
 
 
 def _leaf(latex: str) -> str:
-    value = _rational(re.sub(r"\s", "", latex))
+    # Keep the space that ends a command (\tan x) and the one between digits (3 1/4), drop all others.
+    spaces = r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|(?<=[0-9.])(\s)\s*(?=[0-9.])|\s+"
+    latex = re.sub(spaces, lambda m: (m[1] or "") + " " if m[1] or m[2] else "", latex)
+    value = _rational(latex)
     if value is not None:
         return spell(value)
-    # Keep the space that ends a command (\tan x), drop all others.
-    latex = re.sub(r"(\\[a-zA-Z]+)\s+(?=[a-zA-Z])|\s+", lambda m: m[1] + " " if m[1] else "", latex)
     return latex.lower() if latex.isalpha() and len(latex) > 1 else latex
 
 
@@ -189,9 +211,8 @@ def _rational(latex: str) -> Fraction | None:
     if decimal := _DECIMAL.fullmatch(latex):
         value = Fraction(decimal[2].replace(",", ""))
         return -value if decimal[1] else value
-    if slashed := _SLASHED.fullmatch(latex):
-        return reduced(*slashed.groups())
-    if not (fraction := _FRACTION.fullmatch(latex)):
+    fraction = _SLASHED.fullmatch(latex) or _FRACTION.fullmatch(latex)
+    if fraction is None:
         return None
     sign, whole, top, bottom = fraction.groups()
     value = reduced(top, bottom)
@@ -204,4 +225,4 @@ def _rational(latex: str) -> Fraction | None:
 def reduced(top: str, bottom: str) -> Fraction | None:
     """Return the value of top/bottom, None if the fraction could still be reduced."""
     value = Fraction(int(top), int(bottom) or 1)
-    return value if value.denominator == int(bottom) > 1 else None
+    return value if value.denominator == abs(int(bottom)) > 1 else None

@@ -1,12 +1,15 @@
 """Run text that a model wrote: programs, and formulas for a computer algebra system to read.
 
 A *server* is a clean Python process that has its imports done and forks once per job. The fork locks itself in, works,
-and writes one JSON value into its only pipe. When it is done or out of (wall-clock) time, it is killed with its process
-group. Jobs share nothing, so no program can change another's result; the gold answer never gets here, so no program
-can read it.
+and writes one JSON value into its only pipe. When it is done or out of time, it is killed with its process group. Jobs
+share nothing, so no program can change another's result; the gold answer never gets here, so no program can read it.
 
-Servers for programs are `python -I` with an empty environment in an empty temporary directory that is already deleted,
-and their forks are sealed. All they can do is compute, read the clock, sleep and answer:
+The same job always has the same outcome, on a busy machine too: time is the fork's own CPU time, hashes have a fixed
+seed, and the random module begins at a fixed state while the system's random numbers are refused. A program can still
+depend on the date and on the addresses of its objects.
+
+Servers for programs have no other environment, sit in an empty temporary directory that is already deleted, and their
+forks are sealed. All they can do is compute, read the clock and answer:
   limits   memory, CPU time, no new process or thread, no bytes into files, no core dump, and no file descriptor but
            the pipe, so that no file and no socket can be opened.
   seccomp  the kernel refuses every system call that is not in ALLOWED, and with it signals to other processes,
@@ -43,22 +46,22 @@ from dataclasses import dataclass
 from functools import lru_cache
 from queue import SimpleQueue
 
-SECONDS = 0.7  # wall clock per job, so that a verdict takes less than a second; the ReFT authors allow 10 s
+CPU_SECONDS = 2  # of its own CPU time per job: a verdict must not depend on what else the machine does
+WALL_SECONDS = 45  # ends what waits without computing; no job that computes comes near, unless 20 share its core
 MEMORY = 512 << 20  # bytes of address space; Python with sympy loaded takes 100 MB of it
 OUTPUT = 4096  # bytes of an answer: more than any needs, less than a pipe holds
-START_SECONDS = 60  # to import sympy from a cold disk
+START_SECONDS = 60  # to import sympy from a cold disk; more than WALL_SECONDS
 
 # Modules that such programs import. A sealed fork cannot open files, so they are loaded before.
 MODULES = """bisect calendar cmath collections copy datetime decimal enum fractions functools heapq itertools math
 numbers operator random re statistics string time typing _strptime""".split()
 
 # The system calls of pure computation: read write close mmap mprotect munmap mremap madvise brk futex rt_sigaction
-# rt_sigprocmask rt_sigreturn restart_syscall sched_yield nanosleep clock_nanosleep clock_gettime getrusage getrandom
-# getpid exit exit_group. Per machine: its audit number, then the numbers of the calls in this order.
-ALLOWED = {"x86_64": (0xC000003E, (0, 1, 3, 9, 10, 11, 25, 28, 12, 202, 13, 14, 15, 219, 24, 35, 230, 228, 98, 318, 39,
-                                   60, 231)),
-           "aarch64": (0xC00000B7, (63, 64, 57, 222, 226, 215, 216, 233, 214, 98, 134, 135, 139, 128, 124, 101, 115,
-                                    113, 165, 278, 172, 93, 94))}
+# rt_sigprocmask rt_sigreturn restart_syscall sched_yield clock_gettime getrusage getpid exit exit_group. Per machine:
+# its audit number, then the numbers of the calls in this order.
+ALLOWED = {"x86_64": (0xC000003E, (0, 1, 3, 9, 10, 11, 25, 28, 12, 202, 13, 14, 15, 219, 24, 228, 98, 39, 60, 231)),
+           "aarch64": (0xC00000B7, (63, 64, 57, 222, 226, 215, 216, 233, 214, 98, 134, 135, 139, 128, 124, 113, 165,
+                                    172, 93, 94))}
 PR_SET_PDEATHSIG, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 21, 22, 38
 SECCOMP_MODE_FILTER = 2
 
@@ -82,10 +85,10 @@ class Server:
 
     def start(self) -> None:
         sealed = KINDS[self.kind][2]
-        flags, env = (["-I"], {}) if sealed else ([], None)  # math-verify may be somewhere on PYTHONPATH
-        self.process = subprocess.Popen(
-            [sys.executable, *flags, os.path.abspath(__file__), self.kind],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+        env = {} if sealed else os.environ  # math-verify may be somewhere on PYTHONPATH
+        self.process = subprocess.Popen(  # -s: no packages of the user's; -I would ignore the hash seed
+            [sys.executable, *(["-s"] if sealed else []), os.path.abspath(__file__), self.kind],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**env, "PYTHONHASHSEED": "0"},
             start_new_session=True)  # Ctrl-C is for us only; a server ends when its pipe closes
         if self.receive() != b"ready\n":
             raise RuntimeError(f"the {self.kind} sandbox did not start; its message is above")
@@ -126,14 +129,19 @@ def _server(kind: str, worker: int, pid: int) -> Server:
     return Server(kind)  # one per pid of ours: after a fork, parent and child must not share pipes
 
 
+def usable_cores() -> int:
+    """Cores that this process may use: under a batch system fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def run(kind: str, job: dict) -> Outcome:
     """Run one job. The first of its kind waits for a server to start."""
     return run_all(kind, [job], workers=1)[0]
 
 
 def run_all(kind: str, jobs: Sequence[dict], workers: int) -> list[Outcome]:
-    """Run jobs on `workers` servers in parallel; return outcomes in the order of the jobs."""
-    idle = SimpleQueue()
+    """Run jobs on `workers` servers in parallel, one per core at most; return outcomes in the order of the jobs."""
+    idle, workers = SimpleQueue(), min(workers, usable_cores())
     for worker in range(workers):
         idle.put(_server(kind, worker, os.getpid()))
 
@@ -182,8 +190,11 @@ def attempt(work, job: dict, sealed: bool, calls: bytes | None) -> dict:
 
 
 def wait(child: int, reader: int) -> dict:
-    """Collect what the child writes until it ends or time is up, then kill its process group."""
-    deadline = time.monotonic() + SECONDS
+    """Collect what the child writes until it ends or time is up, then kill its process group.
+
+    Only a child that ends by itself has answered. The kernel kills it when its CPU time is up (or memory is short).
+    """
+    deadline = time.monotonic() + WALL_SECONDS
     output, finished = b"", False
     while not finished and len(output) < OUTPUT:
         if not select.select([reader], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -194,9 +205,10 @@ def wait(child: int, reader: int) -> dict:
     os.kill(child, signal.SIGKILL)  # not reaped yet, so the pid is still the child's
     with suppress(ProcessLookupError):  # it died before it had a group of its own
         os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    done = finished or len(output) >= OUTPUT
-    return {"status": "done" if done else "timeout", "output": output.decode("ascii", "replace")}
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    killed = ended == -signal.SIGKILL and len(output) < OUTPUT
+    status = "done" if ended == 0 else "timeout" if killed else "failed"
+    return {"status": status, "output": output.decode("ascii", "replace")}
 
 
 def work_alone(work, job: dict, writer: int, sealed: bool, calls: bytes | None) -> None:
@@ -218,7 +230,7 @@ def work_alone(work, job: dict, writer: int, sealed: bool, calls: bytes | None) 
 
 
 def limit(sealed: bool) -> None:
-    limits = {"CPU": 1, "CORE": 0}
+    limits = {"CPU": CPU_SECONDS, "CORE": 0}
     if sealed:
         limits |= {"FSIZE": 0, "NPROC": 0, "NOFILE": 1}
     if sys.platform == "linux":
@@ -300,7 +312,9 @@ def work_program(job: dict) -> str | None:
     import numbers
     import random
 
-    random.seed(0)  # the same program must always get the same verdict
+    random.Random.__init__.__defaults__ = (0,)  # without a seed of its own, a generator would ask the system for one
+    random.Random.seed.__defaults__ = (0, 2)
+    random.seed()
     names = {"math": math, "sympy": sys.modules.get("sympy")}
     exec(compile(job["code"], "program", "exec"), names)
     value = names["solution"]()
@@ -324,14 +338,15 @@ def prepare_verify() -> None:
 
 
 def work_verify(job: dict) -> bool:
+    """Whether math-verify finds the two formulas equal, and their values agree beyond its own tolerance."""
     from math_verify import verify
 
     gold, answer = (parse_formula(job[key]) for key in ("gold", "answer"))
-    return None not in (gold, answer) and verify(gold, answer, timeout_seconds=None)
+    return None not in (gold, answer) and agree(gold, answer) and verify(gold, answer, timeout_seconds=None)
 
 
 def parse_formula(latex: str):
-    """Return a sympy expression in which all symbols are real, or None.
+    """Return a sympy expression in which all symbols are real and all numbers exact, or None.
 
     math-verify guesses for each text which symbols are complex; then 3i/2 and (3/2)i have two different i.
     """
@@ -341,8 +356,21 @@ def parse_formula(latex: str):
     found = parse(f"${latex}$", [LatexExtractionConfig()], parsing_timeout=None)
     if not found or isinstance(found[0], str):
         return None
-    symbols = found[0].free_symbols
-    return found[0].xreplace({s: sympy.Symbol(s.name, real=True) for s in symbols})
+    exact = {s: sympy.Symbol(s.name, real=True) for s in found[0].free_symbols}
+    exact |= {number: sympy.Rational(str(number)) for number in found[0].atoms(sympy.Float)}
+    return found[0].xreplace(exact)
+
+
+def agree(a, b) -> bool:
+    """Compare the values of two expressions to 120 digits, at a point: 2^-98 is not 2^-99. Other objects pass."""
+    import sympy
+
+    if not (isinstance(a, sympy.Expr) and isinstance(b, sympy.Expr)):
+        return True
+    names = sorted(a.free_symbols | b.free_symbols, key=str)
+    point = {name: sympy.Rational(7 + 3 * i, 5 + 2 * i) for i, name in enumerate(names)}
+    a, b = (sympy.N(side.subs(point), 150) for side in (a, b))
+    return not (a.is_number and b.is_number) or bool(abs(a - b) <= sympy.Float("1e-120", 150) * max(abs(a), abs(b)))
 
 
 # Sends itself the signal that does nothing, which seccomp must refuse. No program of a model runs before this was

@@ -80,11 +80,14 @@ def test_right_and_wrong(samples, gold, dedupe, right, wrong):
     assert right_and_wrong(question, gold, dedupe) == (right, wrong)
 
 
-@pytest.mark.parametrize("verdict", ["wrong", "unparsed", "timeout"])
-def test_every_verdict_but_correct_is_a_loser(verdict):
-    """Left out, the model would get no signal for the answer format."""
-    question = answered("q", replace(sample([5, 2], False), verdict=verdict), sample([8, 2], True))
-    assert right_and_wrong(question, None, True) == ([[8, 2]], [[5, 2]])
+@pytest.mark.parametrize("verdict, finished, losers", [
+    ("wrong", True, [[5, 2]]), ("unparsed", True, [[5, 2]]), ("timeout", True, []), ("copied", True, []),
+    ("timeout", False, [[5, 2]])])
+def test_losers_are_wrong_or_without_an_answer(verdict, finished, losers):
+    """Without the unparsed, the model would get no signal for the answer format. A right answer whose check ran out of
+    time was once trained against."""
+    question = answered("q", replace(sample([5, 2], False, finished), verdict=verdict), sample([8, 2], True))
+    assert right_and_wrong(question, None, True) == ([[8, 2]], losers)
 
 
 GOLD = [10, 11, 2]

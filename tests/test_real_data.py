@@ -93,10 +93,12 @@ def test_reft_programs():
 
 
 @NEEDS_MATH_VERIFY
-def test_case_table():
-    """All of tier "must", 95 % of "should"; the one "policy" we do not share is sys.exit()."""
+@pytest.mark.parametrize("name", ["grader_cases.jsonl", "grader_cases_2.jsonl"])
+def test_case_table(name):
+    """All of tier "must", 95 % of "should". "policy" that we do not share: sys.exit(), and formulas that are equal
+    but not worked out, which are right where the question does not have them."""
     missed = {"must": [], "should": [], "policy": []}
-    cases = [json.loads(line) for line in real("cases", "grader_cases.jsonl").read_text().splitlines()]
+    cases = [json.loads(line) for line in real("cases", name).read_text().splitlines()]
     for case in cases:
         got = grade(case["prediction_text"], case["gold"], case["dataset"], case["format"])
         if (got.verdict == "correct") != case["expected_correct"]:
@@ -104,7 +106,7 @@ def test_case_table():
     assert not missed["must"]
     should = sum(case["tier"] == "should" for case in cases)
     assert len(missed["should"]) <= 0.05 * should, missed["should"]
-    assert all("sys.exit" in why for _, why, _ in missed["policy"]), missed["policy"]
+    assert all("sys.exit" in why or "not worked out" in why for _, why, _ in missed["policy"]), missed["policy"]
 
 
 def test_rft_select_cases():

@@ -25,8 +25,9 @@ def sample(ids: list[int], right: bool, answer: str | None = "1") -> Sample:
 
 
 def test_equal_responses_of_a_question_count_once():
+    """Those that are neither right nor wrong, such as a timeout, count not at all."""
     first = Answered("a", "p", [1, 5], "1", [sample([3, 2], True), sample([3, 2], True), sample([4, 2], False)])
-    second = Answered("b", "p", [1, 6], "1", [sample([3, 2], False)])
+    second = Answered("b", "p", [1, 6], "1", [sample([3, 2], False), Sample([7, 2], True, "text", "timeout", None)])
     assert label([first, second]) == [
         Labelled("a", [1, 5], [3, 2], True), Labelled("a", [1, 5], [4, 2], False),
         Labelled("b", [1, 6], [3, 2], False)]

@@ -2,16 +2,26 @@
 import importlib.util
 import re
 import signal
+import time
+from dataclasses import replace
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data
+import evaluate
 import rewards
-from grading import latex
+import rft
+from evaluate import SampleOptions
+from grading import formats, latex, letters
 from grading.equations import arithmetic
+from infra.run import write_records
 from rewards import Grade, equations, equations_hold, grade
+from sample import Response
+from tools import evaluation
 
 NEEDS_MATH_VERIFY = pytest.mark.skipif(importlib.util.find_spec("math_verify") is None,
                                        reason="pip install 'math-verify[antlr4_13_2]'")
@@ -64,7 +74,7 @@ FINAL_ANSWER = [  # what follows "Final answer: ", verdict where the gold answer
     ("20\nNo.\nFinal answer: 18", "correct"),
     ("18\nNo.\nFinal answer: 20", "wrong"),
     ("18\n\nQuestion: 3+4?\nFinal answer: 7", "correct"),
-    *[(text, "unparsed") for text in ("18 * 2", "18 or 19", "18 dollars and 50 cents", "17-18", "18 million",
+    *[(text, "unparsed") for text in ("18 * 2", "18 or 19", "18 dollars and 50 cents", "17-18",
                                       "eighteen", "1,8", "18e3/2", "")],
 ]
 TRIGGER = [  # what follows "Therefore, the answer is: ", gold, verdict
@@ -99,6 +109,45 @@ NUMBERS = [  # format, text, gold, verdict
 @pytest.mark.parametrize("answer_format, text, gold, verdict", NUMBERS)
 def test_numbers(answer_format, text, gold, verdict):
     assert grade(text, gold, "svamp", answer_format).verdict == verdict
+
+
+NO_NUMBER = r"""7*6|6-4|4^3|6³|4**3|x²|\sqrt{49}|√49|\frac{8}{4}|8/4|4!|7x|6n|3i|4\pi|3\sqrt{5}|3(7)|(4+4)|x-7|x - 7
+7 x|7/x|7-|9%+9%|twice 6|half of 44|square root of 49|log 100|sqrt(49)|6 squared|7 plus tax|7 times 2|2 of 8|6 2/4|6 5/4
+4 4|7 and a half|7 and one third|7 dollars and forty cents|not 7|it isn't 7|never 7|7 is wrong|7 or more|neither 7
+more than 7|at least 7|up to 7|> 7|7±1|7 below zero|15% of 60 is 9|7. 8. 9.|7, 8|7 = 8|x=7, y=8|x = 7 or x = 8
+1.000,50|7 000"""
+NUMBER_SPELLINGS = {
+    "-7": ["–7", "—7", "−7", "- 7", "-$7", "$-7", "minus 7", "negative 7", "Negative $7"],
+    "7": ["+7", "$7$", r"\(7\)", r"\mathbf{7}", r"\text{7 cm}", r"\textcolor{red}{7}", "*7*", "It is **7**.",
+          r"7^\circ", r"7\%", "7km/h", "7 km/h", "7-year-old", "7 times as many", "7 cats and dogs", "7 = 14/2",
+          "14/2 = 7", "f(2) = 7", "3(2)+1 = 7", r"\sqrt{49} = 7", "7, not 8", "7 (not 8)", "7 because 3+4=7",
+          "seven (7)"],
+    "-0.5": ["-½", r"-\frac{1}{2}", "-1/2"],
+    "3.75": ["3¾", "3 3/4", "3 and 3/4", r"3\frac{3}{4}", r"3\dfrac34"],
+    "-3.75": ["-3 3/4", "-3¾"],
+    "7000": ["7k", "$7K", "7 thousand", "7'000", "7’000", r"7\,000", "7 × 10^3", r"7 \times 10^{3}", "0.7*10^4", "7e3"],
+    "2500000": ["2.5M", "$2.5 million", "$2.5m"],
+    "36": ["3 dozen"],
+    "0.007": ["7 x 10^-3"],
+}
+
+
+@pytest.mark.parametrize("phrase", re.split(r"[|\n]", NO_NUMBER))
+def test_no_number_is_picked_out_of_an_expression_or_a_denial(phrase):
+    """9*2 was 2, 3**2 was 32 (without its "bold"), \\sqrt{16} was 16, 5² was 5, and "not 18" was 18."""
+    assert rewards.read_number(phrase) is None
+
+
+@pytest.mark.parametrize("number, phrases", NUMBER_SPELLINGS.items())
+def test_usual_spellings_of_numbers(number, phrases):
+    """An en dash lost the sign, 3½ was 3, and 5k was 5."""
+    assert {phrase: rewards.read_number(phrase) for phrase in phrases} == dict.fromkeys(phrases, number)
+
+
+@pytest.mark.parametrize("answer, number", [("3 1/2", "3.5"), ("7*2", None), ("9 - 2", None), ("5 million", "5000000")])
+def test_the_hash_format_reads_the_line(answer, number):
+    """The first word alone made 3 of "3 1/2"."""
+    assert grade(f"So.\n#### {answer}\n", "3", "gsm8k") == Grade("wrong" if number else "unparsed", number)
 
 
 def test_one_vote():
@@ -141,6 +190,12 @@ LETTERS = [  # gold, verdict, what follows "Final answer: "
     ("3", "correct", ["3"]),
     ("3", "wrong", ["C"]),
     ("3", "unparsed", ["3.5 hours"]),
+    ("D", "unparsed", ["D is wrong", "(D) is not right", "D can't be it", "not D", "anything but D", "never (D)",
+                       "D C B A", "(D)(E)", "D. E.", "D/E", "D, C", "neither C nor D", "rule out D"]),
+    ("A", "unparsed", ["A) 5 B) 6 C) 7", "A. Days B. Nights C. Weeks", "A to D", "A is false", "A B C D", "(a)(b)(c)"]),
+    ("2", "unparsed", ["1. 2. 3. 4.", "(2)(3)", "2, 3"]),
+    ("D", "correct", ["C is wrong; the answer is D", "Not C. The answer is (D).", "D, not C",
+                      "D. A planet does not spin", "D. E. coli", "D is correct", "D because C is not hot", "D. 3 km"]),
 ]
 
 
@@ -190,6 +245,17 @@ SAME_SPELLING = [
     (r"\begin{pmatrix}1/5\\0\end{pmatrix}", r"\begin{pmatrix} \frac{1}{5} \\ 0 \end{pmatrix}"),
     ("x^{2}", "x^2"),
     (r"2 \tan x", r"2\tan x"),
+    (r"\alpha = 45^\circ", "45"), ("y_2=8", "8"), (r"h(x) = x^2", "x^2"), (r"m\angle B = 45^{\circ}", "45"),
+    (r"\overline{CD} = 8", "8"), ("(p,q) = (8, 9)", "(8,9)"), ("+8", "8"), (r"(0,+\infty)", r"(0,\infty)"),
+    (r"\boldsymbol{48}", "48"), (r"\mathbf{\frac38}", r"\frac{3}{8}"), ("3/-8", r"-\frac38"),
+    (r"\frac{3}{-8}", r"-\frac38"),
+    (r"\{ \}", r"\emptyset"), ("∅", r"\varnothing"), (r"\lbrace 8,9 \rbrace", r"\{8,9\}"), (r"8~\mathrm{g}", "8"),
+    (r"8\,\mathrm{m/s}^2", "8"), (r"8\operatorname{cm}", "8"), (r"5\mathrm{i}", "5i"),
+    (r"\left[\begin{array}{cc}8&9\end{array}\right]", r"\begin{bmatrix}8 & 9\end{bmatrix}"),
+    (r"\left(\begin{matrix}8\\9\\\end{matrix}\right)", r"\begin{pmatrix}8\\9\end{pmatrix}"),
+    (r"{\color{red}8}", "8"), (r"\textcolor{blue}{8}", "8"), (r"{\sqrt{3}\over 8}", r"\frac{\sqrt{3}}{8}"),
+    (r"3\over8", r"\frac38"), ("–8", "-8"), (r"x\geqslant 8", r"x \ge 8"), (r"x = 8 \text{ or } x = 9", "8,9"),
+    ("2 3/8", r"\frac{19}{8}"), (r"2\ 3/8", "2.375"), (r"12\,345", "12345"), (r"11,\! 222", "11222"),
 ]
 DIFFERENT = [  # answer, gold: decided without math-verify
     (r"\frac{2}{4}", r"\frac{1}{2}"),
@@ -210,6 +276,10 @@ DIFFERENT = [  # answer, gold: decided without math-verify
     (r"\text{Briana}", r"\text{Evelyn}"),
     (r"\begin{bmatrix}6\\3\end{bmatrix}", r"\begin{pmatrix}6\\3\end{pmatrix}"),
     ("__import__('os').abort()", "5"),
+    *[(answer, "34") for answer in ("3 4", r"3\ 4", r"3\,4", r"3\;4", "3~4", r"3\qquad 4")],
+    ("2 3/8", r"\frac{23}{8}"), ("2 3 x", "23x"), (r"5\mathrm{i}", "5"), ("13", "x^2+y^2=13"),
+    ("x^2+y^2", "x^2+y^2=13"),
+    ("x_2=8", "9"), ("(p,q)=(9,8)", "(8,9)"), (r"\frac{3}{-8}", r"\frac38"), (r"{1\over 3}", r"\frac12"),
 ]
 
 
@@ -239,9 +309,55 @@ def test_math_different(answer, gold, monkeypatch):
     ("2^{2006}", "2^{2005}", "wrong"),
     (r"(3,\pi/3)", r"\left(3,\frac{\pi}{2}\right)", "wrong"),
     (r"\frac", r"\sqrt{13}", "wrong"),
-    ("10^{1000000000}", "2^{2005}", "timeout")])
+    *[(*pair, "wrong") for pair in (  # within math-verify's tolerance
+        ("2^{-98}", "2^{-99}"), (r"\frac{1}{3^{50}}", r"\frac{1}{3^{51}}"), ("1-1", "e^{-100}"),
+        ("2^{-98}x", "2^{-99}x"), ("1+10^{-20}", r"\sqrt{1}"), (r"\sqrt{10^{40}+1}", "10^{20}"),
+        ("3.14159265358979", r"\pi"))],
+    ("2^{-99}", r"\frac{1}{2^{99}}", "correct"),
+    (r"0.7\sqrt2", r"\frac{7\sqrt2}{10}", "correct"),
+    ("3y^2+3x^2-39=0", "x^2+y^2=13", "correct"),
+    ("x^2+y^2=14", "x^2+y^2=13", "wrong"),
+    ("x^2-y^2=13", "x^2+y^2=13", "wrong"),
+    ("10^{1000000000}", "2^{2005}", "wrong"),
+    (r"\binom{1000000}{500000}", "2^{2005}", "timeout")])
 def test_math_verify(answer, gold, verdict):
     assert grade(rf"So $\boxed{{{answer}}}$.", gold, "math").verdict == verdict
+
+
+@NEEDS_MATH_VERIFY
+@pytest.mark.parametrize("prompt, answer, gold, verdict", [
+    (r"Simplify $\sqrt{ 75 }$.", r"\sqrt{75}", r"5\sqrt3", "copied"),
+    (r"Find \[\arctan \left( -1 \right).\]", r"\arctan(-1)", r"-\frac{\pi}{4}", "copied"),
+    (r"For \$5, what is $$x = \sqrt{75}?$$", r"\sqrt{75}", r"5\sqrt3", "copied"),
+    (r"Is $5\sqrt3$ real?", r"5\sqrt{3}", r"5\sqrt3", "correct"),
+    (r"Simplify $\sqrt{76}$.", r"\sqrt{75}", r"5\sqrt3", "correct"),
+    (r"Simplify $\sqrt{75}$.", r"\sqrt{74}", r"5\sqrt3", "wrong")])
+def test_copying_the_question_is_no_work(prompt, answer, gold, verdict):
+    """Any grader that asks a computer algebra system pays for \\sqrt{242} in the box where it was to be simplified."""
+    [[got]] = rewards.grade_all([[rf"So $\boxed{{{answer}}}$."]], [gold], "math", "boxed", [prompt])
+    assert got.verdict == verdict
+
+
+@NEEDS_MATH_VERIFY
+def test_copies_are_seen_wherever_samples_are_graded(tmp_path, monkeypatch, capsys):
+    """An evaluation, grading its file again, and RFT: without the prompt, each would take a copy for work."""
+    options = SampleOptions(task="math", prompt="plain")
+    problem = data.Problem("q", r"Simplify $\sqrt{75}$.", r"5\sqrt3", "")
+    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, encode=lambda text, *_: [3],
+                                decode=lambda ids: r"So $\boxed{\sqrt{75}}$.")
+    monkeypatch.setattr(evaluate, "sample_all", lambda *args: [[Response([5, 2], True)] * 2])
+    answered = evaluate.answer(None, tokenizer, [problem], options)
+    assert [sample.verdict for sample in answered[0].samples] == ["copied"] * 2
+    found = evaluate.summarize(answered, "math")
+    assert (found["accuracy"], found["pass@2"], found["verdicts"]) == (0, 0, {"copied": 1})
+
+    once_right = [replace(answered[0], samples=[replace(answered[0].samples[0], verdict="correct")])]
+    write_records(tmp_path / "samples.jsonl", once_right, {"task": "math", "marks": "boxed"})
+    evaluation.rescore(tmp_path / "samples.jsonl")
+    assert "q: correct in the file, copied now" in capsys.readouterr().out
+    config = rft.Config(task="math", prompt="plain", model="m")
+    assert rft.all_right_paths([answered[0].samples], [problem], config) == [[]]
+    assert rft.all_right_paths([answered[0].samples], [replace(problem, question="Simplify it.")], config) == [[0, 1]]
 
 
 @pytest.mark.parametrize("text, answer", [
@@ -307,21 +423,33 @@ def test_canonical_answers_grade_themselves(text, gold):
 
 
 LONG = 100_000
-SLOW_FOR_BACKTRACKING = """9|1,|1,000|$1|1 a |<<|<<1|\\boxed{|{|(|A or |Final answer: |#### |\n| |=1
-|\\frac{|```python\n|option |\\text{|1/|-""".split("|")
+NASTY = r"""9|1,|1,000|$1|1 a |1 1/|½|²|1'|1e|9.|×10^|<<|<<1|<<1+1=2>>|<<1=1>>|>|\boxed{|\fbox{x}|{|}|(|(A|)
+|[|A or |A. |C/|B, |/|/ |-|–|*|**|_|=|=1|x=|x_1=|(x,|\frac{|\text|\text{|\over|\sqrt|\mathrm{|\color{|\begin{array}|\\
+|\!|\,|$|$$|$ |&|,|. |'|"|`|```|```python|~~~|option|not |minus |n't |5k |thousand |answer is 
+|B is wrong; the answer is |Final answer: |#### |Final Answer: The final answer is |. I hope|def solution|é
+|٣""".replace("\n|", "|").split("|")
+NASTY += ["|", "\n", "\t", " ", "\r\n", "\0", "\ud800", "\n    ", "\n```\n", "\nQuestion:", "\ndef solution():\n"]
+MARKERS = [("hash", "#### C", "arc"), ("hash", "#### 5", "gsm8k"), ("final_answer", "Final answer: C. ", "arc"),
+           ("final_answer", "Final answer: ", "gsm8k"), ("final_answer", "Final answer: ", "math"),
+           ("boxed", r"\boxed{", "math"), ("trigger", "Therefore, the answer is: A", "mathqa"), ("boxed", "", "math"),
+           ("minerva", "Final Answer: The final answer is ", "math")]
 
 
-@pytest.mark.parametrize("piece", SLOW_FOR_BACKTRACKING)
-def test_long_texts_take_linear_time(piece):
-    """<<([^>]*)>> on 50,000 opening brackets and no closing one takes a minute, for example."""
-    body = piece * (LONG // len(piece))
-    for answer_format in FORMATS:
-        for dataset in ("gsm8k", "arc", "math"):
-            for marker in ("", "#### ", "Final answer: ", "Therefore, the answer is: "):
-                got = grade(f"{marker}{body}", "no answer", dataset, answer_format)
-                assert got.verdict in ("wrong", "unparsed")
-    assert grade("def solution():\n" + body, "72", "gsm8k", "python").verdict == "unparsed"
-    assert equations(body) == []
+@pytest.mark.parametrize("piece", NASTY)
+def test_no_text_takes_long(piece):
+    """<<([^>]*)>> takes a minute for 50,000 brackets; "Final answer: C. " and 16,000 slashes took 12 s here."""
+    body = (piece * LONG)[:LONG]
+    tasks = [lambda text=marker + body + "!", rest=(dataset, answer_format): grade(text, "no answer", *rest)
+             for answer_format, marker, dataset in MARKERS]
+    tasks += [lambda task=task: task(body) for task in (
+        equations, equations_hold, formats.program, latex.read_latex, letters.read_letter, rewards.read_number)]
+    for i, task in enumerate(tasks):
+        times = []
+        for _ in range(2):  # the faster one, since a busy machine is slow
+            start = time.process_time()
+            task()
+            times.append(time.process_time() - start)
+        assert min(times) < 0.1, i
 
 
 # --- equations ------------------------------------------------------------------------------------

@@ -33,10 +33,10 @@ def forever(*lines: str) -> str:
 
 # In these programs FILE is a file of ours, PORT a port on which we listen.
 HOSTILE = {
-    "endless loop": forever("1"),
+    "endless loop": forever("raise KeyboardInterrupt"),
     "endless loop outside the function": program() + "while True: pass\n",
     "sleeps": program("import time", "time.sleep(1000)"),
-    "swallows every exception": forever("raise KeyboardInterrupt"),
+    "uses the system's random numbers": program("import os", "os.urandom(1)"),
     "handles signals": "import signal\nfor s in range(1, 32):\n    try: signal.signal(s, signal."
     "SIG_IGN)\n    except Exception: pass\n" + forever("1"),
     "fork": program("import os", "os.fork()"),
@@ -50,7 +50,6 @@ HOSTILE = {
     "memory at once": program("x = [0] * 10**12"),
     "memory by doubling": program("x = 'x'", "while True: x += x"),
     "memory in small pieces": program("x = []", "while True: x.append(bytearray(1 << 20))"),
-    "memory and swallow": forever("x = bytearray(1 << 40)"),
     "os._exit": program("import os", "os._exit(0)"),
     "sys.exit": program("import sys", "sys.exit(72)"),
     "exit": program("exit(72)"),
@@ -254,10 +253,61 @@ def test_a_failing_trial_stops_the_server(monkeypatch):
         sandbox.serve("broken")
 
 
+@pytest.mark.parametrize("code", [
+    returns("int(list({'71', '72', '73'})[0])"),
+    returns("int(next(iter(frozenset('abcdefgh'))) == 'a')"),
+    "import random\n" + returns("random.random()"),
+    "import random\n" + returns("random.Random().random()"),
+    "import random\n" + program("random.seed()", "return random.random()"),
+    "import random\n" + returns("random.SystemRandom().random()"),
+    "import os\n" + returns("int.from_bytes(os.urandom(2), 'big')")])
+def test_the_same_program_gives_the_same_answer(code):
+    """-I ignores PYTHONHASHSEED, so the first of a set was another one in each server: right now, wrong later."""
+    answers = set()
+    for _ in range(3):
+        server = sandbox.Server("program")
+        outcome = server.run({"code": code})
+        server.process.stdin.close()
+        server.process.wait()
+        answers.add((outcome.status, outcome.value))
+    assert len(answers) == 1
+
+
+def test_verdicts_do_not_depend_on_load():
+    """Under a limit of wall-clock time 19 of 96 right programs timed out with 32 workers on 2 cores, and a file of
+    samples had an accuracy of 0.0 %, then of 100.0 %. Beside busy processes, this program takes several seconds."""
+    code = "import time\n" + program("end = time.process_time() + 0.8", "while time.process_time() < end: pass")
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2 * sandbox.usable_cores())]
+    try:
+        got = grade_programs([code] * 2, ["72"] * 2, "gsm8k", workers=32)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    assert [g.verdict for g in got] == ["correct"] * 2
+
+
+def test_workers_are_usable_cores_at_most(monkeypatch):
+    """A batch system that gives 2 of 64 cores would share them among 64 programs at once."""
+    asked = []
+    monkeypatch.setattr(sandbox.os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    monkeypatch.setattr(sandbox, "_server", lambda kind, worker, pid: asked.append(worker) or sandbox.Server(kind))
+    monkeypatch.setattr(sandbox.Server, "run", lambda self, job: sandbox.Outcome("done", "72"))
+    assert [g.verdict for g in grade_programs([GOOD] * 9, ["72"] * 9, "gsm8k", workers=64)] == ["correct"] * 9
+    assert asked == [0, 1]
+
+
 @pytest.mark.parametrize("code, gold, verdict", [
     (GOOD, "72", "correct"),
+    *[(f"{fence}\n{GOOD}\n```\nThat is it.", "72", "correct") for fence in (
+        "```python3", "```Python", "```py3", "``` python", "```", "~~~python", '```python title="a.py"')],
+    (f"```python\n{GOOD}\n```".replace("\n", "\r\n"), "72", "correct"),
+    (f"{GOOD}\n```", "72", "correct"),
+    (f"{GOOD}\n```\nIt returns 72.", "72", "correct"),
+    (f"The plan:\n```\nadd the two\n```\nThe program:\n```python\n{GOOD}\n```", "72", "correct"),
+    (f"```python\n{returns('71')}\n```\nNo:\n```python\n{GOOD}\n```\n```\n72\n```", "72", "correct"),
+    ("1. Write:\n   ```python\n   def solution():\n       return 72\n   ```", "72", "correct"),
     ("def solution():\n    a = 48\n\n    b = 24\n    return a + b", "72", "correct"),
-    ("```python\n" + GOOD + "\n```\nThat is it.", "72", "correct"),
     (GOOD + "\n\nQuestion:\nNext?\nAnswer reasoning:\ndef solution():\n    x", "72", "correct"),
     (GOOD + "\n\nThis program returns 72.", "72", "correct"),
     (GOOD + "\n\nprint(solution() / 0)", "72", "correct"),
@@ -288,11 +338,6 @@ def test_programs(code, gold, verdict):
 def test_letter_programs(value, verdict):
     """str(None) is "none", and the authors read it as a wrong answer, so that every crash earned a reward of 0.1."""
     assert grade(returns(value), "a", "mathqa", "python").verdict == verdict
-
-
-def test_random_programs_are_repeatable():
-    code = "import random\n" + returns("random.random()")
-    assert len({grade(code, "0", "gsm8k", "python").answer for _ in range(3)}) == 1
 
 
 def test_sympy_programs():

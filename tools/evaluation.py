@@ -51,7 +51,8 @@ def rescore(path: Path) -> None:
         raise SystemExit(f"{path} does not say its task and how answers are marked, so they cannot be graded again")
     if task == "math":
         require_math_verify()
-    grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], task, marks)
+    grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], task, marks,
+                       [q.prompt for q in before])
     after = [replace(question, samples=[replace(sample, **asdict(verdict)) for sample, verdict in zip(
         question.samples, group)]) for question, group in zip(before, grades)]
     for old, new in zip(before, after):

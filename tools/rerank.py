@@ -53,9 +53,10 @@ class Labelled(Example):
 
 
 def label(answered: list[Answered]) -> list[Labelled]:
-    """Step 1. A question's equal responses count once."""
+    """Step 1. A question's equal responses count once, and those that are neither right nor wrong do not count."""
     return [Labelled(question.id, question.prompt_ids, list(ids), right) for question in answered
-            for ids, right in {tuple(s.ids): s.right for s in question.samples}.items()]
+            for ids, right in {tuple(s.ids): s.right for s in question.samples
+                                if s.verdict in ("correct", "wrong", "unparsed")}.items()]
 
 
 class RewardModel(nn.Module):
