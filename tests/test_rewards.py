@@ -343,7 +343,7 @@ def test_copies_are_seen_wherever_samples_are_graded(tmp_path, monkeypatch, caps
     """An evaluation, grading its file again, and RFT: without the prompt, each would take a copy for work."""
     options = SampleOptions(task="math", prompt="plain")
     problem = data.Problem("q", r"Simplify $\sqrt{75}$.", r"5\sqrt3", "")
-    tokenizer = SimpleNamespace(bos_id=1, eos_id=2, encode=lambda text, *_: [3],
+    tokenizer = SimpleNamespace(bos_id=1, eos_ids=(2,), encode=lambda text, *_: [3],
                                 decode=lambda ids: r"So $\boxed{\sqrt{75}}$.")
     monkeypatch.setattr(evaluate, "sample_all", lambda *args: [[Response([5, 2], True)] * 2])
     answered = evaluate.answer(None, tokenizer, [problem], options)
@@ -425,10 +425,10 @@ def test_canonical_answers_grade_themselves(text, gold):
 LONG = 100_000
 NASTY = r"""9|1,|1,000|$1|1 a |1 1/|½|²|1'|1e|9.|×10^|<<|<<1|<<1+1=2>>|<<1=1>>|>|\boxed{|\fbox{x}|{|}|(|(A|)
 |[|A or |A. |C/|B, |/|/ |-|–|*|**|_|=|=1|x=|x_1=|(x,|\frac{|\text|\text{|\over|\sqrt|\mathrm{|\color{|\begin{array}|\\
-|\!|\,|$|$$|$ |&|,|. |'|"|`|```|```python|~~~|option|not |minus |n't |5k |thousand |answer is 
+|\!|\,|$|$$|$ |&|,|. |'|"|`|```|```python|~~~|option|not |minus |n't |5k |thousand
 |B is wrong; the answer is |Final answer: |#### |Final Answer: The final answer is |. I hope|def solution|é
 |٣""".replace("\n|", "|").split("|")
-NASTY += ["|", "\n", "\t", " ", "\r\n", "\0", "\ud800", "\n    ", "\n```\n", "\nQuestion:", "\ndef solution():\n"]
+NASTY += ["|", "\n", "\t", " ", "\r\n", "\0", "\ud800", "\n    ", "\n```\n", "\nQuestion:", "answer is ", "\ndef solution():\n"]
 MARKERS = [("hash", "#### C", "arc"), ("hash", "#### 5", "gsm8k"), ("final_answer", "Final answer: C. ", "arc"),
            ("final_answer", "Final answer: ", "gsm8k"), ("final_answer", "Final answer: ", "math"),
            ("boxed", r"\boxed{", "math"), ("trigger", "Therefore, the answer is: A", "mathqa"), ("boxed", "", "math"),

@@ -61,7 +61,7 @@ def rescore(path: Path) -> None:
                 print(printable(f"{old.id}: {a.verdict} in the file, {b.verdict} now; answer {b.answer}, "
                                 f"gold {old.gold}"))
     print(f"{path}: {task}, answers marked as {marks}")
-    print_shares(f"{task} {settings['split']}", summarize(after, task))
+    print_shares(f"{task} {settings.get('split', '')}".strip(), summarize(after, task))
 
 
 def print_shares(name: str, found: dict) -> None:
