@@ -428,7 +428,8 @@ NASTY = r"""9|1,|1,000|$1|1 a |1 1/|½|²|1'|1e|9.|×10^|<<|<<1|<<1+1=2>>|<<1=1>
 |\!|\,|$|$$|$ |&|,|. |'|"|`|```|```python|~~~|option|not |minus |n't |5k |thousand
 |B is wrong; the answer is |Final answer: |#### |Final Answer: The final answer is |. I hope|def solution|é
 |٣""".replace("\n|", "|").split("|")
-NASTY += ["|", "\n", "\t", " ", "\r\n", "\0", "\ud800", "\n    ", "\n```\n", "\nQuestion:", "answer is ", "\ndef solution():\n"]
+NASTY += ["|", "\n", "\t", " ", "\r\n", "\0", "\ud800", "\n    ", "\n```\n", "\nQuestion:", "answer is ",
+          "\ndef solution():\n"]
 MARKERS = [("hash", "#### C", "arc"), ("hash", "#### 5", "gsm8k"), ("final_answer", "Final answer: C. ", "arc"),
            ("final_answer", "Final answer: ", "gsm8k"), ("final_answer", "Final answer: ", "math"),
            ("boxed", r"\boxed{", "math"), ("trigger", "Therefore, the answer is: A", "mathqa"), ("boxed", "", "math"),
