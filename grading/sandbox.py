@@ -30,7 +30,6 @@ import ctypes
 import json
 import os
 import platform
-import resource
 import select
 import signal
 import struct
@@ -230,6 +229,7 @@ def work_alone(work, job: dict, writer: int, sealed: bool, calls: bytes | None) 
 
 
 def limit(sealed: bool) -> None:
+    import resource  # here, since Windows has none
     limits = {"CPU": CPU_SECONDS, "CORE": 0}
     if sealed:
         limits |= {"FSIZE": 0, "NPROC": 0, "NOFILE": 1}

@@ -6,7 +6,6 @@ Each step of a run is a file (`once`). Run the same command again and it continu
 """
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -151,13 +150,14 @@ def lock(run: Path) -> None:
         return
     file = open(run / "lock", "a+", encoding="utf-8")
     try:
+        import fcntl  # here, since Windows has none
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         raise SystemExit(f"{run} is in use: {file.read().strip() or 'by another process'}. Wait for it, or stop it, or "
                          "give another --run_dir.") from None
-    except OSError as error:
-        print(f"warning: {run} cannot be locked ({error.strerror}): make sure that no other run uses it")
+    except (OSError, ImportError) as error:
+        print(f"warning: {run} cannot be locked ({error}): make sure that no other run uses it")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}: "
                f"{' '.join(sys.argv)}\n")

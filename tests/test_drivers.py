@@ -75,7 +75,7 @@ def test_kinds_of_flags():
     ("--temperature 0.8 -1", "--temperature -1.0: must be at least 0"), ("--batch_size 0", "--batch_size 0"),
     ("--warmup_share 1.1", "--warmup_share 1.1: must be at most 1"), ("--epochs 0", "--epochs 0"),
     ("--max_steps -1", "--max_steps -1"), ("--save_every 0", "--save_every 0"), ("--max_pairs -1", "--max_pairs -1"),
-    ("--micro_batch_tokens 0", "--micro_batch_tokens 0"), ("--precision fp16", "--precision fp16: choose from auto, bf16"),
+    ("--micro_batch_tokens 0", "--micro_batch_tokens 0"), ("--precision fp16", "--precision fp16: choose from auto"),
     ("--lr_schedule step", "--lr_schedule step"), ("--prompt none", "--prompt none"), ("--preset bad", "--alpha -2"),
     ("--task gsm9k", "--task gsm9k: choose from toy"), ("--start_from nowhere", "--start_from nowhere"),
     ("--method ppo", "--method ppo: choose from irpo, sft_chosen, sft_gold"),

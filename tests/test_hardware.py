@@ -1,5 +1,7 @@
 """The device, the precision and the threads that a run chooses, and keeps."""
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +12,7 @@ import torch
 from infra import hardware, parallel
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions, dtype_of, faster_precision, idle_cores, usable_cores
-from infra.run import open_run
+from infra.run import ROOT, open_run
 from train import autocast
 
 
@@ -142,6 +144,15 @@ def test_a_thread_for_each_idle_core(busy, idle, monkeypatch, two_cores):
     monkeypatch.setattr(Path, "exists", lambda path: True)
     monkeypatch.setattr(Path, "read_text", lambda path: f"cpu {next(used) * ticks:.0f} 0 0 99 99 0 0 0 0 0\ncpu0 1\n")
     assert idle_cores() == idle
+
+
+def test_everything_imports_without_unix():
+    """Windows has neither fcntl nor resource, nor os.fork: training and sampling do not need them."""
+    code = ("import os, sys; sys.modules |= dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp'))\n"
+            "del os.fork, os.sched_getaffinity, os.killpg\n"
+            "import irpo, rft, reft, evaluate, tools.sft, tools.chat, tools.report, tools.bench")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_cores_that_may_not_be_used_do_not_count(monkeypatch):
