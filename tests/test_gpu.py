@@ -107,11 +107,10 @@ def test_the_cache_holds_what_is_free():
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_runs(precision, base, small_world, tmp_path):
     """IRPO, and ReFT with both of its critics, from the base model to results.json."""
-    models = {}
-    for module, name, flags in ((irpo, "irpo", SMALL), (reft, "shared", REFT), (reft, "separate", [*REFT, "--critic",
-                                                                                                 "separate"])):
-        call(module, *flags, "--model", base, "--precision", precision, "--run_dir", tmp_path / name)
-        rows = read_json(tmp_path / name / "results.json")
-        assert [row["accuracy"] for row in rows if row["split"] == "test"]
-        models[name] = [model_hash(path) for path in sorted((tmp_path / name).glob("iter*/model"))]
-    assert len({*sum(models.values(), [])}) == len(sum(models.values(), [])) >= 5
+    for module, name, flags in ((irpo, "irpo", SMALL), (reft, "shared", REFT),
+                                (reft, "separate", [*REFT, "--critic", "separate"])):
+        run = tmp_path / name
+        call(module, *flags, "--model", base, "--precision", precision, "--run_dir", run)
+        assert len([row["accuracy"] for row in read_json(run / "results.json") if row["split"] == "test"]) >= 2
+        first, *_, last = sorted(run.glob("iter*/model"))
+        assert len({model_hash(base), model_hash(first), model_hash(last)}) == 3
