@@ -55,7 +55,8 @@ def link_faults(text: str, folder: Path) -> list[str]:
             continue
         if not path.exists() or anchor and anchor not in anchors(path.read_text() if target else text):
             faults.append(f"{target}#{anchor}")
-        if (named := re.match(r"`([\w/]+\.py)", label)) and path.resolve() != ROOT / named[1]:
+        named = re.match(r"`([\w/]+\.py)", label)
+        if named and path.resolve() not in (ROOT / named[1], ROOT / "tests" / named[1]):
             faults.append(f"{label} leads to {target}")
     return faults
 
@@ -67,12 +68,15 @@ def anchors(text: str) -> set[str]:
 
 
 def name_faults(text: str) -> list[str]:
-    """Check `file.py:name`, `name()`, and paths of ours."""
+    """Check `file.py:name`, `test_file.py::test_name`, `name()`, and paths of ours."""
     faults = []
     for span in code_spans(text):
         if match := re.fullmatch(r"([\w/]+\.py)(?::(\w+))?", span):
             path, name = ROOT / match[1], match[2]
             known = path.exists() and (not name or name in defined(path))
+        elif match := re.fullmatch(r"(\w+\.py)::(\w+)", span):
+            path = ROOT / "tests" / match[1]
+            known = path.exists() and match[2] in defined(path)
         elif match := re.fullmatch(r"(\w+)\(.*\)", span):
             known = any(match[1] in defined(path) for path in SOURCES)
         else:
@@ -134,7 +138,8 @@ python irpo.py --not_shown_as_code, and `python -m pytest -q`
     '`make irpo ARGS="--alhpa 0"`', "`.venv/bin/python -u irpo.py --alhpa 0`", "`python -m tools.sweep ifrt`",
     "`torchrun --nproc_per_node 8 irpo.py --alhpa 0`", "`python irpo.py --method ppo --model DIR`", "`--alhpa`",
     "`irpo.py --alhpa 0`", "[x](nothing.md)", "[x](LOG.md#no-such-heading)", "[x](#nowhere)", "![x](no.png)",
-    "[`irpo.py:main`](rft.py)", "`irpo.py:make_pears`", "`nothing.py`", "`make_pears(right)`", "`grades/`"])
+    "[`irpo.py:main`](rft.py)", "`irpo.py:make_pears`", "`nothing.py`", "`make_pears(right)`", "`grades/`",
+    "`test_irpo.py::test_pears`", "`test_nothing.py::test_pairs`"])
 def test_faults_are_seen(text):
     assert len(link_faults(text, ROOT) + guide_faults(text, "README")) == 1
 
