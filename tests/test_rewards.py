@@ -425,7 +425,7 @@ def test_canonical_answers_grade_themselves(text, gold):
 LONG = 100_000
 NASTY = r"""9|1,|1,000|$1|1 a |1 1/|½|²|1'|1e|9.|×10^|<<|<<1|<<1+1=2>>|<<1=1>>|>|\boxed{|\fbox{x}|{|}|(|(A|)
 |[|A or |A. |C/|B, |/|/ |-|–|*|**|_|=|=1|x=|x_1=|(x,|\frac{|\text|\text{|\over|\sqrt|\mathrm{|\color{|\begin{array}|\\
-|\!|\,|$|$$|$ |&|,|. |'|"|`|```|```python|~~~|option|not |minus |n't |5k |thousand |answer is 
+|\!|\,|$|$$|$ |&|,|. |'|"|`|```|```python|~~~|option|not |minus |n't |5k |thousand |answer is
 |B is wrong; the answer is |Final answer: |#### |Final Answer: The final answer is |. I hope|def solution|é
 |٣""".replace("\n|", "|").split("|")
 NASTY += ["|", "\n", "\t", " ", "\r\n", "\0", "\ud800", "\n    ", "\n```\n", "\nQuestion:", "\ndef solution():\n"]
