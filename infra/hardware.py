@@ -15,7 +15,7 @@ import torch
 
 from infra import parallel
 from infra.config import Options, option
-from infra.run import read_json
+from infra.run import is_run, read_json
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -30,8 +30,8 @@ class ComputeOptions(Options):
     def settled(self) -> "ComputeOptions":
         """Choose what is left open, as an earlier part of the run did where there was one; say so, and use it."""
         use_device(self.device)
-        path = Path(getattr(self, "run_dir", "")) / "config.json"
-        before = read_json(path) if path.is_file() else {}
+        run = Path(getattr(self, "run_dir", ""))
+        before = read_json(run / "config.json") if is_run(run) else {}
         precision, threads, why = self.precision, self.threads, "as asked"
         if precision == "auto":
             precision, why = (before["precision"], "as before") if "precision" in before else faster_precision()

@@ -127,6 +127,8 @@ def test_a_resumed_run_keeps_its_precision_and_its_threads(monkeypatch, capsys, 
     assert torch.get_num_threads() == 1
     with pytest.raises(SystemExit, match="precision: 'bf16' there, 'fp32' now"):
         open_run(settled(capsys, *here, "--precision", "fp32")[0])
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"precision": "int4"}')  # not of a run
     other, said = settled(capsys, "--run_dir", str(tmp_path / "other"))
     assert (other.precision, other.threads) == ("fp32", 1) and "the machine is busy: 1 of 2 cores are idle" in said
 
