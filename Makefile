@@ -43,7 +43,7 @@ test: lint  ## lint and all tests, without network once the packages are there
 data: setup  ## a task's data set, into downloads/TASK: make data TASK=gsm8k
 	$(PY) -m data.download --task $(TASK) $(ARGS)
 
-base:  ## the toy world's base model M_0, runs/base-sSEED (about 2 minutes); rft-base: RFT's
+base:  ## the toy world's base model M_0, runs/base-sSEED (about 3 minutes); rft-base: RFT's
 base rft-base: setup
 	$(PY) train.py --preset $(subst -,_,$@) --seed $(SEED) --run_dir runs/$@-s$(SEED)
 
@@ -63,7 +63,7 @@ ifneq ($(strip $(ARGS)),)
 irpo rft reft:
 	$(RUN) $@.py --preset toy --model runs/$<-s$(SEED)/model --seed $(SEED) $(ARGS)
 else
-irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners (7 minutes)
+irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners (11 minutes)
 	$(IRPO) runs/irpo-s$(SEED)
 	$(IRPO) runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
 	$(IRPO) runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
