@@ -23,9 +23,6 @@ from model import KVCache, Llama, pad
 
 BLOCK = 64  # tokens are drawn in two steps: first a block of the vocabulary, then a token of the block
 PREFILL_TOKENS = 2048  # prompts of similar length are computed together, up to this many tokens
-# Bytes. A larger model is read from memory at every step, so rows that finish are taken over. Of a smaller one on a CPU
-# attention costs most, and rows that begin together look at no more columns than they must.
-SMALL_MODEL = 2**26
 
 
 @dataclass(frozen=True)
@@ -209,30 +206,27 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
                              f"({model.config.max_length} positions) with max_new_tokens={max_new_tokens}")
     responses: list[list[Response]] = [[None] * num_samples for _ in prompts]
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the shortest is last, and next
-    weight, parameters = model.lm_head.weight, sum(p.numel() for p in model.parameters())
-    on_gpu = weight.device.type == "cuda"
-    together = not weight.is_cuda and parameters * weight.element_size() < SMALL_MODEL
-    questions = max(1, batch_rows // num_samples) if together else len(prompts)
-    while waiting:
-        waiting, coming = waiting[:-questions], waiting[-questions:]
-        batch = Batch(model, len(prompts[coming[0]]), len(coming), num_samples, max_new_tokens, batch_rows,
-                      cache_tokens or cache_budget(model), temperature=temperature, top_p=top_p, top_k=top_k,
-                      eos_ids=eos_ids, seed=seed)
-        step = recorded(batch) if on_gpu else batch.step
-        while coming or any(batch.owner):
-            while coming and (room := batch.room()):
-                starting = [coming.pop()]  # the next is never shorter, and all are padded to the length of the last
-                while (coming and len(starting) < len(room)
-                       and (len(starting) + 1) * len(prompts[coming[-1]]) <= PREFILL_TOKENS):
-                    starting.append(coming.pop())
-                batch.begin({i: prompts[i] for i in starting}, room[:len(starting)])
-            batch.decode(step, 1 / 2 if on_gpu and not coming else 1 / 8)
-            finished = list(batch.take_finished())
-            for question, sample, response in finished:
-                responses[question][sample] = response
-            progress(len(finished), sum(len(response.ids) for _, _, response in finished))
-            if not coming and any(batch.owner):
-                batch.shrink()
+    if not waiting:
+        return responses
+    batch = Batch(model, len(prompts[waiting[0]]), len(prompts), num_samples, max_new_tokens, batch_rows,
+                  cache_tokens or cache_budget(model), temperature=temperature, top_p=top_p, top_k=top_k,
+                  eos_ids=eos_ids, seed=seed)
+    on_gpu = batch.device.type == "cuda"
+    step = recorded(batch) if on_gpu else batch.step
+    while waiting or any(batch.owner):
+        while waiting and (room := batch.room()):
+            starting = [waiting.pop()]  # the next is never shorter, and all are padded to the length of the last
+            while (waiting and len(starting) < len(room)
+                   and (len(starting) + 1) * len(prompts[waiting[-1]]) <= PREFILL_TOKENS):
+                starting.append(waiting.pop())
+            batch.begin({i: prompts[i] for i in starting}, room[:len(starting)])
+        batch.decode(step, 1 / 2 if on_gpu and not waiting else 1 / 8)
+        finished = list(batch.take_finished())
+        for question, sample, response in finished:
+            responses[question][sample] = response
+        progress(len(finished), sum(len(response.ids) for _, _, response in finished))
+        if not waiting and any(batch.owner):
+            batch.shrink()
     return responses
 
 

@@ -81,14 +81,11 @@ def test_a_response_ends_with_eos_if_and_only_if_finished(max_new_tokens):
         assert sooner == Response(response.ids[:end], {EOS, 7} & {*response.ids} != set())
 
 
-@pytest.mark.parametrize("small_model", [0, sample.SMALL_MODEL])
 @pytest.mark.parametrize("changes", [{}, dict(batch_rows=1), dict(batch_rows=10), dict(batch_rows=25),
                                      dict(cache_tokens=500)], ids=str)
-def test_nothing_but_seed_prompt_and_sample_number_matters(alone, changes, small_model, monkeypatch):
+def test_nothing_but_seed_prompt_and_sample_number_matters(alone, changes):
     """Whoever adds a question, drops one or reorders them, and whatever fits into a batch: a question's responses are
-    those it gets alone. It takes over rows with old keys, values and lengths in them, next to rows halfway; or of a
-    small model, begins in a batch of rows of one age."""
-    monkeypatch.setattr(sample, "SMALL_MODEL", small_model)
+    those it gets alone. It takes over rows with old keys, values and lengths in them, next to rows halfway."""
     model, prompts, order = tiny_model(), some_prompts(), [3, 5, 0, 13, 4, 11, 1, 2, 8]
     torch.manual_seed(len(str(changes)))  # no say in it either
     assert some_responses(model, prompts, **changes) == alone
@@ -122,10 +119,9 @@ class Watched:
 
 
 @pytest.mark.parametrize("batch_rows, cache_tokens", [(12, None), (9, None), (1024, 500), (1024, 900)])
-def test_finished_rows_make_room_within_the_budget(alone, batch_rows, cache_tokens, monkeypatch):
+def test_finished_rows_make_room_within_the_budget(alone, batch_rows, cache_tokens):
     """Memory that grows with the number of questions runs out; rows that wait for the longest are wasted. The rate
     that is logged is of responses and their tokens, not of steps or padding, and it is told while work continues."""
-    monkeypatch.setattr(sample, "SMALL_MODEL", 0)
     watched = Watched(tiny_model(), prompts=some_prompts(), batch_rows=batch_rows, cache_tokens=cache_tokens)
     assert watched.responses == alone
     assert sum(busy > 0 for busy in watched.busy) >= 3
@@ -138,15 +134,6 @@ def test_finished_rows_make_room_within_the_budget(alone, batch_rows, cache_toke
     tokens = sum(len(response.ids) for response in sum(alone, []))
     assert [sum(numbers) for numbers in zip(*watched.told)] == [len(alone) * SAMPLES, tokens]
 
-
-def test_rows_of_a_small_model_begin_together(alone):
-    """Attention looks at as many columns as the oldest row has. With rows of all ages that was twice as many as most of
-    them needed, and sampling took up to 1.8 times as long."""
-    watched = Watched(tiny_model(), prompts=some_prompts(), batch_rows=9)
-    assert watched.responses == alone
-    prefills = [i for i, (_, length) in enumerate(watched.shapes) if length > 1]
-    between_steps = [busy for i, busy in zip(prefills, watched.busy) if i and watched.shapes[i - 1][1] == 1]
-    assert len(between_steps) >= 3 and not any(between_steps)
 
 
 def test_the_default_budget_is_1_gib():
