@@ -112,9 +112,10 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
         optimizer.step()
     else:
         check_weights(model)
-    if not finite and not options.skip_nonfinite:
-        raise SystemExit(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
-                         f"{[item.id for part in parts for item in part]}. Try a smaller --lr, or --skip_nonfinite.")
+        if not options.skip_nonfinite:
+            raise SystemExit(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
+                             f"{[item.id for part in parts for item in part]}. Try a smaller --lr, or "
+                             "--skip_nonfinite.")
     optimizer.zero_grad()
     return values | {"grad_norm": [norm]} | ({"skipped": [float(not finite)]} if options.skip_nonfinite else {})
 
@@ -188,7 +189,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
                 group["lr"] = rate
             record = {"step": step, "lr": rate, **step_once(step)}
             records.append(record)
-            if (skipped := sum(record.get("skipped", 0) for record in records)) > steps / 2:
+            if record.get("skipped") and (skipped := sum(r.get("skipped", 0) for r in records)) > steps / 2:
                 raise SystemExit(f"{skipped:g} of {steps} steps were skipped, since their loss or gradient was not "
                                  "finite: that is no training, and no model is saved. Try a smaller --lr.")
             bar.advance(1, record["tokens"], **{name: record[name] for name in shown if name in record})
