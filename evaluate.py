@@ -5,6 +5,7 @@ Nothing here chooses anything: a method that picks a checkpoint or a setting doe
     python evaluate.py --preset toy --model runs/base-s0/model    # see tools/evaluation.py
 """
 import math
+import os
 import runpy
 import warnings
 from collections import Counter
@@ -22,9 +23,9 @@ from infra.config import option
 from infra.hardware import ComputeOptions
 from infra.parallel import collected, dealt, gather, rank, world
 from infra.progress import Progress
-from infra.run import once, write_json
+from infra.run import hash_of, once, write_json
 from model import Llama
-from rewards import grade_all
+from rewards import grade_all, reward_all
 from sample import Response, cache_budget, generate
 
 Z = 1.959964  # 97.5 % of a normal distribution is below this many standard deviations
@@ -38,6 +39,7 @@ class Sample:
     text: str
     verdict: str
     answer: str | None
+    score: float | None = None  # by a reward of your own
 
     @property
     def right(self) -> bool:
@@ -66,6 +68,25 @@ class SampleOptions(TaskOptions, ComputeOptions):
                              low=1, free=True)
     tensor_parallel: int = option(1, "ranks that hold one sampling model together, where it is too large for one "
                                   "device", low=1, free=True)
+    reward: str = option("", "FILE.py:function of your own, (text, problem) -> number or verdict: it judges responses "
+                         "to train on, in place of the task's grader, which still measures dev and test")
+    right_at: float = option(1.0, "a response with this reward or more is right")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        file, colon, name = self.reward.rpartition(":")
+        if self.reward and not (colon and file.endswith(".py") and os.path.isfile(file) and name.isidentifier()):
+            raise ValueError(f"--reward {self.reward}: name a file that exists and a function in it, FILE.py:function")
+        if self.right_at != 1 and not self.reward:
+            raise ValueError(f"--right_at {self.right_at} is for a --reward of your own")
+
+    def own_files(self) -> dict[str, Path]:
+        return super().own_files() | ({"reward": Path(self.reward.rpartition(":")[0])} if self.reward else {})
+
+    @property
+    def reward_hash(self) -> str:
+        """All that a reward's verdicts depend on; "" without one."""
+        return hash_of(self.own_files()["reward"], self.reward, self.right_at) if self.reward else ""
 
 
 REMEDIES = {  # of what makes an accuracy say little about a model
@@ -78,16 +99,19 @@ REMEDIES = {  # of what makes an accuracy say little about a model
 # --- sampling and grading --------------------------------------------------------------------------
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *, num_samples: int = 1,
-           temperature: float = 0.0, seed: int = 0, label: str = "") -> list[Answered]:
+           temperature: float = 0.0, seed: int = 0, label: str = "", reward: bool = False) -> list[Answered]:
     """Sample num_samples responses to each problem and grade them; every rank returns all answers.
 
-    An empty label hides the progress bar.
+    An empty label hides the progress bar. reward: the judge is --reward, where one is given.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
-    grades = grade_all(texts, [problem.answer for problem in problems], options.task, options.marks,
-                       [options.prompt_text(problem) for problem in problems])
+    if reward and options.reward:
+        grades = reward_all(texts, problems, options.reward, options.right_at)
+    else:
+        grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
+                           [options.prompt_text(problem) for problem in problems])
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
     return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group)
@@ -111,7 +135,7 @@ class Sampler:
 
 
 def answer_once(path: Path, directory: str, problems: list[data.Problem], options: SampleOptions, *, split: str,
-                num_samples: int, temperature: float, seed: int, label: str,
+                num_samples: int, temperature: float, seed: int, label: str, reward: bool = False,
                 sampler: Sampler | None = None) -> list[Answered]:
     """Answer problems with the model of a directory, unless the file `path` already holds the result.
 
@@ -122,12 +146,12 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
 
     def make() -> list[Answered]:
         return answer(*sampler.loaded, problems, options, num_samples=num_samples, temperature=temperature, seed=seed,
-                      label=label)
+                      label=label, reward=reward)
 
     settings = {field.name: getattr(options, field.name) for field in fields(SampleOptions)
                 if not field.metadata["free"]}
     settings |= dict(marks=options.marks, split=split, weights=sampler.weights, num_samples=num_samples,
-                     temperature=temperature, seed=seed)
+                     temperature=temperature, seed=seed, reward_hash=options.reward_hash if reward else "")
     answered = once(path, make, Answered, settings)
     if split == "train" and not any(sample.finished for question in answered for sample in question.samples):
         raise SystemExit(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "

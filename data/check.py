@@ -4,7 +4,7 @@ from pathlib import Path
 import data
 from checkpoint import load_config
 from infra.run import read_json
-from rewards import grade_all
+from rewards import grade_all, reward_all
 
 
 def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[data.Problem] = ()) -> None:
@@ -12,9 +12,6 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
 
     others: problems of other splits, which will only be asked.
     """
-    if others and Path(config.path).is_file():
-        raise SystemExit(f"--path {config.path}: give the folder with the data set's files, since train, dev and test "
-                         "are different files")
     shape, prompts = load_config(config.model), [config.prompt_ids(tokenizer, p) for p in [*problems, *others]]
     golds = [(ids, p.answer) for p in problems if (ids := config.gold_ids(tokenizer, p))]
     longest = max(map(len, prompts))
@@ -33,7 +30,7 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
         raise SystemExit(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "
                          "text, or the tokenizer adds another")
     texts = [tokenizer.decode(ids) for ids, _ in golds]
-    grades = [group[0] for group in grade_all([[text] for text in texts], [gold for _, gold in golds], config.task,
+    grades = [group[0] for group in grade_all([[text] for text in texts], [gold for _, gold in golds], config.kind,
                                               config.marks)]
     right = sum(verdict.verdict == "correct" for verdict in grades)
     print(f"check: {len(prompts)} prompts fit, and {right} of {len(golds)} gold solutions are graded correct")
@@ -42,6 +39,11 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
         raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task. The first gold "
                          f"solution that fails, as the tokenizer decodes it:\n{texts[i]}\nverdict {grades[i].verdict}, "
                          f"answer {grades[i].answer}, gold answer {golds[i][1]}")
+    if config.reward:
+        first = next((problem for problem in problems if problem.solution), problems[0])
+        [[verdict]] = reward_all([[*texts[:1], first.answer][:1]], [first], config.reward, config.right_at)
+        print(f"check: --reward gives the first gold {'solution' if texts else 'answer'} {verdict.score:g}, so it is "
+              f"{verdict.verdict}")
     warn_if_trained_otherwise(config)
 
 

@@ -22,6 +22,7 @@ from data.prompts import CHATS, MARKS, PROMPTS, TEMPLATES, encode_prompt, encode
 from data.task import TaskOptions
 from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
 from checkpoint import save_model
+from evaluate import SampleOptions
 import infra.run
 from infra.config import option
 from infra.run import run_script
@@ -127,10 +128,10 @@ def test_math_is_split_by_unique_id(tmp_path):
     for split, count, original in [("train", 24, "train/"), ("dev", 6, "train/"), ("test", 10, "test/")]:
         ids = {p.id for p in data.load_problems("math", split, tmp_path)}
         assert len(ids) == count and all(id.startswith(original) for id in ids)
-    write(tmp_path / "only.jsonl", rows[::4])
-    assert len(data.load_problems("math", "test", tmp_path / "only.jsonl")) == 10
+    for name in ("train.jsonl", "test.jsonl"):
+        write(tmp_path / "only" / name, rows[::4])
     with pytest.raises(SystemExit, match="train/"):
-        data.examples("math", str(tmp_path / "only.jsonl"))
+        data.examples("math", str(tmp_path / "only"))
 
 
 def test_dev_is_the_same_in_every_process_and_order(tmp_path):
@@ -154,15 +155,12 @@ def test_ids_that_occur_twice_get_their_place(tmp_path):
 
 
 def test_dev_is_a_fifth_and_at_most_a_thousand(tmp_path):
-    """From one file, which stands for every split: complete for test, without the dev part for train."""
-    path = tmp_path / "my.jsonl"
     for count, dev in [(5, 1), (7473, 1000)]:
-        write(path, numbered("gsm8k", count))
-        sizes = [len(data.load_problems("gsm8k", split, path)) for split in data.SPLITS]
-        assert sizes == [count - dev, dev, count]
-    write(path, numbered("gsm8k", 4))
+        write(tmp_path / "train.jsonl", numbered("gsm8k", count))
+        assert [len(data.load_problems("gsm8k", split, tmp_path)) for split in ("train", "dev")] == [count - dev, dev]
+    write(tmp_path / "train.jsonl", numbered("gsm8k", 4))
     with pytest.raises(SystemExit, match="4 problems: too few"):
-        data.load_problems("gsm8k", "train", path)
+        data.load_problems("gsm8k", "train", tmp_path)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -503,7 +501,7 @@ def test_a_tokenizer_model_within_its_model(sentencepiece_dir, tmp_path):
 # --- checks before a run --------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(TaskOptions):
+class RunConfig(SampleOptions):
     """What check_inputs reads of a method's config."""
     model: str = option("", "model directory")
     max_new_tokens: int = option(16, "longest response")
@@ -542,11 +540,10 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
      r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
     ({}, {"encode": lambda own, text: [own.bos_id, *own.encode(text)]}, "only 0 of 18 prompts have exactly one BOS"),
     ({}, {"encode": lambda own, text: [*own.encode(text), own.vocab_size]}, "gives token .*, and the model knows"),
-    ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions"),
-    ({"path": __file__}, {}, "give the folder")])
+    ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions")])
 def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
-    """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another model;
-    one file for all splits, which would be tested on what it was trained on."""
+    """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another
+    model."""
     own = load_tokenizer(gsm8k_run.model)
     methods = {name: functools.partial(tokenizer[name], own) if name in tokenizer else getattr(own, name)
                for name in ("encode", "decode")}

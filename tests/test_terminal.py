@@ -27,7 +27,7 @@ def test_problems_are_shown_as_text(tmp_path, monkeypatch, capsys):
     hostile = HOSTILE[:-1]  # a file cannot hold a lone surrogate
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": f"a{hostile}b", "answer": f"{hostile} #### 4"}) + "\n")
     monkeypatch.setenv("NO_COLOR", "1")
-    call(show, "--task", "gsm8k", "--split", "test", "--path", tmp_path / "test.jsonl")
+    call(show, "--task", "gsm8k", "--split", "test", "--path", tmp_path)
     shown = capsys.readouterr().out
     assert f"a{SEEN[:-6]}b" in shown and all(c.isprintable() or c == "\n" for c in shown)
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import load_sampler
-from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
+from data.prompts import CHATS, encode_prompt, prompt_text, template_of
+from data.task import prompt_option
 from data.tokenizer import load_tokenizer, pieces
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
@@ -23,7 +24,7 @@ from sample import Batch, cache_budget, require_finite
 @dataclass(frozen=True)
 class Config(ComputeOptions):
     model: str = option("", "model directory", required=True)
-    prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
+    prompt: str = prompt_option("plain")
     chat: str = option("", f"wrap prompts for a chat model: {', '.join(filter(None, CHATS))}", CHATS)
     temperature: float = option(0.0, "0 takes the most likely token", low=0)
     top_p: float = option(1.0, "draw only from the most likely tokens of this total probability", above=0, high=1)
@@ -31,6 +32,10 @@ class Config(ComputeOptions):
     max_new_tokens: int = option(256, "longest response", low=1)
     num_samples: int = option(1, "responses to each question", low=1)
     seed: int = option(0, "same seed, same responses", low=0, high=2**64 - 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        template_of(self.prompt)
 
 
 @torch.inference_mode()
