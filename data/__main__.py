@@ -1,7 +1,7 @@
 """Show problems as a model is asked and taught them, with the loss mask in colour.
 
     python -m data --task toy --show 3
-    python -m data --task FILE.jsonl --prompt irpo --show 3
+    python -m data --task gsm8k --prompt irpo --show 3 --path DIR
     python -m data --task gsm8k --prompt reft --show 3 --model DIR    # its tokens, in alternating shades
 
 Grey is the prompt, mask 0; green is the gold solution, mask 1. With NO_COLOR set, the solution is in double brackets.
