@@ -17,6 +17,7 @@ from statistics import fmean
 
 import data
 from checkpoint import load_sampler, model_hash
+from data.own import reward_all
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.config import option
@@ -25,7 +26,7 @@ from infra.parallel import collected, dealt, gather, rank, world
 from infra.progress import Progress
 from infra.run import hash_of, once, write_json
 from model import Llama
-from rewards import grade_all, reward_all
+from rewards import grade_all
 from sample import Response, cache_budget, generate
 
 Z = 1.959964  # 97.5 % of a normal distribution is below this many standard deviations

@@ -111,7 +111,8 @@ class Config(TrainOptions, SampleOptions):
         super().__post_init__()
         if self.critic == "separate" and not self.has_critic or self.num_choices and self.method != "reft":
             raise ValueError("--critic separate and --num_choices need --method reft, the first also --advantage gae")
-        if self.num_choices and (self.num_choices < 2 or READ.get(self.kind) is not read_number or self.reward):
+        numeric = READ.get(self.kind, read_number) is read_number
+        if self.num_choices and (self.num_choices < 2 or not numeric or self.reward):
             raise ValueError(f"--num_choices {self.num_choices}: at least 2, only where answers are numbers, and "
                              "without --reward")
         if self.advantage != "gae" and self.num_samples < 2:

@@ -23,19 +23,12 @@ Where the papers' own graders disagree with each other, or with common sense:
 Left out: units, which are dropped. MATH needs `pip install "math-verify[antlr4_13_2]"`; call `require_math_verify()`
 at the start of a run to learn that it is missing before the first answer needs it.
 """
-import importlib.util
-import math
 import re
-import sys
-import traceback
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cache
-from numbers import Real
 
-from data.files import Problem
 from grading import formats, latex, letters, sandbox
 from grading.equations import equations, equations_hold  # noqa: F401  RFT's key and filter, for rft.py
 from grading.latex import require_math_verify  # noqa: F401  for scripts to call before they start
@@ -53,7 +46,7 @@ class Grade:
     """A verdict, and the answer that the response itself gave, even where a tolerance made it correct."""
     verdict: str  # "correct" | "wrong" | "unparsed" (no answer found) | "copied" | "timeout" (nobody knows)
     answer: str | None  # canonical: equal answers are equal strings, so they can be counted
-    score: float | None = None  # where a reward of your own was the judge
+    score: float | None = None  # where a reward of your own was the judge (data/own.py)
 
 
 def grade(text: str, gold: str, dataset: str, answer_format: str | None = None, prompt: str = "") -> Grade:
@@ -96,59 +89,6 @@ def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str,
     parts = [range(i, min(i + 64, len(texts))) for i in range(0, len(texts), 64)]
     return [group for part in computed(parts, judge) for group in part]
 
-
-# --- a reward of your own --------------------------------------------------------------------------
-
-VERDICTS = ("correct", "wrong", "unparsed", "copied", "timeout")
-
-
-@cache
-def load_reward(reward: str) -> Callable[[str, Problem], object]:
-    """Import FILE.py:function. SystemExit says where the file fails."""
-    file, _, name = reward.rpartition(":")
-    spec = importlib.util.spec_from_file_location("own_reward", file)
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        return getattr(module, name)
-    except (Exception, SystemExit) as error:
-        raise SystemExit(f"--reward {reward} cannot be imported: {told(error)}") from None
-
-
-def reward_all(texts: list[list[str]], problems: list[Problem], reward: str, right_at: float) -> list[list[Grade]]:
-    """Judge all texts of each problem by a reward of your own, on all ranks."""
-    return computed(range(len(texts)), lambda i: [judge_by(reward, text, problems[i], right_at) for text in texts[i]])
-
-
-def judge_by(reward: str, text: str, problem: Problem, right_at: float) -> Grade:
-    """A number is right from right_at on, and wrong below it. A verdict, by name or in a Grade, scores 1 if right.
-
-    SystemExit, with problem and text, for a reward that raises or returns anything else.
-    """
-    function = load_reward(reward)
-    try:
-        found = function(text, problem)
-    except Exception as error:
-        fault = f"fails: {told(error)}"
-    else:
-        found = found.verdict if isinstance(found, Grade) else found
-        if isinstance(found, str) and found in VERDICTS:
-            return Grade(found, None, float(found == "correct"))
-        if isinstance(found, Real) and math.isfinite(found):
-            return Grade("correct" if found >= right_at else "wrong", None, float(found))
-        fault = f"returns {found!r:.60}"
-    raise SystemExit(f"--reward {reward} {fault}, for the problem {problem.id} and the text {text[:100]!r}. It must "
-                     f"take any text and a problem, and return a finite number, True, False or a verdict "
-                     f"({', '.join(VERDICTS)}). Mend it and give another --run_dir: a run has one reward.")
-
-
-def told(error: BaseException) -> str:
-    """Say what was raised, and in which line."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{error!r} in {frame.filename}, line {frame.lineno}"
-
-
-# --- the verdict on an answer ----------------------------------------------------------------------
 
 def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str, prompt: str = "") -> Grade:
     read = READ[dataset]

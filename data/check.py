@@ -3,8 +3,9 @@ from pathlib import Path
 
 import data
 from checkpoint import load_config
+from data.own import reward_all
 from infra.run import read_json
-from rewards import grade_all, reward_all
+from rewards import grade_all
 
 
 def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[data.Problem] = ()) -> None:

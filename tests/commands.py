@@ -32,8 +32,8 @@ def shown_commands(markdown: str) -> list[str]:
 
 
 def named_blocks(markdown: str) -> dict[str, str]:
-    """Find the files that a page shows: `name`: and a fenced block."""
-    return dict(re.findall(r"`([\w.]+)`:\n\n```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL))
+    """Find the files that a page shows: **name**: and a fenced block."""
+    return dict(re.findall(r"\*\*([\w.]+)\*\*:\n\n```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL))
 
 
 def code_spans(markdown: str) -> list[str]:

@@ -15,11 +15,12 @@ from checkpoint import load_model, save_model
 from commands import ROOT, named_blocks, shown_commands
 from data import __main__ as show
 from data.fresh import fresh_model
+from data.own import judge_by, load_reward
 from data.prompts import prompt_text, template_of
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.parallel import device
-from rewards import Grade, grade, judge_by, load_reward
+from rewards import Grade, grade
 from runs import call, read_lines, refusal, settings
 from tools import chat, evaluation, sft
 from train import Example, TrainOptions, fit_sft
