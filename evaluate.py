@@ -24,11 +24,12 @@ from infra.config import option
 from infra.hardware import ComputeOptions
 from infra.parallel import collected, dealt, gather, rank, world
 from infra.progress import Progress
-from infra.run import hash_of, once, write_json
+from infra.run import Pieces, hash_of, once, write_json
 from model import Llama
 from rewards import grade_all
 from sample import Response, cache_budget, generate
 
+PIECE = 2 * 10**10  # responses times parameters that a CPU samples together: 148 responses of a model with 135 M
 Z = 1.959964  # 97.5 % of a normal distribution is below this many standard deviations
 
 
@@ -100,13 +101,15 @@ REMEDIES = {  # of what makes an accuracy say little about a model
 # --- sampling and grading --------------------------------------------------------------------------
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *, num_samples: int = 1,
-           temperature: float = 0.0, seed: int = 0, label: str = "", reward: bool = False) -> list[Answered]:
+           temperature: float = 0.0, seed: int = 0, label: str = "", reward: bool = False,
+           pieces: Pieces | None = None) -> list[Answered]:
     """Sample num_samples responses to each problem and grade them; every rank returns all answers.
 
-    An empty label hides the progress bar. reward: the judge is --reward, where one is given.
+    An empty label hides the progress bar. reward: the judge is --reward, where one is given. pieces: where finished
+    responses wait for the others.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label)
+    responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label, pieces)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
     if reward and options.reward:
         grades = reward_all(texts, problems, options.reward, options.right_at)
@@ -140,20 +143,23 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
                 sampler: Sampler | None = None) -> list[Answered]:
     """Answer problems with the model of a directory, unless the file `path` already holds the result.
 
-    The file begins with the settings of its samples and a SHA-256 of all that follows. sampler: the directory's, where
-    several files share it. SystemExit if no response to train on has finished.
+    The file begins with the settings of its samples and a SHA-256 of all that follows. If sampling is cut short, what
+    was finished is kept in pieces, and the same call samples the rest. sampler: the directory's, where several files
+    share it. SystemExit if no response to train on has finished.
     """
     sampler = sampler or Sampler(directory, options)
 
     def make() -> list[Answered]:
         return answer(*sampler.loaded, problems, options, num_samples=num_samples, temperature=temperature, seed=seed,
-                      label=label, reward=reward)
+                      label=label, reward=reward, pieces=pieces)
 
     settings = {field.name: getattr(options, field.name) for field in fields(SampleOptions)
                 if not field.metadata["free"]}
     settings |= dict(marks=options.marks, split=split, weights=sampler.weights, num_samples=num_samples,
                      temperature=temperature, seed=seed, reward_hash=options.reward_hash if reward else "")
+    pieces = Pieces(path, settings, problems)
     answered = once(path, make, Answered, settings)
+    pieces.remove()
     if split == "train" and not any(sample.finished for question in answered for sample in question.samples):
         raise SystemExit(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "
                          f"{options.max_new_tokens}: {REMEDIES['unfinished']}")
@@ -161,26 +167,40 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
 
 
 def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, eos_ids: Collection[int],
-               num_samples: int, temperature: float, seed: int, label: str) -> list[list[Response]]:
-    """Sample responses to each prompt; groups of prompts of similar length are distributed over the samplers."""
+               num_samples: int, temperature: float, seed: int, label: str,
+               pieces: Pieces | None = None) -> list[list[Response]]:
+    """Sample responses to each prompt; groups of prompts of similar length are distributed over the samplers.
+
+    A finished group is a piece. How prompts are grouped does not depend on what is finished, nor on the number of
+    ranks: in another company a response could be rounded to another one.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # about 64 groups, whatever the number of ranks; in one that is larger than a batch, new responses take over the
     # rows of finished ones
-    size = max(1, options.batch_rows // num_samples, len(order) // 64)
+    size = max(options.batch_rows // num_samples, len(order) // 64)
+    if model.lm_head.weight.device.type == "cpu":  # minutes at most, while reading weights costs little
+        size = min(size, max(32, PIECE // sum(p.numel() for p in model.parameters())) // num_samples)
+    size = max(1, size)
     groups, samplers = [order[i:i + size] for i in range(0, len(order), size)], world() // options.tensor_parallel
     if len(groups) < samplers and rank() == 0:
         warnings.warn(f"{len(prompts) * num_samples} responses make {len(groups)} groups of --batch_rows "
                       f"{options.batch_rows}, so {samplers - len(groups)} of {samplers} samplers are idle: lower "
                       "--batch_rows", stacklevel=2)
+    before = {i: [Response(*one) for one in responses] for piece in (pieces.read() if pieces else ())
+              for i, responses in piece}
+    groups = [left for group in groups if (left := [i for i in group if i not in before])]
     mine, found = [group for group, _ in dealt(groups, samplers)], []
     cache_tokens = min(gather(cache_budget(model)))  # ranks that hold one model together must agree
-    with Progress(label, sum(map(len, mine)) * num_samples, "sample") as bar:
+    with Progress(label, (len(before) + sum(map(len, mine))) * num_samples, "sample", len(before) * num_samples) as bar:
         for group in mine:
-            found.append(generate(model, [prompts[i] for i in group], num_samples=num_samples,
-                                  max_new_tokens=options.max_new_tokens, temperature=temperature, eos_ids=eos_ids,
-                                  seed=seed, batch_rows=options.batch_rows, cache_tokens=cache_tokens,
-                                  progress=bar.advance))
-    by_prompt = dict(zip(order, (responses for group in collected(found, samplers) for responses in group)))
+            responses = generate(model, [prompts[i] for i in group], num_samples=num_samples,
+                                 max_new_tokens=options.max_new_tokens, temperature=temperature, eos_ids=eos_ids,
+                                 seed=seed, batch_rows=options.batch_rows, cache_tokens=cache_tokens,
+                                 progress=bar.advance)
+            found.append(list(zip(group, responses)))
+            if pieces and rank() % options.tensor_parallel == 0:
+                pieces.add([(i, [astuple(one) for one in of_prompt]) for i, of_prompt in found[-1]])
+    by_prompt = before | dict(pair for group in collected(found, samplers) for pair in group)
     return [by_prompt[i] for i in range(len(prompts))]
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from grading import formats, latex, letters, sandbox
-from grading.equations import equations, equations_hold  # noqa: F401  RFT's key and filter, for rft.py
+from grading.equations import equations, equations_hold, plain_equations  # noqa: F401  RFT's keys and filter
 from grading.latex import require_math_verify  # noqa: F401  for scripts to call before they start
 from infra.parallel import computed, node_size
 

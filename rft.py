@@ -37,7 +37,7 @@ from infra.parallel import computed
 from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, read_records, run_script, write_json
 from model import Llama
-from rewards import OWN_FORMAT, equations, equations_hold, grade
+from rewards import OWN_FORMAT, equations, equations_hold, grade, plain_equations
 from train import Example, TrainOptions, fit_sft, load_for_training, num_steps, train_once
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
@@ -59,8 +59,9 @@ class Config(TrainOptions, SampleOptions):
     pool: tuple[str, ...] = option((), "runs of rft.py whose sample files are used instead of new samples")
     # steps 3 and 4
     equation_filter: bool = option(True, "drop a path with an equation that does not hold")
-    dedup: str = option("equations", "paths are the same if they agree in: equations; string; none keeps every right "
-                        "path", ("equations", "string", "none"))
+    dedup: str = option("equations", "paths are the same if they agree in: equations, in <<...>> (string, where no "
+                        "gold solution has any); plain_equations, such as 3 + 4 = 7; string, up to white space; none "
+                        "keeps every right path", ("equations", "plain_equations", "string", "none"))
     select: str = option("levenshtein", "which of the same paths stays: levenshtein, or the first",
                          ("levenshtein", "first"))
     # steps 1 and 5
@@ -134,16 +135,19 @@ def distinct_paths(samples: list[str], right: list[int], dedup: str, select: str
         return right
     kept: dict[str, int] = {}  # key -> index, in the order in which keys were first seen
     for i in right:
-        key = path_key(samples[i]) if dedup == "equations" else samples[i]
+        key = path_key(samples[i], dedup)
         if key not in kept or select == "levenshtein" and is_farther(
                 samples[i], samples[kept[key]], [samples[j] for j in kept.values()]):
             kept[key] = i
     return list(kept.values())
 
 
-def path_key(text: str) -> str:
-    """List a path's equations. Their order counts, and 3+4 is not 4+3."""
-    return "|".join(equations(text))
+def path_key(text: str, dedup: str = "equations") -> str:
+    """List a path's equations. Their order counts, and 3+4 is not 4+3. A path without plain ones is its text."""
+    if dedup == "equations":
+        return "|".join(equations(text))
+    key = "|".join(plain_equations(text)) if dedup == "plain_equations" else ""
+    return key or " ".join(text.split())
 
 
 def is_farther(new: str, old: str, kept: list[str]) -> bool:
@@ -176,7 +180,7 @@ def levenshtein(a: str, b: str) -> int:
     return distance if a else len(b)
 
 
-def diversity(found: list[list[list[tuple[int, str]]]], golds: list[str], k: int) -> dict:
+def diversity(found: list[list[list[tuple[int, str]]]], golds: list[str], k: int, dedup: str = "equations") -> dict:
     """Means over questions. found[m][q]: (number of the sample, text) of each right path of model m to
     question q, of which those among the first k samples count.
 
@@ -184,7 +188,7 @@ def diversity(found: list[list[list[tuple[int, str]]]], golds: list[str], k: int
     gold solution's; both countings are given. `exclusive[m]` is the share of all distinct paths that
     only model m contributes (the paper's Fig. 6).
     """
-    keys = [[[path_key(text) for n, text in paths if n < k] for paths in model] for model in found]
+    keys = [[[path_key(text, dedup) for n, text in paths if n < k] for paths in model] for model in found]
     correct = [sum(map(len, question)) for question in zip(*keys)]
     distinct = [set().union(*question) for question in zip(*keys)]
     owners = [Counter(key for paths in question for key in set(paths)) for question in zip(*keys)]
@@ -192,7 +196,7 @@ def diversity(found: list[list[list[tuple[int, str]]]], golds: list[str], k: int
                  for model in keys]
     total = max(1, sum(map(len, distinct)))
     return {"correct_paths": fmean(correct), "distinct_paths": fmean(map(len, distinct)),
-            "distinct_paths_and_gold": fmean(len(mine | {path_key(gold)})
+            "distinct_paths_and_gold": fmean(len(mine | {path_key(gold, dedup)})
                                              for mine, gold in zip(distinct, golds)),
             "solved": sum(map(bool, correct)) / len(correct),
             "exclusive": [count / total for count in exclusive],
@@ -207,6 +211,13 @@ def training_problems(config: Config) -> list[data.Problem]:
     problems = config.problems("train", config.num_questions)
     size = max(1, round(config.train_fraction * len(problems)))
     return [problems[i] for i in sorted(random.Random(config.seed).sample(range(len(problems)), size))]
+
+
+def counted_by(config: Config, problems: list[data.Problem]) -> str:
+    """Tell which paths are different in the figures; by equations in <<...>> all are the same where gold has none."""
+    if config.dedup == "plain_equations":
+        return config.dedup
+    return "equations" if any(equations(gold_text(p, config.marks)) for p in problems) else "string"
 
 
 def check_golds(config: Config, problems: list[data.Problem]) -> None:
@@ -278,12 +289,13 @@ def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: li
 def training_row(samples: list[list[Sample]], right: list[list[int]], paths: list[KeptPath],
                  problems: list[data.Problem], config: Config, folder: Path) -> dict:
     """Describe what was found, what step 5 learned from besides gold, and its steps and tokens."""
-    k, golds = config.num_samples, [problem.solution for problem in problems]
+    k, golds = config.num_samples, [gold_text(problem, config.marks) for problem in problems]
+    count = partial(diversity, dedup=counted_by(config, problems))
     found = [[[(j % k, samples[i][j].text) for j in right[i] if j // k == m] for i in range(len(problems))]
              for m in range(len(samples[0]) // k)]
     done = summary(read_jsonl(folder / "train.jsonl"))
     return {"name": "RFT", "iteration": 1, "split": "train", "kept": 0 if config.steps_matched else len(paths),
-            **diversity(found, golds, k), "over_k": [{"k": n, **diversity(found, golds, n)} for n in COUNTS if n <= k],
+            **count(found, golds, k), "over_k": [{"k": n, **count(found, golds, n)} for n in COUNTS if n <= k],
             "steps": done["steps"], "tokens_trained": done["tokens_trained"]}
 
 
@@ -297,6 +309,10 @@ def main() -> None:
     config = parse_config(Config, {"toy": TOY, "smoke": SMOKE}, __doc__)
     tokenizer, problems, others = load_tokenizer(config.model), training_problems(config), config.held_out()
     check_golds(config, problems)
+    if config.dedup == "equations" and counted_by(config, problems) == "string":
+        print("check: no gold solution has an equation in <<...>>, so paths are the same if their texts are, as with "
+              "--dedup string; --dedup plain_equations compares equations such as 3 + 4 = 7")
+        config = replace(config, dedup="string")
     check_inputs(config, tokenizer, problems, others)
     files = [pooled_samples(Path(other), problems, config) for other in config.pool]
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, others), pooled=hash_of(files))

@@ -1,4 +1,4 @@
-"""The equations in GSM8K's solutions, <<48/2=24>>: RFT's key for a reasoning path, and whether they hold.
+"""The equations of a solution, GSM8K's <<48/2=24>> or plain ones: RFT's key for a path, and whether they hold.
 
 Arithmetic is exact and bounded, and no text is ever evaluated as Python: a model wrote these expressions.
 Left out: what GSM8K's equations do not need, such as 1,000 or 20% as numbers, functions, and comparisons.
@@ -13,11 +13,31 @@ MAX_EQUATIONS = 200  # of a text, for the same reason
 MAX_BITS = 4096  # of any intermediate value
 _ARITHMETIC = re.compile(r"[0-9.+\-*/() ]+")
 _VALUE = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")
+_TIMES = re.compile(r"(?<![^\W\d_])[x×](?![^\W\d_])")  # 3 x 4 and 3x4, and not the x of six
+_WORDS = re.compile(r"/?[^\W\d_]+(?:[-'’/][^\W\d_]+)*\.?|[$€£]|(?<=[0-9]),(?=[0-9]{3})")  # and the comma of 1,000
+_NUMBER = r"(?<![0-9.])-?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)%?"
+_EXPRESSION = re.compile(rf"\(*{_NUMBER}(?:\)*[ \t]*[-+*/][ \t]*\(*{_NUMBER})+\)*\s*$")
+_RESULT = re.compile(rf"\s*({_NUMBER})")
 
 
 def equations(text: str) -> list[str]:
     """Return the contents of every <<...>> without spaces: RFT's key for a reasoning path."""
     return [content.replace(" ", "") for content in _annotations(text)]
+
+
+def plain_equations(text: str) -> list[str]:
+    """Return the equations that are written without marks: "9 games x $7 per game = $63" is 9*7=63.
+
+    Of a chain, 2 + 3 = 5 * 4 = 20, both count. Units, currencies and words do not.
+    """
+    text = _WORDS.sub(lambda word: "" if word[0] == "," else " ", _TIMES.sub("*", text)).replace("÷", "/")
+    sides, found = text.replace("−", "-").split("="), []
+    for left, right in zip(sides, sides[1:]):
+        expression, result = _EXPRESSION.search(left[-MAX_EQUATION:]), _RESULT.match(right)
+        if expression and result:
+            left = re.sub(r"\s", "", expression[0])
+            found.append((left if left.count("(") == left.count(")") else left.strip("()")) + f"={result[1]}")
+    return found
 
 
 def _annotations(text: str) -> list[str]:

@@ -213,6 +213,36 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
     return value
 
 
+class Pieces:
+    """What is finished of a file that takes hours to make: lines of FILE.part0, by rank 0, FILE.part1 ...
+
+    made_of: all that they depend on. A piece of anything else does not count, nor does a damaged one.
+    """
+
+    def __init__(self, path: Path, *made_of) -> None:
+        self.path, self.made_of = path, hash_of(*made_of)
+
+    def files(self) -> list[Path]:
+        return [file for file in self.path.parent.glob("*.part*") if file.name.startswith(f"{self.path.name}.part")]
+
+    def read(self) -> list:
+        """Return the pieces that all ranks had finished before this run."""
+        lines = parallel.by_first(lambda: [line.partition(" ") for file in self.files() for line in
+                                           file.read_text(encoding="utf-8", errors="replace").splitlines()])
+        return [json.loads(text) for sha256, _, text in lines if sha256 == hash_of(self.made_of, text)]
+
+    def add(self, piece) -> None:
+        text = json.dumps(piece)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        append(self.path.with_name(f"{self.path.name}.part{parallel.rank()}"),
+               f"{hash_of(self.made_of, text)} {text}\n")
+
+    def remove(self) -> None:
+        if parallel.rank() == 0:
+            for file in self.files():
+                file.unlink()
+
+
 def write_records(path: Path, records: list, settings: dict) -> None:
     rows = [dataclasses.asdict(record) for record in records]
     header = [{"settings": settings, "sha256": records_hash(settings, rows)}] if settings else []
@@ -263,6 +293,8 @@ def append(path: Path, text: str) -> None:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         raise unwritten(path, error) from None
 

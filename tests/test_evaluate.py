@@ -1,8 +1,10 @@
 """Intervals, pass@k, votes and summaries against published values and brute force; answers and how they are asked."""
+import contextlib
 import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
@@ -172,6 +174,68 @@ def test_groups_do_not_change_which_question_a_response_belongs_to(base):
     assert all(tokenizer.decode(sample.ids) == sample.text for q in found for sample in q.samples)
 
 
+@pytest.fixture
+def killed(base, tmp_path, monkeypatch):
+    """Ask 11 questions for 2 samples each, 3 questions at a time, as far as `pieces` finished pieces; return the file
+    and the questions that were sampled."""
+    how = dict(split="dev", num_samples=2, temperature=0.8, label="")
+
+    def ask(name: str, pieces: int = 9, batch_rows: int = 6, seed: int = 1) -> tuple[Path, list[int]]:
+        options, sampled = SampleOptions(task="toy", max_new_tokens=8, batch_rows=batch_rows, precision="fp32"), []
+
+        def some(model, prompts, **asked):
+            if len(sampled) == pieces:
+                raise KeyboardInterrupt
+            sampled.append(len(prompts))
+            return generate(model, prompts, **asked)
+
+        monkeypatch.setattr(evaluate, "generate", some)
+        with contextlib.suppress(KeyboardInterrupt):
+            evaluate.answer_once(tmp_path / name / "x.jsonl", str(base), options.problems("train", 11), options,
+                                 seed=seed, **how)
+        return tmp_path / name / "x.jsonl", sampled
+
+    return ask
+
+
+def test_what_was_sampled_before_a_kill_is_not_sampled_again(killed):
+    """A kill at 97 % of 7 minutes began again at 0. The file exists only once it is complete, with the bytes that it
+    would have had; a piece that was cut short or damaged is sampled again, and the rest in whichever groups."""
+    whole, sampled = killed("whole")
+    assert sampled == [3, 3, 3, 2] and [*whole.parent.iterdir()] == [whole]
+    for damage, left in ((lambda text: text, [3, 2]), (lambda text: text[:-1], [3, 2]), (lambda text: text[:-9],
+                         [3, 3, 2]), (lambda text: text.replace("[[[", "[[[7, ", 1), [3, 3, 2])):
+        path, sampled = killed("resumed", pieces=2)
+        assert sampled == [3, 3] and not path.exists()
+        [part] = path.parent.iterdir()
+        part.write_text(damage(part.read_text()))
+        path, sampled = killed("resumed")
+        assert sampled == left and path.read_bytes() == whole.read_bytes() and [*path.parent.iterdir()] == [path]
+        path.unlink()
+    path, _ = killed("other", pieces=1)
+    assert killed("other", batch_rows=4)[1] == [1, 2, 2, 2, 1] and path.read_bytes() == whole.read_bytes()
+
+
+def test_pieces_of_other_settings_are_not_used(killed):
+    """Of another seed, or another model under the same name; killed twice, all that was finished counts."""
+    path, _ = killed("x", pieces=3, seed=2)
+    assert killed("x", pieces=1)[1] == [3] and killed("x", pieces=2)[1] == [3, 3] and killed("x")[1] == [2]
+    assert path.read_bytes() == killed("whole")[0].read_bytes()
+
+
+def test_a_large_model_is_sampled_in_pieces_that_do_not_take_hours(monkeypatch):
+    """1,024 responses of 135 M parameters at once take a quarter of an hour on a CPU; of a small model, seconds."""
+    asked = []
+    monkeypatch.setattr(evaluate, "cache_budget", lambda model: 1)
+    monkeypatch.setattr(evaluate, "generate", lambda model, prompts, **how: asked.append(len(prompts)) or [
+        [Response([2], True)] * 8 for _ in prompts])
+    for parameters in (135_000_000, 800_000):
+        weight = SimpleNamespace(numel=lambda n=parameters: n, device=SimpleNamespace(type="cpu"))
+        model = SimpleNamespace(parameters=lambda w=weight: [w], lm_head=SimpleNamespace(weight=weight))
+        evaluate.sample_all(model, [[1]] * 256, SampleOptions(), (2,), 8, 1.0, 0, "")
+    assert asked == [18] * 14 + [4] + [128, 128]
+
+
 def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
     """In the answer format that the prompt asks for; a truncated one as it stands."""
     options, own = SampleOptions(task="toy", prompt="irpo"), load_tokenizer(base)
@@ -200,7 +264,7 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
     assert ask(dict(batch_rows=7, tensor_parallel=2)) == ask({}) == hand_made()
     [((model, _, problems, options), asked)] = calls
     assert (model, problems, options.prompt, options.batch_rows) == ((str(base), "auto", 2), ["problem"], "irpo", 7)
-    assert asked == dict(num_samples=4, temperature=0.7, seed=3, label="x", reward=False)
+    assert asked.pop("pieces") and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x", reward=False)
     said, _ = read_records(path, Answered)
     assert said == how | dict(weights=model_hash(base), task="toy", answer="", path="", source="publisher",
                               toy_steps=[2, 3], toy_world="ways", prompt="irpo", chat="", answer_format="",

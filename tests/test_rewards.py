@@ -19,7 +19,7 @@ from evaluate import SampleOptions
 from grading import formats, latex, letters
 from grading.equations import arithmetic
 from infra.run import write_records
-from rewards import Grade, equations, equations_hold, grade
+from rewards import Grade, equations, equations_hold, grade, plain_equations
 from sample import Response
 from tools import evaluation
 
@@ -454,6 +454,19 @@ def test_no_text_takes_long(piece):
 
 
 # --- equations ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, found", [
+    ("47 pieces - 25 pieces + 40 pieces = 62 pieces", ["47-25+40=62"]), ("9 games * $7 per game = $63", ["9*7=63"]),
+    ("712 lbs. - 234 lbs. = 478 lbs.", ["712-234=478"]), ("$12.50/hour * 8 hours = $100", ["12.50*8=100"]),
+    ("In 2019 3x4 = 12, and (12 + 1,000) ÷ 2 = 506.", ["3*4=12", "(12+1000)/2=506"]), ("(3 + 4 = 7)", ["3+4=7"]),
+    ("2 + 3 = 5 × 4 = 20", ["2+3=5", "5*4=20"]), ("Cookies\n= 23 + 25\n= 48", ["23+25=48"]),
+    ("Ann has 5.\n- 3 − .5 = 2.5", ["3-.5=2.5"]), ("4 * x + 600 = 10", []), ("six = 6; 20% of 50 = 10", []),
+    ("2+3=<<2+3=5>>5", ["2+3=5"]), ("=" * 50000, []), ("1+" * 25000 + "=", []), ("1" * 50000 + "=1", [])],
+    ids=lambda value: str(value)[:20])
+def test_plain_equations(text, found):
+    """SVAMP's solutions put units between the numbers. Nonsense that is long takes no time."""
+    assert plain_equations(text) == found
 
 
 def test_equations():

@@ -97,6 +97,16 @@ def test_the_order_of_equations_counts():
     assert select_paths([path("2+3=5", "5*2=10"), path("5*2=10", "2+3=5")], "10", "toy") == [0, 1]
 
 
+@pytest.mark.parametrize("dedup, kept", [
+    ("equations", [0]), ("plain_equations", [0, 2, 3]), ("string", [0, 1, 2, 3]), ("none", [0, 1, 2, 3, 4])])
+def test_paths_whose_equations_have_no_marks(dedup, kept):
+    """Of SVAMP's solutions, which have none, one path per question was kept: 77 of 145 right ones, of which 141 were
+    different. A text without any equation is told apart by itself, up to white space."""
+    texts = ["3 pens + 4 pens = $7", "Now 3 + 4 = 7.", "4 + 3 = 7", "Seven.", "Seven. "]
+    assert select_paths([f"{text}\n#### 7" for text in texts], "7", "svamp", answer_format="hash", dedup=dedup,
+                        select="first") == kept
+
+
 @pytest.mark.parametrize("text, right", [
     ("#### 72", True), ("#### 72.0", True), ("#### 72.", True), ("#### 1,3\n#### 72", False),
     ("#### $72", False), ("####72", False), ("#### x\n#### 72", True), ("#### 72\0#### 3", True),
@@ -130,6 +140,14 @@ def test_diversity_of_a_hand_made_pool():
     assert first["correct_paths"] == 1.0 and first["solved"] == 0.5 and first["exclusive"] == [0.5, 0.5]
     nothing = diversity([[[], []]], [A, A], 5)
     assert nothing["distinct_paths"] == 0 and nothing["exclusive"] == [0.0]
+
+
+def test_figures_go_by_the_key_of_selection():
+    """A report showed 1.00 distinct paths beside the paper's 1.17."""
+    found, golds = [[[(0, "3 + 4 = 7"), (1, "so 3 + 4 = 7"), (1, "4 + 3 = 7")]]], ["2 + 5 = 7"]
+    for key, count in (("equations", 1), ("plain_equations", 2), ("string", 3)):
+        row = diversity(found, golds, 5, key)
+        assert (row["distinct_paths"], row["distinct_paths_and_gold"]) == (count, count + (key != "equations"))
 
 
 # --- the run ---------------------------------------------------------------------------------------
@@ -290,6 +308,17 @@ def test_flags_of_selection_reach_it(started, flags, kept):
     run, (_, last) = started(*flags)
     assert [(path.id, path.text) for path in last.examples[10:]] == [
         (p.id, texts_for(p)[i]) for p in questions() for i in kept]
+
+
+@pytest.mark.parametrize("flags, key", [
+    ([], "equations"), (["--answer_format", "final_answer"], "string"),
+    (["--answer_format", "final_answer", "--dedup", "plain_equations"], "plain_equations")])
+def test_where_gold_has_no_marks_texts_are_compared(started, capsys, monkeypatch, flags, key):
+    """Only the format "hash" has marks. It is said, and the config says what ran."""
+    monkeypatch.setattr(rft, "check_inputs", lambda *args: None)  # the tokenizer of these tests has no "Final answer"
+    run, _ = started(*flags)
+    assert ("no gold solution has an equation in <<...>>" in capsys.readouterr().out) == (key == "string")
+    assert read_json(run / "config.json")["dedup"] == key
 
 
 def test_a_pool_of_two_keeps_their_order_and_knows_its_models(started, base, pool, tmp_path):

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TELL_THE_TIME = ("log.jsonl", "command.txt", "lock")
 TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1"]
 SMALL = ["--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48", "--num_questions", "16",
-         "--eval_questions", "8"]
+         "--eval_questions", "8", "--batch_rows", "8"]
 RUNS = {  # the work that is killed; a state is saved every step or every few
     "sft": ["train.py", *TINY, "--max_steps", "60", "--save_every", "3"],
     "irpo": ["irpo.py", *SMALL],
@@ -52,7 +52,8 @@ def faults(whole: Path, killed: Path) -> list[str]:
     return ([f"{name}: differs or is missing in {killed}" for name in sorted(names)
              if not ((whole / name).is_file() and (killed / name).is_file()
                      and filecmp.cmp(whole / name, killed / name, shallow=False))]
-            + [f"{path}: left over" for path in killed.rglob("*") if path.suffix == ".tmp" or path.name == "state"])
+            + [f"{path}: left over" for path in killed.rglob("*")
+               if path.suffix.startswith((".tmp", ".part")) or path.name == "state"])
 
 
 def torture(command: list[str], folder: Path, kills: int, ranks: int, seed: int) -> tuple[str, list[str]]:
