@@ -84,7 +84,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     An empty label hides the progress bar.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label)
+    responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
     grades = grade_all(texts, [problem.answer for problem in problems], options.task, options.marks,
                        [options.prompt_text(problem) for problem in problems])
