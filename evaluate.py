@@ -109,7 +109,8 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     responses wait for the others.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label, pieces)
+    responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label,
+                           pieces)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
     if reward and options.reward:
         grades = reward_all(texts, problems, options.reward, options.right_at)

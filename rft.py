@@ -28,7 +28,7 @@ from statistics import fmean
 import data
 from checkpoint import model_hash
 from data.check import check_inputs
-from data.prompts import encode_solution, gold_text
+from data.prompts import gold_text
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer_once, evaluate_model
@@ -239,7 +239,7 @@ def pooled_samples(folder: Path, problems: list[data.Problem], config: Config) -
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: --pool takes runs of rft.py that have sampled")
     settings, answered = read_records(path, Answered)
-    for name in ("task", "prompt", "chat", "marks", "reward_hash"):
+    for name in ("task", "prompt", "chat", "system", "marks", "reward_hash"):
         if settings.get(name, "") != getattr(config, name):
             raise SystemExit(f"{path} was sampled with {name} {settings.get(name)!r}, not {getattr(config, name)!r}")
     questions = {question.id: question for question in answered}
@@ -275,8 +275,8 @@ def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: li
     may have other tokenizers."""
     def kept(i: int) -> list[KeptPath]:
         problem, texts = problems[i], [sample.text for sample in samples[i]]
-        prompt, asked = config.prompt_ids(tokenizer, problem), config.prompt_text(problem)
-        return [KeptPath(problem.id, prompt, encode_solution(tokenizer, texts[j], asked) if config.pool
+        prompt = config.prompt_ids(tokenizer, problem)
+        return [KeptPath(problem.id, prompt, config.solution_ids(tokenizer, problem, texts[j]) if config.pool
                          else samples[i][j].ids, texts[j], j // config.num_samples)
                 for j in distinct_paths(texts, right[i], config.dedup, config.select)]
 

@@ -26,8 +26,9 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     if tokenizer.eos_note:
         print(f"check: a response ends with any of the tokens {', '.join(map(str, tokenizer.eos_ids))}, since files "
               f"disagree: {tokenizer.eos_note}")
+    note_unused_chat(config, tokenizer)
     one_bos = sum(tokenizer.bos_id is None or prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
-    if one_bos < len(prompts):
+    if one_bos < len(prompts) and config.chat != "own":  # whose template says what there is
         raise SystemExit(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "
                          "text, or the tokenizer adds another")
     texts = [tokenizer.decode(ids) for ids, _ in golds]
@@ -48,12 +49,17 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     warn_if_trained_otherwise(config)
 
 
+def note_unused_chat(config, tokenizer) -> None:
+    if tokenizer.chat_template and not config.chat:
+        print(f"note: {config.model} has a chat template, which --chat own would ask it in")
+
+
 def warn_if_trained_otherwise(config) -> None:
     """Warn if a run of this project trained the model to be asked in another way."""
     folder = Path(config.model).resolve().parent  # the run's, or that of one of its iterations
     path = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
     before = read_json(path) if path else {}
-    other = [f"--{name} {before[name] or repr('')}" for name in ("prompt", "chat", "answer_format")
+    other = [f"--{name} {before[name] or repr('')}" for name in ("prompt", "chat", "system", "answer_format")
              if name in before and before[name] != getattr(config, name)]
     if other:
         print(f"warning: {config.model} was trained with {' '.join(other)}, and is asked otherwise here")

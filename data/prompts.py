@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.chat import chat_of
 from data.files import Problem
 
 # {question} is the question with its options, {examples} are solved questions. PROMPT-TASK is a template for one task.
@@ -36,7 +37,6 @@ TEMPLATES |= {"irpo-letter": TEMPLATES["irpo-arc"], "irpo-latex": TEMPLATES["irp
 PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
 # The answer format that a prompt asks for. MATH's answers may contain spaces, which would end an answer after ####.
 PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "rft-math": "boxed", "rft-latex": "boxed", "reft": "trigger"}
-CHATS = {"": "{prompt}", "llama2": "[INST] {prompt} [/INST]"}  # Llama-2-chat's, without a system message
 EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
 
 MARKS = {  # how each answer format gives the answer, after the reasoning
@@ -51,13 +51,12 @@ MENTIONED = {"hash": "####", "final_answer": "Final answer:", "trigger": "Theref
              "boxed": "\\boxed", "minerva": "Final Answer: The final answer is", "python": "def solution"}
 
 
-def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = (), chat: str = "") -> str:
+def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = ()) -> str:
     """Write the prompt for a question; `examples` are needed where `needs_examples` says so."""
     template = template_of(prompt, task)
     solved = "".join(EXAMPLE.format(question=one.question, solution=gold_text(one, PROMPT_FORMATS[prompt]))
                      for one in examples)
-    text = template.format(question=question, examples=solved)
-    return CHATS[chat].format(prompt=text.strip()) if chat else text
+    return template.format(question=question, examples=solved)
 
 
 @functools.cache
@@ -111,18 +110,31 @@ def gold_text(problem: Problem, answer_format: str) -> str:
     return reasoning + MARKS[answer_format].format(answer=problem.answer)
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Encode a prompt: one BOS if the model uses one, then the text. Every prompt is encoded here."""
+def encode_prompt(tokenizer, text: str, chat: str = "", system: str = "") -> list[int]:
+    """Encode a prompt: one BOS if the model uses one, then the text. Every prompt is encoded here.
+
+    In a chat the text is the user's message, and the model's own template (--chat own) says whether there is a BOS.
+    """
+    if chat:
+        return chat_of(tokenizer, chat, system).prompt_ids(text.strip())
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(text)
 
 
-def encode_solution(tokenizer, text: str, prompt: str = "\n") -> list[int]:
-    """Encode a written solution as the response to a prompt: its text, then EOS.
+def encode_solution(tokenizer, text: str, prompt: str = "\n", chat: str = "", system: str = "") -> list[int]:
+    """Encode a written solution as the response to a prompt: its text, then EOS, or what ends a turn of the chat.
 
     After "Solution:" a model continues with " So", and so must a solution. Sentencepiece begins every text with a
     space; byte-level tokenizers (Llama 3, Qwen2) take it as it is written.
     """
+    if chat:
+        return chat_of(tokenizer, chat, system).response_ids(text)
     if not tokenizer.begins_with_space and not prompt[-1:].isspace():
         text = " " + text
     return [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def end_ids(tokenizer, chat: str = "", system: str = "") -> tuple[int, ...]:
+    """List the ids that end a response: those that the model's files declare, and what ends a turn of the chat."""
+    ids = (chat_of(tokenizer, chat, system).end_id,) if chat else ()
+    return tuple(dict.fromkeys([*ids, *tokenizer.eos_ids]))

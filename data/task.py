@@ -5,7 +5,8 @@ from pathlib import Path
 
 import data
 from data import toy
-from data.prompts import (ANSWER_FORMATS, CHATS, PROMPTS, encode_prompt, encode_solution, gold_text, needs_examples,
+from data.chat import CHATS
+from data.prompts import (ANSWER_FORMATS, PROMPTS, encode_prompt, encode_solution, end_ids, gold_text, needs_examples,
                           prompt_format, prompt_text, template_of)
 from infra.config import Options, option
 from rewards import OWN_FORMAT, require_math_verify
@@ -27,7 +28,9 @@ class TaskOptions(Options):
                                          high=len(toy.NAMES) - 1)
     toy_world: str = option("ways", f"which toy world: {', '.join(toy.WORLDS)} (see data/toy.py)", toy.WORLDS)
     prompt: str = prompt_option("plain")
-    chat: str = option("", f"wrap the prompt for a chat model: {', '.join(filter(None, CHATS))}", CHATS)
+    chat: str = option("", f"template of a chat model, {', '.join(filter(None, CHATS))}; the prompt is the user's "
+                       "message", CHATS)
+    system: str = option("", "system message of the chat; empty: none, or the template's own")
     answer_format: str = option("", f"how an answer is marked: {', '.join(ANSWER_FORMATS)}; empty: as the prompt asks, "
                                 "or else in the data set's own way", ("", *ANSWER_FORMATS))
 
@@ -85,12 +88,19 @@ class TaskOptions(Options):
         if needs_examples(self.prompt, self.kind):
             solved = [example for example in data.examples(self.task, self.path or None, self.answer)
                       if example.id != problem.id][:4]
-        return prompt_text(self.prompt, self.kind, problem.question, solved, self.chat)
+        return prompt_text(self.prompt, self.kind, problem.question, solved)
 
     def prompt_ids(self, tokenizer, problem: data.Problem) -> list[int]:
-        return encode_prompt(tokenizer, self.prompt_text(problem))
+        return encode_prompt(tokenizer, self.prompt_text(problem), self.chat, self.system)
+
+    def end_ids(self, tokenizer) -> tuple[int, ...]:
+        return end_ids(tokenizer, self.chat, self.system)
+
+    def solution_ids(self, tokenizer, problem: data.Problem, text: str) -> list[int]:
+        """Encode a written solution as a response of the model's own, up to what ends it."""
+        return encode_solution(tokenizer, text, self.prompt_text(problem), self.chat, self.system)
 
     def gold_ids(self, tokenizer, problem: data.Problem) -> list[int] | None:
-        """Encode the gold solution as a response of the model's own: in its answer format, ending in EOS."""
+        """Encode the gold solution in the model's answer format; None if there is none."""
         text = gold_text(problem, self.marks)
-        return encode_solution(tokenizer, text, self.prompt_text(problem)) if text else None
+        return self.solution_ids(tokenizer, problem, text) if text else None

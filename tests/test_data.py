@@ -18,7 +18,7 @@ import data
 from data import __main__ as show
 from data.check import check_inputs
 from data.files import FILES, read_problems, read_record, records
-from data.prompts import CHATS, MARKS, PROMPTS, TEMPLATES, encode_prompt, encode_solution, gold_text, prompt_text
+from data.prompts import MARKS, PROMPTS, TEMPLATES, encode_prompt, encode_solution, gold_text, prompt_text
 from data.task import TaskOptions
 from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
 from checkpoint import save_model
@@ -262,7 +262,6 @@ def test_prompts_of_the_papers(prompt, task, begin, end):
     """The wording is the papers', and every prompt ends where a response begins, in no space."""
     text = prompt_text(prompt, task, "How many?")
     assert text == begin + end and not text.endswith(" ")
-    assert prompt_text(prompt, task, "How many?", chat="llama2") == f"[INST] {text.strip()} [/INST]"
 
 
 def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
@@ -331,7 +330,7 @@ def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
 @pytest.fixture(scope="module")
 def sentencepiece_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spm")
-    train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + str(CHATS) + " < / s > |"], folder, 140, ["\n"])
+    train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + " [INST] [/INST] < / s > |"], folder, 140, ["\n"])
     return folder
 
 
@@ -377,17 +376,18 @@ def test_tokenizer_json(tmp_path, template, eos, bos):
     assert max(solution) < tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("chat", ["", "llama2"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_every_prompt_begins_with_one_bos(prompt, chat, tmp_path, sentencepiece_dir):
     """And the question is text: "</s>" or "<s>" does not end the prompt or begin another, and braces are no field."""
     question = "How many </s> <s> pens <|end|> <|begin|> are 5% of {question}, {0}, {{}} {or %s}?"
-    text = prompt_text(prompt, "gsm8k", question, chat=chat)
+    text = prompt_text(prompt, "gsm8k", question)
     assert question in text
+    asked = f"[INST] {text.strip()} [/INST]" if chat else text
     for tokenizer in (load_tokenizer(sentencepiece_dir), load_tokenizer(json_dir(tmp_path, *LLAMA3))):
-        bos, *ids = encode_prompt(tokenizer, text)
+        bos, *ids = encode_prompt(tokenizer, text, chat)
         assert bos == tokenizer.bos_id is not None and not {tokenizer.bos_id, tokenizer.eos_id} & {*ids}
-        assert tokenizer.decode([bos, *ids]) == text
+        assert tokenizer.decode([bos, *ids]) == asked
 
 
 def test_a_trained_tokenizer_keeps_texts_and_symbols(tmp_path):
@@ -547,7 +547,8 @@ def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
     own = load_tokenizer(gsm8k_run.model)
     methods = {name: functools.partial(tokenizer[name], own) if name in tokenizer else getattr(own, name)
                for name in ("encode", "decode")}
-    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, eos_note="", begins_with_space=True, **methods)
+    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, eos_note="", begins_with_space=True, chat_template="",
+                            **methods)
     problems = [gsm8k_run.problems(split) for split in ("train", "test")]
     with pytest.raises(SystemExit, match=said):
         check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)

@@ -35,7 +35,7 @@ def test_problems_are_shown_as_text(tmp_path, monkeypatch, capsys):
 def test_a_chat_streams_text(monkeypatch, capsys):
     """ESC, BEL and NUL of a response went to the terminal as they were drawn."""
     monkeypatch.setattr(chat, "load_sampler", lambda path, precision: tiny_model())
-    tokenizer = SimpleNamespace(eos_ids=(2,), bos_id=1, encode=lambda text: [5])
+    tokenizer = SimpleNamespace(eos_ids=(2,), bos_id=1, encode=lambda text: [5], chat_template="")
     monkeypatch.setattr(chat, "load_tokenizer", lambda path: tokenizer)
     monkeypatch.setattr(chat, "pieces", lambda tokenizer, ids: zip([7] * 99, HOSTILE))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"how?")))
