@@ -72,10 +72,12 @@ def gold_text(problem: Problem, answer_format: str) -> str:
     solution = problem.solution
     if not solution or answer_format == "python" or answer_format == "boxed" and "\\boxed" in solution:
         return solution
-    reasoning = re.split(r"\s*####|\nTherefore, the answer is: ", solution)[0]
+    reasoning, answer = re.split(r"\s*####|\nTherefore, the answer is: ", solution)[0], problem.answer
     if answer_format != "hash":
         reasoning = re.sub(r"<<[^>]*>>", "", reasoning)
-    return reasoning + MARKS[answer_format].format(answer=problem.answer)
+    if answer_format != "trigger":  # ReFT's SVAMP has said the answer by then: "... Therefore, the answer is <203>."
+        reasoning, answer = re.sub(r"\s+(Therefore, t|T)he answer is <[^>]*>\.?$", "", reasoning), answer.removesuffix(".0")
+    return reasoning + MARKS[answer_format].format(answer=answer)
 
 
 def encode_prompt(tokenizer, text: str) -> list[int]:
