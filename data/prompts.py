@@ -76,7 +76,8 @@ def gold_text(problem: Problem, answer_format: str) -> str:
     if answer_format != "hash":
         reasoning = re.sub(r"<<[^>]*>>", "", reasoning)
     if answer_format != "trigger":  # ReFT's SVAMP has said the answer by then: "... Therefore, the answer is <203>."
-        reasoning, answer = re.sub(r"\s+(Therefore, t|T)he answer is <[^>]*>\.?$", "", reasoning), answer.removesuffix(".0")
+        reasoning = re.sub(r"\s+(Therefore, t|T)he answer is <[^>]*>\.?$", "", reasoning)
+        answer = answer.removesuffix(".0")
     return reasoning + MARKS[answer_format].format(answer=answer)
 
 
