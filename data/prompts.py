@@ -105,9 +105,13 @@ def gold_text(problem: Problem, answer_format: str) -> str:
     if not solution or answer_format == "python" or answer_format == "boxed" and "\\boxed" in solution:
         return solution
     reasoning = re.split(r"\s*####|\nTherefore, the answer is: |\nFinal answer: ", solution)[0]
+    answer = problem.answer
     if answer_format != "hash":
         reasoning = re.sub(r"<<[^>]*>>", "", reasoning)
-    return reasoning + MARKS[answer_format].format(answer=problem.answer)
+    if answer_format != "trigger":  # ReFT's SVAMP has said the answer by then: "... Therefore, the answer is <203>."
+        reasoning = re.sub(r"\s+(Therefore, t|T)he answer is <[^>]*>\.?$", "", reasoning)
+        answer = answer.removesuffix(".0")
+    return reasoning + MARKS[answer_format].format(answer=answer)
 
 
 def encode_prompt(tokenizer, text: str, chat: str = "", system: str = "") -> list[int]:

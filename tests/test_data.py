@@ -299,6 +299,17 @@ def test_gold_is_written_in_every_format_and_read_back(task, answer_format, text
     assert gold_text(read_one("arc"), answer_format) == ""
 
 
+@pytest.mark.parametrize("answer_format, end", [
+    ("final_answer", "5 * 2 = 10 pens\nFinal answer: 10"),
+    ("trigger", "5 * 2 = 10 pens\n\nTherefore, the answer is <10>.\nTherefore, the answer is: 10.0")])
+def test_svamps_answer_is_said_once_outside_its_own_format(answer_format, end):
+    """ReFT's SVAMP ends every solution in "Therefore, the answer is <10>." before the mark that its code adds: with
+    IRPO's mark a gold solution gave its answer twice, as <10> and as 10.0."""
+    row = {"question": "How many?", "answer_cot": "5 * 2 = 10 pens\n\nTherefore, the answer is <10>.",
+           "answer_value": "10.0"}
+    assert gold_text(read_record(row, "svamp", "svamp-1"), answer_format).endswith(end)
+
+
 @pytest.mark.parametrize("task, flags, marks", [
     ("gsm8k", {}, "hash"), ("svamp", {}, "trigger"), ("gsm8k", {"prompt": "irpo"}, "final_answer"),
     ("svamp", {"prompt": "rft"}, "hash"), ("math", {"prompt": "rft"}, "boxed"),
