@@ -19,7 +19,7 @@ from tools import sweep
 
 
 def drawn(space: dict, draws: int, key: str) -> list[str]:
-    """Draw settings as flags, by a Latin hypercube: a flag takes one value from each of `draws` equal parts of its range.
+    """Draw settings as flags, by a Latin hypercube: one value of a flag from each of `draws` equal parts of its range.
 
     A range is a list of values, or {"low", "high"} on a log scale. The same key gives the same settings.
     """
