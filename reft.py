@@ -345,7 +345,7 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
 # --- the loop, and the stages around it ------------------------------------------------------------
 
 def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: list[data.Problem],
-              golds: dict[str, Example]) -> tuple[Llama, list[dict]]:
+              golds: dict[str, Example]) -> Llama:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
     policy = load_for_training(start, config, lambda model: Policy(model, config))
     # in bfloat16 on a GPU, so that the KL before the first update is not exactly 0 there
@@ -371,18 +371,19 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
             tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
         return record
 
-    records = loop(step_once, num_steps(len(problems), config), policy, optimizer, config, folder,
-                   made_of=hash_of(*problems), shown=("accuracy", "kl"))
-    return policy.model, records
+    loop(step_once, num_steps(len(problems), config), policy, optimizer, config, folder, made_of=hash_of(*problems),
+         shown=("accuracy", "kl"))
+    return policy.model
 
 
-def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> tuple[Llama, list[dict]]:
+def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
     """The base model after the paper's SFT: linear decay after a tenth of warm-up, all tokens weigh alike."""
     options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", batch_size=config.sft_batch_size,
                       max_steps=0)
     options = replace(options, warmup_steps=num_steps(len(examples), options) // 10)
     model = load_for_training(config.model, config)
-    return model, fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder)
+    fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder)
+    return model
 
 
 def offline_paths(answered: list[Answered], config: Config) -> list[Example]:

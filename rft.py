@@ -281,10 +281,11 @@ def training_row(samples: list[list[Sample]], right: list[list[int]], paths: lis
             "steps": done["steps"], "tokens_trained": done["tokens_trained"]}
 
 
-def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> tuple[Llama, list]:
+def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> Llama:
     """Steps 1 and 5: SFT, with the loss on responses only."""
     model = load_for_training(start, config)
-    return model, fit_sft(model, examples, config, derive_seed(config.seed, name), folder)
+    fit_sft(model, examples, config, derive_seed(config.seed, name), folder)
+    return model
 
 
 def main() -> None:

@@ -180,7 +180,7 @@ def run_card() -> str:
 def log(folder: Path, **record) -> None:
     """Append a line to the log.jsonl of the run that a folder belongs to; times are recorded here and nowhere else."""
     run = next((path for path in (folder, *folder.parents) if (path / "config.json").exists()), None)
-    if run and parallel.rank() == 0:
+    if run:
         append(run / "log.jsonl", json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
 
 
@@ -253,11 +253,15 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add lines to a file, in place of a last one that a full disk or a crash has cut short."""
+    """Add lines to a file, on rank 0, in place of a last one that a full disk or a crash has cut short."""
+    if parallel.rank():
+        return
     try:
         with open(path, "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(max(0, file.tell() - 1))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())
     except OSError as error:
         raise unwritten(path, error) from None
@@ -289,6 +293,21 @@ def read_jsonl(path: Path) -> list[dict]:
             return [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
+
+
+def cut_back(path: Path, steps: int) -> list[dict]:
+    """Keep the rows of the first steps in a file, which is made where it is missing; SystemExit if it lacks one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        complete = [row["step"] for row in rows] == [*range(steps)]
+    except (ValueError, TypeError, KeyError):
+        complete = False
+    if not complete:
+        raise SystemExit(f"{path} does not have all of the {steps} steps that were done before. Put it back as it was, "
+                         f"or remove {path.parent / 'state'} to train from the beginning.")
+    write_text(path, "".join(lines))
+    return rows
 
 
 def fresh_directory(directory: Path) -> Path:

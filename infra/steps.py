@@ -1,4 +1,5 @@
 """What a training step is about: its options, its items, their micro-batches and its learning rate."""
+import importlib.util
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ import numpy
 
 from infra.config import option
 from infra.hardware import ComputeOptions
+from infra.track import TRACKERS
 
 SCHEDULES = {  # share of the steps done -> share of the learning rate
     "constant": lambda done: 1.0,
@@ -32,12 +34,19 @@ class TrainOptions(ComputeOptions):
                                           "backward pass: far less memory, a third more work", free=True)
     compile: bool = option(False, "torch.compile the blocks; the first steps take minutes", free=True)
     save_every: int = option(100, "steps between saved states, from which a killed run resumes", low=1, free=True)
+    track: str = option("", "pass every step's figures on to: csv (a file train.csv), tensorboard, wandb",
+                        ("", *TRACKERS), free=True)
     skip_nonfinite: bool = option(False, "skip (and count) steps whose loss or gradient is not finite, instead of "
                                   "stopping", free=True)
     shard_within_node: bool = option(False, "with ranks on several nodes: shard weights within a node and replicate "
                                      "them across", free=True)
     cpu_offload: bool = option(False, "with several ranks: keep weights, gradients and moments in the host's memory",
                                free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.track and not importlib.util.find_spec(self.track):
+            raise ValueError(f"--track {self.track} needs a package: pip install {self.track}")
 
 
 def num_steps(num_items: int, options: TrainOptions) -> int:

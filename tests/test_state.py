@@ -110,7 +110,7 @@ def saved(tmp_path) -> list[Path]:
         run(tmp_path, after_step=killed_after(7))
     found = states(tmp_path / "state")
     assert len(found) == 2
-    assert {file.suffix for path in found for file in path.iterdir()} == {".json", ".jsonl", ".safetensors"}
+    assert {file.suffix for path in found for file in path.iterdir()} == {".json", ".safetensors"}
     return found
 
 
@@ -122,8 +122,8 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("file, spoil", [
     ("*.safetensors", flip), ("*.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
-    ("*.safetensors", Path.unlink), ("records.jsonl", lambda path: path.write_text("")),
-    ("state.json", lambda path: path.write_text("{"))], ids=["bit", "cut", "missing", "records", "json"])
+    ("*.safetensors", Path.unlink), ("state.json", lambda path: path.write_text("{"))],
+    ids=["bit", "cut", "missing", "json"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(whole, saved, tmp_path, file, spoil, capsys):
     [path] = saved[0].glob(file)
     spoil(path)
@@ -158,7 +158,7 @@ def test_a_full_disk_or_a_kill_while_saving_leaves_the_state_before(whole, saved
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         with pytest.raises(SystemExit, match="cannot be written: .*File too large.*intact: free"):
-            save_state(tmp_path / "state", model, new_optimizer(model, OPTIONS), [{}] * 8, "")
+            save_state(tmp_path / "state", model, new_optimizer(model, OPTIONS), 8, "")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert states(tmp_path / "state") == saved
