@@ -2,7 +2,8 @@
 
     runs/NAME/  config.json  command.txt  source/  log.jsonl  iter1/...
 
-Each step of a run is a file (`once`). Run the same command again and it continues at the first missing one.
+Each step of a run is a file (`once`). Run the same command again and it continues at the first missing one, unless the
+code is no longer that of source/.
 """
 import contextlib
 import dataclasses
@@ -24,7 +25,7 @@ import torch
 from infra import parallel
 from infra.progress import printable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MADE = ("config.json", "command.txt", "source", "log.jsonl", "start", "state", "model", "train.jsonl", "results.json",
         "eval.json", "eval_samples.jsonl", "picked.jsonl")  # of a run directory, besides iterN
 LOCKS: dict[Path, object] = {}  # open lock files of the run directories that this process holds
@@ -82,9 +83,10 @@ class StopAsked:
 # --- the run directory -----------------------------------------------------------------------------
 
 def open_run(config, **inputs: str) -> Path:
-    """Create config.run_dir, or resume a run with the same config and inputs; refuse any other.
+    """Create config.run_dir, or resume a run with the same config, inputs and code; refuse any other.
 
-    inputs: names and hashes of what the run is made from. The directory is locked until this process ends.
+    inputs: names and hashes of what the run is made from. The directory is locked until this process ends. With
+    config.anyway the code may differ: the new one is kept, too, and log.jsonl names what has changed.
     """
     run = Path(config.run_dir)
     values = json.loads(json.dumps(dataclasses.asdict(config) | inputs))  # tuples become lists, as in the file
@@ -100,8 +102,17 @@ def open_run(config, **inputs: str) -> Path:
             elif changed := differences(read_json(run / "config.json"), values, free):
                 raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
                                  "Give another --run_dir, or remove that directory.")
-            if not (run / "source").exists():
-                copy_source(run / "source")
+            copies = sorted((path for path in run.glob("source*") if path.suffix != ".tmp"),
+                            key=lambda path: (len(path.name), path.name))  # source, source-2, ... source-10
+            if edited := edited_files(copies[-1]) if copies else []:
+                said = f"{run} was made with other code; what differs from {copies[-1]}: {', '.join(edited)}."
+                if not config.anyway:
+                    raise SystemExit(f"{said} Give another --run_dir, or --anyway to keep what is there and go on with "
+                                     "the new code.")
+                print(f"warning: {said}")
+                log(run, event="edited", files=edited)
+            if edited or not copies:
+                copy_source(run / (f"source-{len(copies) + 1}" if copies else "source"))
             append(run / "command.txt", run_card() + "\n")
         except OSError as error:
             raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
@@ -131,6 +142,15 @@ def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
     """List the values that have changed, a line each; "" if none has."""
     return "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in before | now
                      if name not in free and before.get(name) != now.get(name))
+
+
+def edited_files(source: Path) -> list[str]:
+    """Name the files whose code this process has loaded, but for those of tools/, that a run's copy does not equal."""
+    loaded = {Path(module.__file__).resolve() for module in [*sys.modules.values()] if getattr(module, "__file__", "")}
+    names = [path.relative_to(ROOT) for path in sorted(loaded) if path.is_file() and path.parent in (
+        ROOT, ROOT / "data", ROOT / "grading", ROOT / "infra")]
+    return [str(name) for name in names if not (source / name).is_file()
+            or (source / name).read_bytes() != (ROOT / name).read_bytes()]
 
 
 def copy_source(folder: Path) -> None:

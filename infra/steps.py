@@ -36,6 +36,7 @@ class TrainOptions(ComputeOptions):
     save_every: int = option(100, "steps between saved states, from which a killed run resumes", low=1, free=True)
     track: str = option("", "pass every step's figures on to: csv (a file train.csv), tensorboard, wandb",
                         ("", *TRACKERS), free=True)
+    anyway: bool = option(False, "go on although the code was edited since the run began, and record that", free=True)
     skip_nonfinite: bool = option(False, "skip (and count) steps whose loss or gradient is not finite, instead of "
                                   "stopping", free=True)
     shard_within_node: bool = option(False, "with ranks on several nodes: shard weights within a node and replicate "

@@ -123,6 +123,29 @@ def test_the_same_command_again_does_nothing_new(copy, tmp_path):
     assert before == ({path: path.stat().st_mtime_ns for path in before[0]}, contents(tmp_path / "run"))
 
 
+def test_edited_code_is_refused_or_recorded(copy, tmp_path, capsys):
+    """The loss was changed and the same command given again: "results.json is written", the old numbers, no word. It is
+    refused before anything is computed; with --anyway, what is missing is made, and the run keeps both versions. Tools
+    may change."""
+    run = tmp_path / "run"
+    for name in ("losses.py", "data/toy.py", "tools/report.py"):
+        write_text(run / "source" / name, "# as it was")
+    (run / "source" / "grading" / "latex.py").unlink()
+    before = contents(run)
+    message = refusal(capsys, irpo, *copy)
+    assert f"differs from {run / 'source'}: data/toy.py, grading/latex.py, losses.py. " in message
+    assert "--run_dir" in message and "--anyway" in message and contents(run) == before
+
+    (run / "iter2" / "eval.json").unlink()
+    for _ in range(2):
+        call(irpo, *copy, "--anyway")
+    call(irpo, *copy)  # the newest copy counts
+    assert contents(run).items() >= before.items() and not (run / "source-3").exists()
+    assert (run / "source-2" / "losses.py").read_text() == (ROOT / "losses.py").read_text()
+    [edited] = [line for line in read_lines(run / "log.jsonl") if line["event"] == "edited"]
+    assert edited["files"] == ["data/toy.py", "grading/latex.py", "losses.py"]
+
+
 def test_killed_and_resumed_equals_uninterrupted(run, base, tmp_path):
     """SIGKILL, half-written files under the temporary names, and the same command again: the files are those of the run
     which nobody disturbed, to the byte. It is another process, so neither time nor directory reaches the record."""
@@ -171,8 +194,8 @@ TRAIN = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--max_
 
 def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     """Everything calls `make base`: it must train when its config is new, and only then, the same model each time. A
-    config that is refused leaves the model alone; once, another --micro_batch_tokens or a comment in the source deleted
-    it. Its folder is no place for another run, nor is one with somebody else's model."""
+    config that is refused leaves the model alone; once, another --micro_batch_tokens deleted it. Its folder is no place
+    for another run, nor is one with somebody else's model."""
     rows = toy.corpus(0, size=120, practice=60, drills=30)
     monkeypatch.setattr(toy, "corpus", lambda seed, **options: rows)
     call(sft, *TRAIN, "--run_dir", tmp_path / "run")
@@ -180,7 +203,6 @@ def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     assert len(read_lines(tmp_path / "run" / "train.jsonl")) == 3
     before = weights.stat().st_mtime_ns
     capsys.readouterr()
-    write_text(tmp_path / "run" / "source" / "data" / "toy.py", "# an older version")
     call(sft, *TRAIN, "--micro_batch_tokens", "2048", "--save_every", "7", "--run_dir", tmp_path / "run")
     assert str(tmp_path / "run" / "model") in capsys.readouterr().out
     assert "is inside" in refusal(capsys, sft, *TRAIN, "--run_dir", tmp_path / "run" / "model")
