@@ -53,17 +53,14 @@ class Config(TrainOptions, SampleOptions):
     prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     iterations: int = option(4, "T; more or fewer may be asked for later", low=1, free=True)
-    # step 1
-    num_samples: int = option(30, "N, responses per question", low=1)
+    num_samples: int = option(30, "N, responses per question", low=1, group="step 1")
     temperature: tuple[float, ...] = option((0.8, 0.8, 1.3, 1.3), "of sampling, per iteration; the last repeats", low=0)
-    # steps 2 and 3
-    gold: bool = option(True, "gold solutions are among the right ones")
+    gold: bool = option(True, "gold solutions are among the right ones", group="steps 2 and 3")
     dedupe: bool = option(True, "equal responses to a question count once (the paper is silent)")
     pairs_per_question: int = option(10, "K", low=1)
     max_pairs: int = option(60000, "random subsample of the pairs down to this; 0: keep all", low=0)
-    # step 5
     method: str = option("irpo", "irpo; sft_chosen: NLL of the winners; sft_gold: NLL of gold",
-                         ("irpo", "sft_chosen", "sft_gold"))
+                         ("irpo", "sft_chosen", "sft_gold"), group="step 5")
     alpha: float = option(1.0, "weight of the NLL term; 0 is plain DPO", low=0)
     beta: float = option(0.1, "of the DPO term", above=0)
     start_from: str = option("", "in iteration 1, start training from this model and use it as the reference; the "
@@ -74,8 +71,7 @@ class Config(TrainOptions, SampleOptions):
     lr: float = option(7e-7, "learning rate of AdamW", above=0)
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count", low=0)
     epochs: int = option(2, "passes over the pairs at most", low=1)
-    # step 6
-    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
+    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0, group="step 6")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:

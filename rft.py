@@ -52,18 +52,16 @@ class Config(TrainOptions, SampleOptions):
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,
                                    high=1)
-    # step 2
-    num_samples: int = option(100, "k, samples per question; from a file: its first k", low=1)
+    num_samples: int = option(100, "k, samples per question; from a file: its first k", low=1, group="step 2")
     temperature: float = option(0.7, "of sampling, for training and for maj@k", above=0)
     pool: tuple[str, ...] = option((), "runs of rft.py whose sample files are used instead of new samples")
-    # steps 3 and 4
-    equation_filter: bool = option(True, "drop a path with an equation that does not hold")
+    equation_filter: bool = option(True, "drop a path with an equation that does not hold", group="steps 3 and 4")
     dedup: str = option("equations", "paths are the same if they agree in: equations; string; none keeps every right "
                         "path", ("equations", "string", "none"))
     select: str = option("levenshtein", "which of the same paths stays: levenshtein, or the first",
                          ("levenshtein", "first"))
-    # steps 1 and 5
-    restart_from: str = option("base", "step 5 begins at: base, or sft, the model of step 1", ("base", "sft"))
+    restart_from: str = option("base", "step 5 begins at: base, or sft, the model of step 1", ("base", "sft"),
+                               group="steps 1 and 5")
     steps_matched: bool = option(False, "step 5 trains on D alone, for as many optimizer steps as with the kept paths: "
                                  "the control that the paper lacks")
     lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
@@ -72,8 +70,7 @@ class Config(TrainOptions, SampleOptions):
     warmup_share: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     batch_size: int = option(128, "sequences per optimizer step, over all ranks", low=1)
     epochs: int = option(3, "passes over the data; the last one counts", low=1)
-    # the record
-    eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0)
+    eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0, group="the record")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 

@@ -11,7 +11,7 @@ from rewards import OWN_FORMAT, require_math_verify
 
 @dataclass(frozen=True)
 class TaskOptions(Options):
-    task: str = option("toy", f"data set: {', '.join(data.TASKS)}", data.TASKS)
+    task: str = option("toy", f"data set: {', '.join(data.TASKS)}", data.TASKS, group="data")
     path: str = option("", "folder with the data set's files, or one file; empty: downloads/TASK, where `make data` "
                        "puts them")
     source: str = option("publisher", "whose files: publisher or reft", data.SOURCES)

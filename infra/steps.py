@@ -19,7 +19,7 @@ SCHEDULES = {  # share of the steps done -> share of the learning rate
 @dataclass(frozen=True)
 class TrainOptions(ComputeOptions):
     """How `fit` trains; methods inherit these fields and give the papers' values as defaults."""
-    lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
+    lr: float = option(2e-5, "peak learning rate of AdamW", above=0, group="training")
     lr_schedule: str = option("constant", "after warm-up: constant, linear (to 0) or cosine (to 0)", SCHEDULES)
     warmup_steps: int = option(0, "steps over which the learning rate rises to lr", low=0)
     warmup_share: float = option(0.0, "the same as a share of all steps; the longer one counts", low=0, high=1)
@@ -29,7 +29,7 @@ class TrainOptions(ComputeOptions):
     clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
     micro_batch_tokens: int = option(4096, "padded tokens per forward pass; affects only speed and memory (4096 suits "
-                                     "a CPU; on a GPU use as many as fit)", low=1, free=True)
+                                     "a CPU; on a GPU use as many as fit)", low=1, free=True, group="engine")
     checkpoint_activations: bool = option(False, "keep only the input of each block and recompute the rest in the "
                                           "backward pass: far less memory, a third more work", free=True)
     compile: bool = option(False, "torch.compile the blocks; the first steps take minutes", free=True)

@@ -68,7 +68,8 @@ def test_kinds_of_flags():
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--alhpa 0", "--alhpa"), ("--alph 0", "--alph"), ("--pre toy", "--pre"), ("stray", "stray"),
+    ("--alhpa 0", "no flag --alhpa; did you mean --alpha?"), ("--alph=0", "did you mean --alpha?"),
+    ("--presets toy", "did you mean --preset?"), ("--no-dedup", "did you mean --no-dedupe?"), ("stray", "stray; see"),
     ("--preset huge", "huge"), ("--alpha much", "much"), ("--iterations 2.5", "2.5"), ("--model=", "--model"),
     ("--iterations 0", "--iterations 0: must be at least 1"), ("--beta 0", "--beta 0.0: must be above 0"),
     ("--lr nan", "--lr nan: must be finite"), ("--lr inf", "--lr inf: must be finite"), ("--lr 0", "must be above 0"),
@@ -83,11 +84,27 @@ def test_kinds_of_flags():
     ("--lr_schedule linear", "--select_every 500")], ids=lambda text: text[:30])
 def test_unknown_abbreviated_or_impossible_flags_fail(flags, said, capsys):
     """A typo that is dropped runs the default for a day under the wrong name, and one in a schedule must not fail as a
-    KeyError after an hour of sampling. Values of a preset count, too."""
+    KeyError after an hour of sampling. Values of a preset count, too. One line says it: it stood below 28 of usage."""
     with pytest.raises(SystemExit) as stop:
         parsed(*flags.split())
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert said in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
+def test_help_is_in_the_order_of_the_steps_and_shows_what_would_be_used(capsys):
+    """It began with flags of the engine, and with --preset it showed the paper's values. Each flag is there once."""
+    with pytest.raises(SystemExit):
+        parsed("--preset", "toy", "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":") and line[0] != " "] == [
+        "options:", "step 1:", "steps 2 and 3:", "step 5:", "step 6:", "training:", "sampling:", "data:", "engine:"]
+    flags = [line.split()[0].strip(",") for line in lines if line.startswith("  --")]
+    assert sorted(flags) == sorted(["--preset", *(f"--{field.name}" for field in dataclasses.fields(Config))])
+    assert flags.index("--model") < flags.index("--alpha") < flags.index("--device")
+    text = " ".join(" ".join(lines).split())
+    assert "--num_samples INT N, responses per question (default: 8)" in text  # of the preset; the paper's is 30
+    assert "--temperature FLOAT [FLOAT ...] of sampling, per iteration; the last repeats (default: 1.0)" in text
+    assert "--method {irpo,sft_chosen,sft_gold} " in text and "(default: )" not in text
 
 
 # --- the run directory and its files ---------------------------------------------------------------
