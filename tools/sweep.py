@@ -167,8 +167,8 @@ def main() -> None:
 
     used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run) and not args.anyway]
     if old := [f"  {run}: {', '.join(names)}" for run in used if (names := edited(run))]:
-        sys.exit("\n".join(["these runs were made before files were edited:", *old, "Remove the runs to make them again, "
-                            "or give --anyway to keep them."]))
+        sys.exit("\n".join(["these runs were made before files were edited:", *old,
+                            "Remove the runs to make them again, or give --anyway to keep them."]))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
