@@ -92,11 +92,12 @@ class SampleOptions(TaskOptions, ComputeOptions):
         return hash_of(self.own_files()["reward"], self.reward, self.right_at) if self.reward else ""
 
 
+MANY = 0.1  # of the responses: more that cannot be judged deserve a warning
 REMEDIES = {  # of what makes an accuracy say little about a model
-    "unparsed": "--prompt, --chat or --answer_format may not be those that the model was trained with",
+    "unparsed": "ask as the model was trained: --chat own for a chat model, and its --prompt or --answer_format",
     "unfinished": "raise --max_new_tokens, or declare the token that ends this model's responses as eos_token_id in "
                   "its generation_config.json",
-    "empty": "--prompt or --chat may not be those that the model was trained with"}
+    "empty": "ask as the model was trained: --chat own for a chat model, and its --prompt"}
 
 
 # --- sampling and grading --------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def print_summary(name: str, found: dict) -> None:
         name, found["accuracy"], *found["ci95"], found["n"],
         ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items())))
     for kind, share in shares.items():
-        if share > 0.2:
+        if share > MANY:
             print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 
