@@ -94,7 +94,7 @@ def read_record(row: dict, task: str, name: str) -> Problem:
 
     ValueError for a record that no response can answer: the gold answer must be one that the task's grader reads.
     """
-    from rewards import READ  # here, since it loads torch, which a download does without
+    from rewards import EXTRACT, READ  # here, since it loads torch, which a download does without
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {row!r:.60}")
     problem = reader(row, task)(row, name)
@@ -107,6 +107,10 @@ def read_record(row: dict, task: str, name: str) -> Problem:
         if task in ANSWERS:
             raise ValueError(f"answer is {problem.answer!r:.60}, not {ANSWERS[task]}, which --answer {task} expects")
         raise ValueError(f"the right answer is {problem.answer!r:.60}, which the grader of {task} cannot read")
+    for marks in ("hash", "final_answer") if task in ("number", "letter", "text") else ():
+        said = EXTRACT[marks](problem.solution)
+        if said and READ[task](said) not in (None, answer):
+            raise ValueError(f"solution ends in {said!r:.60}, and answer is {problem.answer!r:.60}")
     return problem
 
 
