@@ -73,14 +73,16 @@ def test_the_right_numbers_of_rft_are_exact_for_own_data():
 
 @pytest.mark.parametrize("answer, row, said", [
     ("", {"question": "q"}, "no field 'answer'"), ("", {"answer": 7}, "no field 'question'"),
-    ("", RECORD | {"answer": "So.\n#### 7 or 8"}, "answer is 'So.\\n#### 7 or 8', not a number, which --answer number"),
+    ("", RECORD | {"answer": "So.\n#### 7 or 8"}, "answer is 'So.\\n#### 7 or 8', not a number, as --answer number"),
     ("", RECORD | {"answer": "B"}, "answer is 'B', not a number"),
+    ("", RECORD | {"answer": "Apollo 11"}, "answer is 'Apollo 11', not a number"),
+    ("", CHOICES | {"answer": "B minor"}, "answer is 'B minor', not the letter of a choice"),
     ("", RECORD | {"answer": True}, "answer is True, not a number or text"),
     ("", RECORD | {"answer": ""}, "answer is '', not"), ("", RECORD | {"question": 5}, "question is 5, not text"),
     ("", RECORD | {"solution": "3 + 4 = 8\n#### 8"}, "solution ends in '8', and answer is '7'"),
     ("text", RECORD | {"solution": "So.\nFinal answer: eight."}, "solution ends in 'eight.', and answer is '7'"),
     ("", RECORD | {"solution": 5}, "solution is 5, not text"), ("", RECORD | {"id": [1]}, "id is [1], not a number or"),
-    ("", CHOICES | {"answer": "D"}, "answer is 'D', not the letter of a choice, which --answer letter expects"),
+    ("", CHOICES | {"answer": "D"}, "answer is 'D', not the letter of a choice, as --answer letter expects"),
     ("", CHOICES | {"answer": "seven"}, "answer is 'seven', not the letter of a choice"),
     ("", CHOICES | {"answer": 2}, "answer is '2', not the letter of a choice"),
     *(("letter", CHOICES | {"choices": choices}, "choices is ") for choices in (
@@ -226,7 +228,8 @@ def test_what_a_reward_may_return(body, expected, tmp_path):
 
 
 @pytest.mark.parametrize("body, said", [
-    ("return float('nan')", "returns nan"), ("return float('-inf')", "returns -inf"), ("return None", "returns None"), ("return 10**400", "returns 1000"),
+    ("return float('nan')", "returns nan"), ("return float('-inf')", "returns -inf"), ("return None", "returns None"),
+    ("return 10**400", "returns 1000"),
     ("return 'good'", "returns 'good'"), ("return [1.0]", r"returns \[1.0\]"),
     ("return torch.ones(2)", r"returns tensor"),
     ("return 1 / (len(text) - 5)", r"fails: ZeroDivisionError\('division by zero'\) in .*my.py, line 5")])
