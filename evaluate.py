@@ -10,7 +10,7 @@ import runpy
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -114,11 +114,11 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label,
                            pieces)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
-    if reward and options.reward:
-        grades = reward_all(texts, problems, options.reward, options.right_at)
-    else:
-        grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
-                           [options.prompt_text(problem) for problem in problems])
+    grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
+                       [options.prompt_text(problem) for problem in problems])
+    if reward and options.reward:  # the answers stay those that the graders read
+        judged = reward_all(texts, problems, options.reward, options.right_at)
+        grades = [[replace(new, answer=old.answer) for new, old in zip(*groups)] for groups in zip(judged, grades)]
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
     return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group)
