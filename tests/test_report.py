@@ -155,9 +155,9 @@ def test_runs_of_all_methods_in_one_report(tmp_path):
     call(report, bare, *others)
     text = (bare / "report.md").read_text()
     for row, column, shown in [
-            ("bare X", "accuracy", ""), ("bare X", "maj@2", "50.0%"), ("irpo M0", "accuracy", "50.0% (45.0% to 55.0%)"),
-            ("rft RFT", "kept", "10"), ("reft ReFT", "reward", "0.70")]:
-        assert table_cell(text, f"{tmp_path}/{row}", column) == shown, (row, column)
+            (f"{bare} X", "accuracy", ""), (f"{bare} X", "maj@2", "50.0%"), ("irpo M0", "accuracy", "50.0% (45.0% to 55.0%)"),
+            ("rft RFT", "kept", "10"), (f"{tmp_path}/reft ReFT", "reward", "0.70")]:
+        assert table_cell(text, row, column) == shown, (row, column)
     assert {file.stem for file in bare.glob("*.png")} == {"accuracy", "dev", "reward", "kl"}
 
 
@@ -176,6 +176,91 @@ def test_runs_from_different_bases_are_pointed_out(tmp_path, capsys):
     for other, pointed_out in ((b, False), (c, True)):
         call(report, a, other)
         assert ("differ in their first models" in capsys.readouterr().out) == pointed_out
+
+
+# --- runs compared ---------------------------------------------------------------------------------
+
+def named(path: Path, accuracy: float, source: str = "loss = dpo", **flags) -> Path:
+    """A run with these flags and this source."""
+    run = irpo_run(path, [0.5, accuracy])
+    (run / "config.json").write_text(json.dumps({"run_dir": str(run), "eval_samples": len(str(path)),
+                                                 "weights": f"{flags.get('seed', 0):064x}", **flags}))
+    (run / "source").mkdir()
+    (run / "source" / "losses.py").write_text(source)
+    return run
+
+
+def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
+    """M1 has the last questions right, 70 of 100 here and 60 there, M0 the first 50. Texts came without question and
+    gold answer, so that nobody could judge them; which run was better, nobody tested."""
+    a, b = named(tmp_path / "a", 0.7, alpha=1.0), named(tmp_path / "b", 0.6, alpha=0.0)
+    call(report, a, b)
+    text, screen = (a / "report.md").read_text(), capsys.readouterr().out
+    head = "alpha 1.0, M1 − alpha 0.0, M1"
+    for row, column, shown in [
+            (head, "questions", "100"), (head, "only the first right", "10"), (head, "only the second right", "0"),
+            (head, "McNemar p", "0.002"), ("M1 − M0", "only the first right", "50"),
+            ("M1 − M0", "only the second right", "30"), ("M1 − M0", "McNemar p", "0.033")]:
+        assert table_cell(text, row, column) == shown, (row, column)
+    assert re.match(r"\+10 ± 5\.[89]", table_cell(text, head, "difference")), "1.98 sqrt(0.1 * 0.9 / 100), in points"
+    for shown in (text, screen):
+        first = "#### question 50?\n\nq-50, seed 0; gold answer: 3\n\nM1:\n\n```\ntext 1 of q-50\n```\n\nM0:\n\n```\ntext 0"
+        assert f"### Right in M1, not in M0: 50 questions\n\n{first}" in shown
+        assert "### Right in M0, not in M1: 30 questions\n\n#### question 0?" in shown
+    assert "### Right in alpha 1.0, M1, not in alpha 0.0, M1: 10 questions\n\n#### question 30?" in text
+    record = json.loads((a / "report.json").read_text())["compared"][1]["changed"]
+    assert [row["id"] for row in record] == [f"q-{i}" for i in range(30, 40)]
+    assert record[0] == {"seed": 0, "id": "q-30", "question": "question 30?", "gold": "3", "right": "alpha 1.0, M1",
+                         "alpha 1.0, M1": "text 1 of q-30", "alpha 0.0, M1": "text 1 of q-30"}
+    page = (a / "report.html").read_text()
+    assert "<details><summary>question 50?</summary>\n<p>q-50, seed 0; gold answer: 3</p>" in page
+    assert page.count("<details>") == page.count("</details>") == 9 and "<h4>" not in page
+
+
+@pytest.mark.parametrize("runs, groups", [
+    ([dict(method="irpo", loss="hinge"), dict(method="irpo", loss="dpo")], {"loss hinge": [0], "loss dpo": [0]}),
+    ([dict(loss="hinge"), {}], {"loss hinge": [0], "r1": [0]}),
+    ([dict(seed=0), dict(seed=0, source="loss = hinge")], {"r0": [0], "r1": [0]}),
+    ([dict(seed=0), dict(seed=1)], {"r0": [0], "r1": [0]}),
+    ([dict(seed=s, alpha=a) for a in (0, 1) for s in (3, 4)], {"alpha 0": [3, 4], "alpha 1": [3, 4]}),
+    ([dict(seed=s, alpha=a, model=f"runs/base-s{s}/model") for a in (0, 1) for s in (3, 4)],
+     {"alpha 0": [3, 4], "alpha 1": [3, 4]}),
+    ([dict(seed=0, model="small"), dict(seed=1, model="large")], {"model small": [0], "model large": [0]}),
+    ([dict(seed=s, source=x) for x in ("a", "b") for s in (0, 1)], {"r0": [0, 1], "r2": [0, 1]}),
+    ([dict(a=i, b=i, c=i, d=i, e=i) for i in (0, 1)], {"r0": [0], "r1": [0]})])
+def test_runs_are_named_by_what_differs(tmp_path, runs, groups):
+    """A run with a hinge loss was titled "IRPO", one with SimPO's "DPO only (α=0)"."""
+    paths = [named(tmp_path / f"r{i}", 0.6, **flags) for i, flags in enumerate(runs)]
+    found = {name.removeprefix(f"{tmp_path}/"): [*seeds] for name, seeds in report.load_runs(paths).items()}
+    assert found == groups
+
+
+def test_groups_of_seeds_are_compared(tmp_path):
+    """A folder of sSEED is a group; a run with other questions under the same ids is not compared."""
+    for seed in (0, 1, 2):
+        named(tmp_path / "a" / f"s{seed}", 0.9, seed=seed, alpha=1.0)
+        named(tmp_path / "b" / f"s{seed}", 0.2 + 0.1 * seed, seed=seed, alpha=0.0)
+    other = named(tmp_path / "c", 0.6, seed=0, alpha=0.5)
+    file = other / "iter1" / "eval_samples.jsonl"
+    file.write_text(file.read_text().replace("question ", "another question "))
+    call(report, tmp_path / "a", tmp_path / "b", other)
+    text, head = (tmp_path / "a" / "report.md").read_text(), "alpha 1.0, M1 − alpha 0.0, M1"
+    assert table_cell(text, head, "only the first right") == "70, 60, 50"
+    assert table_cell(text, head, "difference").startswith("+60 ± 3")
+    assert "alpha 0.5, M1 −" not in text and "− alpha 0.5, M1" not in text
+
+
+def test_measures_that_no_table_knows_are_shown(tmp_path):
+    """A new loss's figures were in train.jsonl and nowhere else."""
+    run = reft_run(tmp_path / "run", 0.8)
+    rows = json.loads((run / "results.json").read_text())
+    (run / "results.json").write_text(json.dumps([row | {"hinge_margin": 0.125} if row["split"] == "train" else row
+                                                  for row in rows]))
+    steps = [{"step": i, "hinge_margin": float(i), "lr": 0.1} for i in range(3)]
+    (run / "iter1" / "train.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    call(report, run)
+    assert table_cell((run / "report.md").read_text(), f"{run} ReFT", "hinge margin") == "0.125"
+    assert (run / "others.svg").exists() and not (run / "reward.png").exists()
 
 
 # --- the page --------------------------------------------------------------------------------------
@@ -322,7 +407,7 @@ def test_no_interval_of_a_share_leaves_0_to_100_percent(tmp_path):
     assert table_cell(text, "ReFT, no KL ReFT", "accuracy").startswith("nan%")
     assert re.fullmatch(r"\+39\.7 \(-\d\S+ to \+100\)", claim(text, "R1: ReFT beats SFT")[0])
     assert claim(text, "R5: without KL it is worse")[4] == "not shown"
-    assert all(0 <= y <= 1 for _, *ys in report.over_models(record["cells"])["here"]["ReFT"] for y in ys)
+    assert all(0 <= y <= 1 for point in report.over_models(record["cells"])["here"]["ReFT"] for y in point[1:4])
 
 
 # --- cells and seeds -------------------------------------------------------------------------------
