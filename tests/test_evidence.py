@@ -4,7 +4,7 @@ import math
 import numpy
 import pytest
 
-from tools.evidence import difference, judge, mcnemar, quantile, two_sided
+from tools.evidence import difference, half_width, judge, mcnemar, quantile
 
 
 @pytest.mark.parametrize("first, second, p", [
@@ -17,20 +17,18 @@ def test_mcnemar(first, second, p):
 
 @pytest.mark.parametrize("freedom, t", [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (9, 2.262), (999, 1.9623)])
 def test_quantiles_are_those_of_student(freedom, t):
-    """The table of textbooks, 97.5 %; and p is the other way round, far out, too."""
+    """The table of textbooks, 97.5 %."""
     assert quantile(0.05, freedom) == pytest.approx(t, abs=6e-4)
-    assert [two_sided(-quantile(p, freedom), freedom) for p in (0.9, 0.05, 1e-5)] == pytest.approx([0.9, 0.05, 1e-5])
-    assert two_sided(math.nan, freedom) == 1
 
 
 def test_differences_are_of_the_same_seeds_and_questions():
-    """Differences per seed 0.5, 0, 1 and per question 1, 0: variances 1/4 / 3 and 1/4 / 1 by the formula of a mean."""
+    """Seeds differ by 0.5, 0, 1 and questions by 1, 0: errors 0.5 / sqrt(3) and sqrt(1/2) / sqrt(2); t is 4.303 with
+    2 degrees of freedom, 12.706 with 1."""
     first = {0: {"a": 1.0, "b": 0.0, "c": 1.0}, 1: {"b": 0.0, "a": 1.0}, 2: {"a": 1.0, "b": 1.0}, 7: {"a": 1.0}}
     second = {0: {"b": 0.0, "a": 0.0}, 1: {"a": 0.0, "b": 1.0, "d": 1.0}, 2: {"a": 0.0, "b": 0.0}}
     found = difference(first, second, bound=1.0)
-    assert (found["mean"], found["questions"], found["freedom"]) == (0.5, 2, 2)
-    assert found["values"] == {0: 0.5, 1: 0.0, 2: 1.0}
-    assert found["error"] == pytest.approx(math.sqrt(0.25 / 3 + 0.25), rel=0.03)
+    assert (found["mean"], found["questions"], found["values"]) == (0.5, 2, {0: 0.5, 1: 0.0, 2: 1.0})
+    assert half_width(found, 0.05) == pytest.approx(math.hypot(4.303 * 0.5 / 3 ** 0.5, 12.706 * 0.5), abs=1e-3)
     judge([found])
     assert found["ci95"] == [-1.0, 1.0] and found["verdict"] == "not shown", "no difference is above 1"
     assert difference({0: {"a": 1.0}}, {0: {"b": 1.0}}) is None is difference({0: {"a": 1.0}}, {1: {"a": 1.0}})
@@ -39,28 +37,40 @@ def test_differences_are_of_the_same_seeds_and_questions():
 def test_a_measure_without_questions_is_compared_seed_by_seed():
     found = difference({0: {"": 2.0}, 1: {"": 3.0}, 2: {"": 3.5}}, {seed: {"a": 1.0, "b": 0.0} for seed in range(3)})
     assert found["values"] == {0: 1.5, 1: 2.5, 2: 3.0} and found["questions"] == 1
-    assert found["error"] == pytest.approx(numpy.std([1.5, 2.5, 3.0], ddof=1) / math.sqrt(3), rel=0.03)
+    assert half_width(found, 0.05) == pytest.approx(4.303 * numpy.std([1.5, 2.5, 3.0], ddof=1) / 3 ** 0.5, abs=1e-3)
 
 
 def test_one_seed_shows_nothing_about_a_method():
     """Its interval is about the draw of questions; of a number without questions there is none."""
-    many, none = difference({0: dict.fromkeys(range(50), 1.0)}, {0: {i: i % 2 for i in range(50)}}), difference(
-        {0: {"": 1.0}}, {0: {"": 0.0}})
+    many, none = (difference({0: dict.fromkeys(second, 1.0)}, {0: second})
+                  for second in ({f"q{i}": float(i % 2) for i in range(50)}, {"": 0.0}))
     judge([many, none])
-    assert many["half_width"] == pytest.approx(quantile(0.05, 49) * 0.5 / 7, rel=0.03) and many["freedom"] == 49
+    assert many["half_width"] == pytest.approx(quantile(0.05, 49) * 0.5 / 7)
     assert none["ci95"] is None and many["verdict"] == none["verdict"] == "not shown (one seed)"
 
 
+def test_standard_errors_are_those_of_a_bootstrap():
+    """Over seeds, and over questions that all seeds share, times sqrt(n / (n - 1)): a bootstrap sample's mean varies by
+    so much less than that of new draws."""
+    random = numpy.random.default_rng(0)
+    table = random.normal(0, 1, (4, 1)) + random.normal(0, 1, 30) + random.normal(0, 1, (4, 30))
+    found = difference(*({seed: dict(enumerate(row)) for seed, row in enumerate(rows)} for rows in (table, 0 * table)))
+    for draw, means in (("seeds", table.mean(1)), ("questions", table.mean(0))):
+        n = len(means)
+        again = random.choice(means, (20_000, n)).mean(1).std() * math.sqrt(n / (n - 1))
+        assert found[f"error_of_{draw}"] == pytest.approx(again, rel=0.02)
+
+
 def estimates(*means: float) -> list[dict]:
-    return [{"mean": mean, "error": 1.0, "freedom": 10 ** 4, "p": two_sided(mean, 10 ** 4), "questions": 9,
-             "bound": math.inf, "values": {0: mean, 1: mean}} for mean in means]
+    return [{"mean": mean, "error_of_seeds": 1.0, "error_of_questions": 0.0, "questions": 1, "bound": math.inf,
+             "values": dict.fromkeys(range(10 ** 4), mean)} for mean in means]
 
 
 @pytest.mark.parametrize("means, verdicts", [
     ((2.2, -5.0, 4.0, 2.5), ["shown", "shown the other way", "shown", "shown"]),
-    ((2.2,), ["shown"]), ((2.2, 2.1), ["not shown", "not shown"]), ((2.2, 2.1, 3.0), ["not shown", "not shown", "shown"]),
-    ((1.0, 2.3), ["not shown", "shown"]), ((2.2, 1.0, 1.0), ["not shown"] * 3), ((math.nan, -3.0), [
-        "not shown", "shown the other way"])])
+    ((2.2,), ["shown"]), ((2.2, 2.1), ["not shown"] * 2), ((2.2, 2.1, 3.0), ["not shown", "not shown", "shown"]),
+    ((1.0, 2.3), ["not shown", "shown"]), ((2.2, 1.0, 1.0), ["not shown"] * 3),
+    ((math.nan, -3.0), ["not shown", "shown the other way"])])
 def test_verdicts_after_holm(means, verdicts):
     """|t| above 1.96, 2.24, 2.39, 2.50 for a claim, the first of 2, 3, 4; after one that fails, none is shown. An
     interval leaves out 0 exactly where a claim is decided: a table called +13 "not shown" and +11 ± 13 "yes"."""

@@ -88,7 +88,8 @@ def point(x, value: dict | float) -> tuple:
     """A point of a number, or of an estimate with its interval and the value of each seed."""
     if not isinstance(value, dict):
         return (x, value, value, value, [])
-    return (x, value["mean"], *(value["ci95"] or [value["mean"]] * 2), [*value["values"].values()])
+    seeds = [*value["values"].values()]
+    return (x, value["mean"], *(value["ci95"] or [value["mean"]] * 2), seeds if len(seeds) > 1 else [])
 
 
 def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str, order: Collection[str] = (),
@@ -135,12 +136,15 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
             continue
         i, every = labels.index(label), max(1, len(points) // 12)
         x, y, low, high = numpy.array([point[:4] for point in points], dtype=float).T
+        if y_scale == "share":
+            low, high = low.clip(0, 1), high.clip(0, 1)
         shift, color = 0.05 * gap * (list(lines).index(label) - (len(lines) - 1) / 2), COLORS[i % len(COLORS)]
         bars = [numpy.where(end > 0, end, numpy.nan) for end in (y - low, high - y)]
-        drawn[label] = axis.errorbar(x + shift, y, bars, errorevery=every, markevery=every, capsize=2, color=color,
-                                     marker=MARKERS[i % len(MARKERS)], linewidth=1.5, markersize=4.5)
-        dots = [(x + shift, value) for x, _, _, _, values in points[::every] if len(values) > 1 for value in values]
-        axis.plot(*zip(*dots), ".", color=color, markersize=3, alpha=0.6) if dots else None
+        drawn[label] = axis.errorbar(
+            x + shift, y, bars, errorevery=every, markevery=every, capsize=2, elinewidth=1, color=color,
+            marker=MARKERS[i % len(MARKERS)], linewidth=1.5, markersize=4.5)
+        dots = [(x + shift + 0.025 * gap, value) for x, *_, values in points[::every] for value in values]
+        axis.plot(*numpy.array(dots).reshape(-1, 2).T, ".", color=color, markersize=4, alpha=0.7)
     if len(xs) <= 12:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()

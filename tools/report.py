@@ -146,7 +146,7 @@ def curve(records: list[list[dict]], key: str) -> list[tuple]:
         value = step[key].get("accuracy") if isinstance(step[key], dict) else step[key]
         if isinstance(value, (int, float)):
             values.setdefault(step["step"] + 1, []).append(value)
-    return [(step, *[fmean(found)] * 3, found) for step, found in sorted(values.items())]
+    return [(step, *[fmean(found)] * 3, found if len(found) > 1 else []) for step, found in sorted(values.items())]
 
 
 # --- cells and seeds -------------------------------------------------------------------------------
@@ -429,7 +429,7 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
     labels = [*(label_of(kind, cell) for cell in PAPER[kind]["cells"]), *(row["label"] for row in summary.values())]
     order = list(dict.fromkeys(label.rpartition(": ")[2] for label in labels))
     runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
-    ks, label = over_k(summary), "test accuracy, mean and 95% interval; small dots: seeds"
+    ks, label = over_k(summary), "test accuracy; bars: 95% intervals, dots: seeds"
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
     drawn = {"accuracy": render(ks, label, "k, samples per question", order, "share", "symlog") if ks
              else render(over_models(summary), label, "iteration (0: the first model)", order, "share"),
