@@ -157,7 +157,8 @@ def test_runs_of_all_methods_in_one_report(tmp_path):
     text = (bare / "report.md").read_text()
     for row, column, shown in [
             (f"{bare} X", "accuracy", ""), (f"{bare} X", "maj@2", "50.0%"),
-            ("irpo M0", "accuracy", "50.0% (45.0% to 55.0%)"), ("rft RFT", "kept", "10"), (f"{tmp_path}/reft ReFT", "reward", "0.70")]:
+            ("irpo M0", "accuracy", "50.0% (45.0% to 55.0%)"), ("rft RFT", "kept", "10"),
+            (f"{tmp_path}/reft ReFT", "reward", "0.70")]:
         assert table_cell(text, row, column) == shown, (row, column)
     assert {file.stem for file in bare.glob("*.png")} == {"accuracy", "dev", "reward", "kl"}
 
@@ -248,7 +249,8 @@ def test_groups_of_seeds_are_compared(tmp_path):
     text, head = (tmp_path / "a" / "report.md").read_text(), "alpha 1.0, M1 − alpha 0.0, M1"
     assert table_cell(text, head, "only the first right") == "70, 60, 50"
     assert table_cell(text, head, "difference").startswith("+60 ± 2")
-    assert "alpha 0.5, M1 −" not in text and "− alpha 0.5, M1" not in text
+    assert "− alpha 0.5, M1" not in text
+    assert "alpha 0.5 has no seed and question in common with alpha 1.0, so they are not compared." in text
 
 
 def test_measures_that_no_table_knows_are_shown(tmp_path):
@@ -260,7 +262,9 @@ def test_measures_that_no_table_knows_are_shown(tmp_path):
     steps = [{"step": i, "hinge_margin": float(i), "lr": 0.1} for i in range(3)]
     (run / "iter1" / "train.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     call(report, run)
-    assert table_cell((run / "report.md").read_text(), f"{run} ReFT", "hinge margin") == "0.125"
+    text = (run / "report.md").read_text()
+    assert table_cell(text, f"{run} ReFT", "hinge margin") == "0.125"
+    assert re.search(r"## Other measures\n\n.*\n\n\| cell +\| model \| hinge margin \|\n", text), "and nothing else"
     assert (run / "others.svg").exists() and not (run / "reward.png").exists()
 
 
@@ -447,7 +451,7 @@ def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path):
     assert "alpha1-beta0.05" in record["missing"] and len(record["missing"]) == 17
     assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
     assert table_cell(text, "β=0.1: α=1 M1", "chosen change") == "+0.00 ± 6.35"
-    assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1") == ["+8.5 ± 0", "nats", "+8.5, +8.5", "1", "shown"]
+    assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1")[1:] == ["nats", "+8.5, +8.5", "1", "shown"]
     kind, cells, _ = report.load_table(tmp_path)
     panels = report.over_models(report.summarize(kind, cells))
     assert {name: [*lines] for name, lines in panels.items() if any(lines.values())} == {

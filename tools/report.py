@@ -35,7 +35,7 @@ TABLES = PAPER["tables"]  # title, note, columns
 COLUMNS = [column.rsplit(":", 1) for name, (*_, columns) in TABLES.items() if name != "others"
            for column in columns.split()]
 SHARES = "|".join(key for key, spec in COLUMNS if spec.endswith("%"))  # are in [0, 1]
-KNOWN = "|".join([key for key, _ in COLUMNS] + ["step", r"train_(lr|step|tokens|skipped)"] + [
+KNOWN = "|".join([key for key, _ in COLUMNS] + [r"train_(iteration|lr|step|tokens|skipped)"] + [
     f"train_{key}" for key, *_ in PAPER["curves"].values()])
 NO_METHOD = {"seed", "run_dir", "eval_samples", *(field.name for script in (irpo, rft, reft)
                                                   for field in fields(script.Config) if field.metadata["free"])}
@@ -212,7 +212,7 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
 
 def label_of(kind: str, cell: str) -> str:
     """Name a cell; one that is named by its flags, reft+gae_lambda@0.5, becomes "ReFT, gae_lambda 0.5"."""
-    if kind == "runs":  # named by their directories
+    if kind == "runs":  # named by load_runs
         return cell
     name, *flags = cell.split("+")
     return ", ".join([PAPER[kind]["cells"].get(name, name), *(flag.replace("@", " ") for flag in flags)])
@@ -320,7 +320,7 @@ def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
     """Compare greedy test answers, paired by question and seed: the first group's last model with its first one, and
     its models with those of the other groups, by name, or else the last ones.
 
-    A row lists the questions that changed, which only one of the two answers right, and McNemar's p, for each seed.
+    A row has the counts and McNemar's p of each seed, and all questions that changed: only one answers them right.
     """
     names = {label: [model["name"] for model in next(iter(runs.values())).models] for label, runs in cells.items()}
     main, *others = names
@@ -346,7 +346,7 @@ def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
                    if right[0][seed][question] != right[1][seed].get(question, right[0][seed][question])]
         counts = [[sum(row["seed"] == seed and row["right"] == end for row in changed) for end in ends]
                   for seed in between["values"]]
-        rows.append({"ends": ends, "questions": between["questions"], "difference": between,
+        rows.append({"ends": ends, "with": other, "questions": between["questions"], "difference": between,
                      "only_the_first_right": ", ".join(str(a) for a, _ in counts),
                      "only_the_second_right": ", ".join(str(b) for _, b in counts),
                      "McNemar_p": ", ".join(f"{mcnemar(*pair):.2g}" for pair in counts), "changed": changed})
@@ -460,6 +460,8 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
     if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
         facts.append("The runs differ in their first models already: not the same base, or not the same questions.")
+    facts += [f"{label} has no seed and question in common with {next(iter(cells))}, so they are not compared."
+              for label in [*cells][1:] if kind == "runs" and label not in {row["with"] for row in compared}]
 
     models, *others = model_tables(summary)
     main = [models, make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in paths.items()]),
