@@ -56,6 +56,7 @@ class Answered:
     prompt_ids: list[int]
     gold: str
     samples: list[Sample]
+    question: str = ""  # as the data set has it; for who reads the file, since a prompt may hold examples
 
     def __post_init__(self) -> None:  # a record read from a file has dictionaries for samples
         samples = [Sample(**sample) if isinstance(sample, dict) else sample for sample in self.samples]
@@ -121,7 +122,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
         grades = [[replace(new, answer=old.answer) for new, old in zip(*groups)] for groups in zip(judged, grades)]
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
-    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group)
+    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group, problem.question)
             for problem, prompt, group in zip(problems, prompts, samples)]
 
 
