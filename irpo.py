@@ -31,7 +31,7 @@ from torch import Tensor
 import data
 from checkpoint import load_config, model_hash, num_parameters, sampler_of
 from data.check import check_inputs
-from data.prompts import PROMPTS
+from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
@@ -50,7 +50,7 @@ class Config(TrainOptions, SampleOptions):
     model: str = option("", "directory of M_0 (make base makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order", low=0, high=2**64 - 1)
-    prompt: str = option("irpo", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
+    prompt: str = prompt_option("irpo")
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     iterations: int = option(4, "T; more or fewer may be asked for later", low=1, free=True)
     # step 1
@@ -320,7 +320,7 @@ def main() -> None:
         start = config.start_from if config.start_from and t == 1 else M
 
         answered = answer_once(folder / "samples.jsonl", M, problems + dev, config, split="train",  # step 1
-                               num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"),
+                               num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,
                                temperature=config.temperature[min(t, len(config.temperature)) - 1], label=f"sample {t}")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3
         kept = kept_pairs(made, config, t)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 import data
 from checkpoint import load_config, model_hash, sampler_of
 from data.check import check_inputs
-from data.prompts import PROMPTS
+from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
@@ -59,7 +59,7 @@ class Config(TrainOptions, SampleOptions):
     model: str = option("", "directory of the base model (make base makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples and batch order", low=0, high=2**64 - 1)
-    prompt: str = option("reft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
+    prompt: str = prompt_option("reft")
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and on sampled "
                          "paths that are right; online_st: NLL of each batch's right samples and gold", METHODS)
@@ -111,8 +111,10 @@ class Config(TrainOptions, SampleOptions):
         super().__post_init__()
         if self.critic == "separate" and not self.has_critic or self.num_choices and self.method != "reft":
             raise ValueError("--critic separate and --num_choices need --method reft, the first also --advantage gae")
-        if self.num_choices and (self.num_choices < 2 or READ[self.task] is not read_number):
-            raise ValueError(f"--num_choices {self.num_choices}: at least 2, and only where answers are numbers")
+        numeric = READ.get(self.kind, read_number) is read_number
+        if self.num_choices and (self.num_choices < 2 or not numeric or self.reward):
+            raise ValueError(f"--num_choices {self.num_choices}: at least 2, only where answers are numbers, and "
+                             "without --reward")
         if self.advantage != "gae" and self.num_samples < 2:
             raise ValueError(f"--advantage {self.advantage} compares a question's samples with each other: give "
                              "--num_samples 2 or more")
@@ -178,14 +180,17 @@ def score(sample: Sample, gold: str, config: Config) -> float:
     """Step 2. A response truncated before EOS is graded by its text like any other, and one that is copied from the
     question, or whose check took too long, has given no answer.
 
-    With multiple choice a wrong answer earns nothing, since any guess is a letter: 0.1 would be a constant.
+    With multiple choice a wrong answer earns nothing, since any guess is a letter: 0.1 would be a constant. What a
+    reward of your own has given is the score.
     """
+    if sample.score is not None:
+        return sample.score
     if config.num_choices:
         chosen = letter(sample.answer, config.num_choices)
         return float(chosen is not None and chosen == letter(read_number(gold), config.num_choices))
     if sample.right:
         return 1.0
-    numeric = READ[config.task] is read_number
+    numeric = READ[config.kind] is read_number
     return config.partial_reward if sample.verdict == "wrong" and numeric else 0.0
 
 
@@ -197,7 +202,7 @@ def letter(answer: str | None, num_choices: int) -> int | None:
 def roll_out(model: Llama, tokenizer, problems: list[data.Problem], config: Config, step: int) -> list[Rollout]:
     """Steps 1 and 2: num_samples responses to each problem, question by question."""
     answered = answer(model, tokenizer, problems, config, num_samples=config.num_samples, temperature=1.0,
-                      seed=derive_seed(config.seed, step, "rollout"))
+                      seed=derive_seed(config.seed, step, "rollout"), reward=True)
     sampled = [(question, sample) for question in answered for sample in question.samples]
     return [Rollout(q.id, q.prompt_ids, s.ids, s.finished, s.right, score(s, q.gold, config), row)
             for row, (q, s) in enumerate(sampled)]
@@ -430,7 +435,7 @@ def main() -> None:
     elif config.method == "offline_st":
         answered = answer_once(pi / "samples.jsonl", start, problems, config, split="train",
                                num_samples=config.offline_samples, temperature=1.0,
-                               seed=derive_seed(config.seed, "offline"), label="sample")
+                               seed=derive_seed(config.seed, "offline"), label="sample", reward=True)
         paths = offline_paths(answered, config)
         found = {"questions": len(problems), "gold": len(golds), "paths": len(paths),
                  "tokens_sampled": sum(len(s.ids) for q in answered for s in q.samples)}

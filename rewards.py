@@ -35,7 +35,9 @@ from grading.latex import require_math_verify  # noqa: F401  for scripts to call
 from infra.parallel import computed, node_size
 
 OWN_FORMAT = {"toy": "hash", "gsm8k": "hash", "svamp": "trigger", "mathqa": "trigger", "mathqa-numeric": "trigger",
-              "math": "boxed", "arc": "final_answer"}
+              "math": "boxed", "arc": "final_answer",
+              # your own data, by the kind of its answers
+              "number": "hash", "letter": "final_answer", "text": "final_answer", "latex": "boxed", "python": "python"}
 REFT_FORMATS = ("trigger", "python")
 
 
@@ -44,10 +46,14 @@ class Grade:
     """A verdict, and the answer that the response itself gave, even where a tolerance made it correct."""
     verdict: str  # "correct" | "wrong" | "unparsed" (no answer found) | "copied" | "timeout" (nobody knows)
     answer: str | None  # canonical: equal answers are equal strings, so they can be counted
+    score: float | None = None  # where a reward of your own was the judge (data/own.py)
 
 
 def grade(text: str, gold: str, dataset: str, answer_format: str | None = None, prompt: str = "") -> Grade:
-    """Judge one response to a prompt; `answer_format` None is the data set's own. Any text gets a verdict."""
+    """Judge one response to a prompt; `answer_format` None is the data set's own. Any text gets a verdict.
+
+    dataset: a data set's name or, for data of your own, the kind of its answers (data.files.ANSWERS).
+    """
     answer_format = answer_format or OWN_FORMAT[dataset]
     if answer_format == "python":
         return grade_programs([text], [gold], dataset, workers=1)[0]
@@ -95,7 +101,7 @@ def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str, prom
         return Grade("correct", answer)
     if wanted is None:
         return Grade("wrong", answer)
-    if dataset == "math":
+    if read is latex.read_latex:
         verdict = latex.compare(gold, phrase)
         copied = verdict == "correct" and answer in latex.formulas(prompt)
         return Grade("copied" if copied else verdict, answer)
@@ -213,5 +219,12 @@ def _only_number(phrase: str) -> str | None:
     return latex.spell(-value if "-" in sign else value)
 
 
+def read_text(phrase: str) -> str | None:
+    """Read any other answer: case, spaces, emphasis, quotes around it and a full stop behind it do not count."""
+    return " ".join(formats.plain(unicodedata.normalize("NFKC", phrase)).strip(" .\"'").casefold().split()) or None
+
+
 READ = {"toy": read_number, "gsm8k": read_number, "svamp": read_number, "mathqa-numeric": read_number,
-        "mathqa": letters.read_mathqa_letter, "arc": letters.read_letter, "math": latex.read_latex}
+        "mathqa": letters.read_mathqa_letter, "arc": letters.read_letter, "math": latex.read_latex,
+        "number": read_number, "letter": letters.read_letter, "text": read_text, "latex": latex.read_latex,
+        "python": read_number}

@@ -28,7 +28,8 @@ from statistics import fmean
 import data
 from checkpoint import model_hash
 from data.check import check_inputs
-from data.prompts import PROMPTS, encode_solution, gold_text
+from data.prompts import gold_text
+from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer_once, evaluate_model
 from infra.config import option, parse_config
@@ -48,7 +49,7 @@ class Config(TrainOptions, SampleOptions):
     model: str = option("", "directory of the base model rho (make rft makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order", low=0, high=2**64 - 1)
-    prompt: str = option("rft", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
+    prompt: str = prompt_option("rft")
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,
                                    high=1)
@@ -114,7 +115,7 @@ def is_right(text: str, gold: str, dataset: str, marks: str, prompt: str = "") -
 
     They differ at the edges: "#### $72" has no answer by the authors' rule, and "#### 6/2" is 6.
     """
-    if marks != "hash" or OWN_FORMAT[dataset] != "hash":
+    if marks != "hash" or dataset not in ("toy", "gsm8k"):
         return grade(text, gold, dataset, marks, prompt).verdict == "correct"
     number, wanted = hash_number(text), hash_number(gold if "####" in gold else f"#### {gold}")
     return number is not None and number == wanted
@@ -220,10 +221,12 @@ def counted_by(config: Config, problems: list[data.Problem]) -> str:
 
 
 def check_golds(config: Config, problems: list[data.Problem]) -> None:
-    """Step 3 must keep gold solutions; one that it drops stays in D all the same."""
+    """Step 3 must keep gold solutions, but for a reward of your own; one that it drops stays in D all the same."""
     if not all(problem.solution for problem in problems):
         raise SystemExit(f"{config.task} has no gold solutions, which step 1 trains on")
-    kept = sum(bool(right_paths([gold_text(p, config.marks)], p.answer, config.task, config.marks,
+    if config.reward:
+        return
+    kept = sum(bool(right_paths([gold_text(p, config.marks)], p.answer, config.kind, config.marks,
                                 config.equation_filter)) for p in problems)
     print(f"check: {kept} of {len(problems)} gold solutions pass step 3")
     if not kept:
@@ -236,8 +239,8 @@ def pooled_samples(folder: Path, problems: list[data.Problem], config: Config) -
     if not path.is_file():
         raise SystemExit(f"{path} does not exist: --pool takes runs of rft.py that have sampled")
     settings, answered = read_records(path, Answered)
-    for name in ("task", "prompt", "chat", "marks"):
-        if settings.get(name) != getattr(config, name):
+    for name in ("task", "prompt", "chat", "system", "marks", "reward_hash"):
+        if settings.get(name, "") != getattr(config, name):
             raise SystemExit(f"{path} was sampled with {name} {settings.get(name)!r}, not {getattr(config, name)!r}")
     questions = {question.id: question for question in answered}
     absent = [p.id for p in problems if p.id not in questions or questions[p.id].gold != p.answer]
@@ -258,8 +261,11 @@ def pooled(files: list[list[Answered]]) -> list[list[Sample]]:
 
 def all_right_paths(samples: list[list[Sample]], problems: list[data.Problem], config: Config) -> list[list[int]]:
     """Step 3 for every question."""
+    if config.reward:  # it has judged already
+        return [[i for i, sample in enumerate(group) if sample.right and sample.finished
+                 and (equations_hold(sample.text) or not config.equation_filter)] for group in samples]
     return computed(range(len(problems)), lambda i: right_paths(
-        [sample.text for sample in samples[i]], problems[i].answer, config.task, config.marks, config.equation_filter,
+        [sample.text for sample in samples[i]], problems[i].answer, config.kind, config.marks, config.equation_filter,
         config.prompt_text(problems[i])))
 
 
@@ -269,8 +275,8 @@ def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: li
     may have other tokenizers."""
     def kept(i: int) -> list[KeptPath]:
         problem, texts = problems[i], [sample.text for sample in samples[i]]
-        prompt, asked = config.prompt_ids(tokenizer, problem), config.prompt_text(problem)
-        return [KeptPath(problem.id, prompt, encode_solution(tokenizer, texts[j], asked) if config.pool
+        prompt = config.prompt_ids(tokenizer, problem)
+        return [KeptPath(problem.id, prompt, config.solution_ids(tokenizer, problem, texts[j]) if config.pool
                          else samples[i][j].ids, texts[j], j // config.num_samples)
                 for j in distinct_paths(texts, right[i], config.dedup, config.select)]
 
@@ -319,7 +325,7 @@ def main() -> None:
 
     files = files or [answer_once(rft / "samples.jsonl", pi, problems, config, split="train",  # step 2
                                   num_samples=config.num_samples, temperature=config.temperature,
-                                  seed=derive_seed(config.seed, "sample"), label="sample")]
+                                  seed=derive_seed(config.seed, "sample"), label="sample", reward=True)]
     samples = pooled(files)
     right = all_right_paths(samples, problems, config)  # step 3
     paths = once(rft / "paths.jsonl", partial(kept_paths, samples, right, problems, tokenizer, config),  # step 4

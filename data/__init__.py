@@ -1,7 +1,7 @@
 """Load problems: a question, its right answer, and a gold solution where the data set has one.
 
-`load_problems(task, split)` reads the files that `make data TASK=...` downloads into downloads/; the toy world is
-generated. Dev never overlaps test: it is the data set's own dev file, or is held out of train.
+`load_problems(task, split)` reads the files that `make data TASK=...` downloads into downloads/, or those of your own
+data; the toy world is generated. Dev never overlaps test: it is the data set's own dev file, or is held out of train.
 
     python -m data --task toy --show 3       # problems as a model sees them, with the loss mask in colour
 """
@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from data.files import FILES, Problem, read_problems
+from data.files import ANSWERS, FILES, Problem, read_problems, records  # noqa: F401  ANSWERS for data/task.py
 
 TASKS = ("toy", *FILES["publisher"])
 SPLITS = ("train", "dev", "test")
@@ -19,13 +19,18 @@ DOWNLOADS = Path("downloads")
 
 
 def load_problems(task: str, split: str, path: str | Path | None = None, source: str = "publisher",
-                  toy_steps: tuple[int, ...] = (2, 3), toy_world: str = "ways") -> list[Problem]:
+                  toy_steps: tuple[int, ...] = (2, 3), toy_world: str = "ways", answer: str = "") -> list[Problem]:
     """Load the problems of a split (train, dev or test), in the order of the files.
 
-    path: a folder to read instead of downloads/TASK, or one file that replaces the split's own.
+    task: a data set, or a file or folder of your own; `answer` is the kind of its answers.
+    path: a folder to read instead of downloads/TASK.
     source: whose files; "reft" and "program" are ReFT's solutions in natural language and as programs.
     toy_steps, toy_world: the numbers of relations per story to draw from, and which toy world.
     """
+    if answer and split in SPLITS:
+        return own_problems(task, answer)[split]
+    if not task:
+        raise SystemExit(f"--task is missing: choose from {', '.join(TASKS)}, or name a file or folder of your own")
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in known:
             raise SystemExit(f"unknown {name} {value!r}: choose from {', '.join(known)}")
@@ -40,7 +45,7 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
     path = Path(path or DOWNLOADS / task)
     no_dev_file = "dev" not in names
     own_files = names["train" if split == "dev" and no_dev_file else split]
-    files = [path] if path.is_file() else [path / name for name in own_files]
+    files = [path / name for name in own_files]
     problems = with_unique_ids([problem for file in files for problem in read_problems(file, task)])
 
     if task == "math":  # prm800k's files mix the original 7,500 and 5,000
@@ -49,11 +54,47 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
         if not problems:
             raise SystemExit(f"{files[0]} has no problem whose unique_id begins with {original}")
     if no_dev_file and split != "test":
-        dev = dev_questions(problems)
-        if not dev:
-            raise SystemExit(f"{files[0]} has {len(problems)} problems: too few to hold dev out of train")
-        problems = [problem for problem in problems if (problem.question in dev) == (split == "dev")]
+        problems = held_out(problems, ["dev"], files[0])[split]
     return problems
+
+
+def has_choices(task: str) -> bool:
+    """Tell whether a record of your own data has choices; what is wrong with the files is read_problems' to say."""
+    files = sorted(Path(task).glob("*.jsonl")) if Path(task).is_dir() else [Path(task)]
+    try:
+        return any(row.get("choices") for file in files for _, row in records(file.read_text(encoding="utf-8-sig")))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+
+
+@functools.cache
+def own_problems(task: str, answer: str) -> dict[str, list[Problem]]:
+    """Read your own data: one file, or a folder with train.jsonl and, where they exist, dev.jsonl and test.jsonl.
+
+    A split that has no file is held out of train. SystemExit if a question is in two files. Ids are unique.
+    """
+    files = {split: Path(task, f"{split}.jsonl") for split in SPLITS} if Path(task).is_dir() else {"train": Path(task)}
+    found = {split: read_problems(file, answer) for split, file in files.items() if file.exists()}
+    if not found:
+        raise SystemExit(f"{task} has no train.jsonl, no dev.jsonl and no test.jsonl")
+    unique = iter(with_unique_ids([problem for problems in found.values() for problem in problems]))
+    found = {split: [next(unique) for _ in problems] for split, problems in found.items()}
+
+    seen: dict[str, tuple[str, Problem]] = {}  # case and spaces do not make another question
+    for split, problem in ((split, problem) for split, problems in found.items() for problem in problems):
+        before, same = seen.setdefault(" ".join(problem.question.split()).casefold(), (split, problem))
+        if before != split:
+            raise SystemExit(f"{files[split]} asks, in {problem.id}, what {files[before]} asks in {same.id}: "
+                             f"{problem.question!r:.100}. A question must be in one split only.")
+
+    absent = [split for split in SPLITS if split not in found]
+    if "train" in absent:
+        return found | dict.fromkeys(absent, [])
+    if absent:
+        found |= held_out(found["train"], absent, files["train"])
+        print(f"{task}: a hash of the question divides {files['train'].name} into " + ", ".join(
+            f"{len(found[split])} problems for {split}" for split in ("train", *absent)))
+    return found
 
 
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:
@@ -67,21 +108,26 @@ def with_unique_ids(problems: list[Problem]) -> list[Problem]:
     return list(unique.values())
 
 
-def dev_questions(problems: list[Problem]) -> set[str]:
-    """Choose the dev questions of a train file: a fifth, at most 1,000 (IRPO's number for GSM8K and MATH).
+def held_out(problems: list[Problem], splits: list[str], file: Path) -> dict[str, list[Problem]]:
+    """Divide a train file: for each split a fifth of the questions, at most 1,000 (IRPO's number for GSM8K and MATH).
 
     They are ranked by a hash of their text, so that copies of a question stay together, and so that ReFT's files with
     solutions in words and as programs have nearly the same dev questions.
     """
     questions = sorted({problem.question for problem in problems},
                        key=lambda question: hashlib.sha256(question.encode()).digest())
-    return set(questions[:min(1000, len(questions) // 5)])
+    size = min(1000, len(questions) // 5)
+    if not size:
+        raise SystemExit(f"{file} has {len(problems)} problems: too few to hold {' and '.join(splits)} out of train")
+    split_of = {question: split for i, split in enumerate(splits) for question in questions[i * size:(i + 1) * size]}
+    return {split: [problem for problem in problems if split_of.get(problem.question, "train") == split]
+            for split in ("train", *splits)}
 
 
 @functools.cache
-def examples(task: str, path: str | None) -> list[Problem]:
+def examples(task: str, path: str | None, answer: str = "") -> list[Problem]:
     """Choose five short training problems for few-shot prompts: four, and one to replace the question itself."""
-    short = [problem for problem in load_problems(task, "train", path) if len(problem.solution) <= 400]
+    short = [problem for problem in load_problems(task, "train", path, answer=answer) if len(problem.solution) <= 400]
     return sorted(short, key=lambda problem: hashlib.sha256(problem.id.encode()).digest())[:5]
 
 

@@ -2,7 +2,8 @@
 
     python -m data --task toy --show 3
     python -m data --task gsm8k --prompt irpo --show 3 --path DIR
-    python -m data --task gsm8k --prompt reft --show 3 --model DIR    # its tokens, in alternating shades
+    python -m data --task gsm8k --prompt reft --show 3 --model DIR    # its tokens, in alternating shades, and ids
+    python -m data --task gsm8k --chat own --show 3 --model DIR       # as a chat
 
 Grey is the prompt, mask 0; green is the gold solution, mask 1. With NO_COLOR set, the solution is in double brackets.
 """
@@ -35,25 +36,30 @@ def paint(texts: list[str], shades: tuple[str, str]) -> str:
     return "".join(f"{shades[i % 2]}{text}\033[0m" for i, text in enumerate(texts))
 
 
-def token_texts(tokenizer, ids: list[int]) -> list[str]:
-    """Return the text that each token adds; BOS and EOS by name."""
+def token_texts(tokenizer, ids: list[int], chat: str = "") -> list[str]:
+    """Return the text that each token adds; BOS and EOS by name, and in a chat all special tokens by theirs."""
     names = {tokenizer.bos_id: "<BOS>", tokenizer.eos_id: "<EOS>"}
+    if chat:
+        names = {token: name for name, token in tokenizer.specials.items()}
     return [names.get(token) or piece for token, piece in pieces(tokenizer, ids)]
 
 
 def main() -> None:
     config = parse_config(Config, {}, __doc__)
     problems = config.problems(config.split)
+    if config.chat and not config.model:
+        raise SystemExit(f"--chat {config.chat} makes token ids: give --model DIR, whose tokenizer and template to use")
     tokenizer = load_tokenizer(config.model) if config.model else None
     for problem in problems[:config.show]:
         prompt, gold = [config.prompt_text(problem)], [gold_text(problem, config.marks), "<EOS>"]
         if tokenizer:
-            prompt = token_texts(tokenizer, config.prompt_ids(tokenizer, problem))
-            gold = token_texts(tokenizer, config.gold_ids(tokenizer, problem) or [])
+            ids = config.prompt_ids(tokenizer, problem), config.gold_ids(tokenizer, problem) or []
+            prompt, gold = (token_texts(tokenizer, some, config.chat) for some in ids)
         solution = paint(gold, GREEN) if problem.solution else "\n--- no gold solution in these files"
         print(f"--- {printable(f'{problem.id}, answer {problem.answer}')}\n{paint(prompt, GREY)}{solution}")
-        if tokenizer and problem.solution:
-            print(f"--- {len(prompt)} prompt tokens with mask 0, {len(gold)} solution tokens with mask 1")
+        for some, name, mask in zip(ids if tokenizer else (), ("prompt", "solution"), (0, 1)):
+            if some:
+                print(f"--- {len(some)} {name} tokens with mask {mask}: {' '.join(map(str, some))}")
     print(f"--- {len(problems):,} problems in {config.task} {config.split}")
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import data
 from checkpoint import load_config
+from data.own import reward_all
 from infra.run import read_json
 from rewards import grade_all
 
@@ -12,9 +13,6 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
 
     others: problems of other splits, which will only be asked.
     """
-    if others and Path(config.path).is_file():
-        raise SystemExit(f"--path {config.path}: give the folder with the data set's files, since train, dev and test "
-                         "are different files")
     shape, prompts = load_config(config.model), [config.prompt_ids(tokenizer, p) for p in [*problems, *others]]
     golds = [(ids, p.answer) for p in problems if (ids := config.gold_ids(tokenizer, p))]
     longest = max(map(len, prompts))
@@ -28,12 +26,13 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     if tokenizer.eos_note:
         print(f"check: a response ends with any of the tokens {', '.join(map(str, tokenizer.eos_ids))}, since files "
               f"disagree: {tokenizer.eos_note}")
+    note_unused_chat(config, tokenizer)
     one_bos = sum(tokenizer.bos_id is None or prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
-    if one_bos < len(prompts):
+    if one_bos < len(prompts) and config.chat != "own":  # whose template says what there is
         raise SystemExit(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "
                          "text, or the tokenizer adds another")
     texts = [tokenizer.decode(ids) for ids, _ in golds]
-    grades = [group[0] for group in grade_all([[text] for text in texts], [gold for _, gold in golds], config.task,
+    grades = [group[0] for group in grade_all([[text] for text in texts], [gold for _, gold in golds], config.kind,
                                               config.marks)]
     right = sum(verdict.verdict == "correct" for verdict in grades)
     print(f"check: {len(prompts)} prompts fit, and {right} of {len(golds)} gold solutions are graded correct")
@@ -42,7 +41,17 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
         raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task. The first gold "
                          f"solution that fails, as the tokenizer decodes it:\n{texts[i]}\nverdict {grades[i].verdict}, "
                          f"answer {grades[i].answer}, gold answer {golds[i][1]}")
+    if config.reward:
+        first = next((problem for problem in problems if problem.solution), problems[0])
+        [[verdict]] = reward_all([[*texts[:1], first.answer][:1]], [first], config.reward, config.right_at)
+        print(f"check: --reward gives the first gold {'solution' if texts else 'answer'} {verdict.score:g}, so it is "
+              f"{verdict.verdict}")
     warn_if_trained_otherwise(config)
+
+
+def note_unused_chat(config, tokenizer) -> None:
+    if tokenizer.chat_template and not config.chat:
+        print(f"note: {config.model} has a chat template, which --chat own would ask it in")
 
 
 def warn_if_trained_otherwise(config) -> None:
@@ -50,7 +59,7 @@ def warn_if_trained_otherwise(config) -> None:
     folder = Path(config.model).resolve().parent  # the run's, or that of one of its iterations
     path = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
     before = read_json(path) if path else {}
-    other = [f"--{name} {before[name] or repr('')}" for name in ("prompt", "chat", "answer_format")
+    other = [f"--{name} {before[name] or repr('')}" for name in ("prompt", "chat", "system", "answer_format")
              if name in before and before[name] != getattr(config, name)]
     if other:
         print(f"warning: {config.model} was trained with {' '.join(other)}, and is asked otherwise here")

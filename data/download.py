@@ -94,7 +94,7 @@ def exists(file: File, folder: Path) -> bool:
         return False
     if (found := checksum(path, file)) != file.pin:
         raise SystemExit(f"{path} exists with checksum {found}, expected {file.pin}. Delete it and run this again; or, "
-                         "if it is data of your own, name its folder with --path")
+                         "if it is data of your own, move it and name it with --task")
     print(f"{path} exists, " + ("checked" if file.pin else "unchecked: its checksum is not known"))
     return True
 

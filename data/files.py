@@ -38,13 +38,17 @@ FILES = {
 
 
 NUMBER = (int, Decimal, str)  # how data sets write numeric answers
+LETTERS = "ABCDE"  # of choices; the graders know no more
+ANSWERS = {  # how answers of your own data can be compared (--answer), and what a record's must be
+    "number": "a number", "letter": "the letter of a choice", "text": "text", "latex": "a formula in LaTeX",
+    "python": "the number that a program returns"}
 
 
 def read_problems(path: Path, task: str) -> list[Problem]:
     """Read all problems of a file; SystemExit names file, place and fault of the first bad record."""
     if not path.is_file():
-        raise SystemExit(f"{path} does not exist: `make data TASK={task}` downloads the files of {task}; "
-                         "--path names a folder that has them, or one file")
+        raise SystemExit(f"{path} does not exist: `make data TASK={task}` downloads the files of {task}, and --path "
+                         "names a folder that has them; records of your own are named by --task FILE")
     problems, place, row = [], "line 1", {}
     try:
         for place, row in records(path.read_text(encoding="utf-8-sig")):  # noqa: B007 (both name a fault)
@@ -84,7 +88,9 @@ def records(text: str) -> Iterator[tuple[str, dict]]:
 
 
 def read_record(row: dict, task: str, name: str) -> Problem:
-    """Read one record in its data set's format, or in ReFT's. Where it has no id, `name` is its id.
+    """Read one record in the format of its data set (or of your own data: a kind of answer), or in ReFT's.
+
+    Where it has no id, `name` is its id.
 
     ValueError for a record that no response can answer: the gold answer must be one that the task's grader reads.
     """
@@ -94,7 +100,12 @@ def read_record(row: dict, task: str, name: str) -> Problem:
     problem = reader(row, task)(row, name)
     for text in astuple(problem):
         text.encode()  # ValueError for half of a surrogate pair, which no tokenizer takes
-    if READ[task](problem.answer) is None or problem.answer.lower() in ("null", "none", "nan"):
+    answer = READ[task](problem.answer)
+    if task == "letter" and answer not in [*LETTERS[:len(row.get("choices") or LETTERS)]]:
+        answer = None
+    if answer is None or task != "text" and problem.answer.lower() in ("null", "none", "nan"):
+        if task in ANSWERS:
+            raise ValueError(f"answer is {problem.answer!r:.60}, not {ANSWERS[task]}, which --answer {task} expects")
         raise ValueError(f"the right answer is {problem.answer!r:.60}, which the grader of {task} cannot read")
     return problem
 
@@ -111,7 +122,7 @@ def text_of(row: dict, field: str, kinds: tuple[type, ...] = (str,), optional: b
     if optional and row.get(field) in (None, ""):
         return ""
     if not isinstance(row[field], kinds) or isinstance(row[field], bool) or not (text := str(row[field]).strip()):
-        raise ValueError(f"{field} is {row[field]!r:.60}, not {'a number' if int in kinds else 'text'}")
+        raise ValueError(f"{field} is {row[field]!r:.60}, not {'a number or text' if int in kinds else 'text'}")
     return text
 
 
@@ -176,4 +187,20 @@ def arc(row: dict, name: str) -> Problem:
     return Problem(text_of(row, "id", optional=True) or name, "\n".join(lines), key, "")
 
 
-READERS = {"gsm8k": gsm8k, "svamp": svamp, "mathqa": mathqa, "mathqa-numeric": reft, "math": math, "arc": arc}
+def own(row: dict, name: str) -> Problem:
+    """{"question": ..., "answer": ...}, and where there are any, "solution": ..., "choices": [..., ...], "id": ...
+
+    Two to five choices are shown below the question as (A), (B) ...
+    """
+    question, answer = text_of(row, "question"), text_of(row, "answer", NUMBER)
+    if (choices := row.get("choices")) is not None:
+        texts = [str(choice).strip() for choice in choices if isinstance(choice, NUMBER)] if choices else []
+        if not isinstance(choices, list) or not 2 <= len({*texts} - {""}) == len(choices) <= len(LETTERS):
+            raise ValueError(f"choices is {choices!r:.60}, not a list of 2 to {len(LETTERS)} different texts")
+        question = "\n".join([question, *(f"({letter}) {text}" for letter, text in zip(LETTERS, texts))])
+    return Problem(text_of(row, "id", NUMBER, optional=True) or name, question, answer,
+                   text_of(row, "solution", optional=True))
+
+
+READERS = {"gsm8k": gsm8k, "svamp": svamp, "mathqa": mathqa, "mathqa-numeric": reft, "math": math, "arc": arc,
+           **dict.fromkeys(ANSWERS, own)}

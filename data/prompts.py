@@ -3,9 +3,13 @@
 A prompt ends where the response begins, and never in a space, which tokenizers would join to what follows. Prompt and
 response are encoded separately, so the boundary between them is exact.
 """
+import functools
+import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
+from data.chat import chat_of
 from data.files import Problem
 
 # {question} is the question with its options, {examples} are solved questions. PROMPT-TASK is a template for one task.
@@ -29,10 +33,10 @@ TEMPLATES = {
     # first line into the prompt, to save time; here the model writes it.
     "reft": "Question:\n{question}\nAnswer reasoning:\n",
 }
+TEMPLATES |= {"irpo-letter": TEMPLATES["irpo-arc"], "irpo-latex": TEMPLATES["irpo-math"]}  # your own data
 PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
 # The answer format that a prompt asks for. MATH's answers may contain spaces, which would end an answer after ####.
-PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "rft-math": "boxed", "reft": "trigger"}
-CHATS = {"": "{prompt}", "llama2": "[INST] {prompt} [/INST]"}  # Llama-2-chat's, without a system message
+PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "rft-math": "boxed", "rft-latex": "boxed", "reft": "trigger"}
 EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
 
 MARKS = {  # how each answer format gives the answer, after the reasoning
@@ -43,19 +47,47 @@ MARKS = {  # how each answer format gives the answer, after the reasoning
     "minerva": "\nFinal Answer: The final answer is ${answer}$. I hope it is correct.",
 }
 ANSWER_FORMATS = (*MARKS, "python")
+MENTIONED = {"hash": "####", "final_answer": "Final answer:", "trigger": "Therefore, the answer is:",
+             "boxed": "\\boxed", "minerva": "Final Answer: The final answer is", "python": "def solution"}
 
 
-def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = (), chat: str = "") -> str:
+def prompt_text(prompt: str, task: str, question: str, examples: Sequence[Problem] = ()) -> str:
     """Write the prompt for a question; `examples` are needed where `needs_examples` says so."""
-    template = TEMPLATES.get(f"{prompt}-{task}", TEMPLATES[prompt])
+    template = template_of(prompt, task)
     solved = "".join(EXAMPLE.format(question=one.question, solution=gold_text(one, PROMPT_FORMATS[prompt]))
                      for one in examples)
-    text = template.format(question=question, examples=solved)
-    return CHATS[chat].format(prompt=text.strip()) if chat else text
+    return template.format(question=question, examples=solved)
+
+
+@functools.cache
+def template_of(prompt: str, task: str = "") -> str:
+    """Look up a template, or read one from a file, in which {question} is a field and all else is text.
+
+    ValueError if there is none, if it has no {question}, or if it ends in a space.
+    """
+    if prompt in PROMPTS:
+        return TEMPLATES.get(f"{prompt}-{task}", TEMPLATES[prompt])
+    if not os.path.isfile(prompt):
+        raise ValueError(f"--prompt {prompt}: choose from {', '.join(PROMPTS)}, or name a text file with {{question}}")
+    try:
+        text = Path(prompt).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt {prompt}: {error}") from None
+    if "{question}" not in text:
+        raise ValueError(f"--prompt {prompt}: it has no {{question}}, where the question goes")
+    if text.endswith(" "):
+        raise ValueError(f"--prompt {prompt}: it ends in a space, which tokenizers would join to the response")
+    return text.replace("{", "{{").replace("}", "}}").replace("{{question}}", "{question}")
 
 
 def prompt_format(prompt: str, task: str) -> str | None:
-    """Return the answer format that a prompt asks for; None if it leaves that to the data set."""
+    """Return the answer format that a prompt asks for; None if it leaves that to the data set.
+
+    A template of your own asks for the format that it mentions, if that is one only.
+    """
+    if prompt not in PROMPTS:
+        named = [name for name, words in MENTIONED.items() if words in template_of(prompt)]
+        return named[0] if len(named) == 1 else None
     return PROMPT_FORMATS.get(f"{prompt}-{task}", PROMPT_FORMATS.get(prompt))
 
 
@@ -72,24 +104,41 @@ def gold_text(problem: Problem, answer_format: str) -> str:
     solution = problem.solution
     if not solution or answer_format == "python" or answer_format == "boxed" and "\\boxed" in solution:
         return solution
-    reasoning = re.split(r"\s*####|\nTherefore, the answer is: ", solution)[0]
+    reasoning = re.split(r"\s*####|\nTherefore, the answer is: |\nFinal answer: ", solution)[0]
+    answer = problem.answer
     if answer_format != "hash":
         reasoning = re.sub(r"<<[^>]*>>", "", reasoning)
-    return reasoning + MARKS[answer_format].format(answer=problem.answer)
+    if answer_format != "trigger":  # ReFT's SVAMP has said the answer by then: "... Therefore, the answer is <203>."
+        reasoning = re.sub(r"\s+(Therefore, t|T)he answer is <[^>]*>\.?$", "", reasoning)
+        answer = answer.removesuffix(".0")
+    return reasoning + MARKS[answer_format].format(answer=answer)
 
 
-def encode_prompt(tokenizer, text: str) -> list[int]:
-    """Encode a prompt: one BOS if the model uses one, then the text. Every prompt is encoded here."""
+def encode_prompt(tokenizer, text: str, chat: str = "", system: str = "") -> list[int]:
+    """Encode a prompt: one BOS if the model uses one, then the text. Every prompt is encoded here.
+
+    In a chat the text is the user's message, and the model's own template (--chat own) says whether there is a BOS.
+    """
+    if chat:
+        return chat_of(tokenizer, chat, system).prompt_ids(text.strip())
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     return bos + tokenizer.encode(text)
 
 
-def encode_solution(tokenizer, text: str, prompt: str = "\n") -> list[int]:
-    """Encode a written solution as the response to a prompt: its text, then EOS.
+def encode_solution(tokenizer, text: str, prompt: str = "\n", chat: str = "", system: str = "") -> list[int]:
+    """Encode a written solution as the response to a prompt: its text, then EOS, or what ends a turn of the chat.
 
     After "Solution:" a model continues with " So", and so must a solution. Sentencepiece begins every text with a
     space; byte-level tokenizers (Llama 3, Qwen2) take it as it is written.
     """
+    if chat:
+        return chat_of(tokenizer, chat, system).response_ids(text)
     if not tokenizer.begins_with_space and not prompt[-1:].isspace():
         text = " " + text
     return [*tokenizer.encode(text), tokenizer.eos_id]
+
+
+def end_ids(tokenizer, chat: str = "", system: str = "") -> tuple[int, ...]:
+    """List the ids that end a response: those that the model's files declare, and what ends a turn of the chat."""
+    ids = (chat_of(tokenizer, chat, system).end_id,) if chat else ()
+    return tuple(dict.fromkeys([*ids, *tokenizer.eos_ids]))

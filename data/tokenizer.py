@@ -5,6 +5,7 @@ tokenizer.json adds without marking them as special, such as Qwen's <tool_call>,
 are added in one place, data/prompts.py. A response ends with any token that one of the directory's files declares.
 """
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import sentencepiece
 
 from checkpoint import read_object
 
+APART = "\ue000"  # a letter of no language: text behind it is encoded as text that follows other tokens
 
 class SentencePieceTokenizer:
     """A `tokenizer.model` file: Llama 1 and 2, CodeLlama, TinyLlama, Mistral, and the toy world's own."""
@@ -25,9 +27,17 @@ class SentencePieceTokenizer:
         self.eos_ids, self.eos_note = end_tokens(path, names.get, self.processor.eos_id())
         self.eos_id = self.eos_ids[0]
         self.begins_with_space = self.processor.encode("a", out_type=str)[0].startswith("▁")
+        control = {name: i for name, i in names.items() if self.processor.is_control(i)}
+        self.chat_template, self.named, self.specials = chat_settings(path, self, control | added_tokens(path))
 
     def encode(self, text: str) -> list[int]:
         return self.processor.encode(text)
+
+    def encode_after(self, token: int, text: str) -> list[int]:
+        """Encode text that follows a token (-1: any): sentencepiece's first space comes only behind BOS."""
+        if token == self.bos_id:
+            return self.encode(text)
+        return self.encode(APART + text)[len(self.encode(APART)):]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text without special tokens, and without ids that exist only in a padded embedding."""
@@ -55,9 +65,19 @@ class JsonTokenizer:
         templated, bare = (self.tokenizer.encode("a", add_special_tokens=added) for added in (True, False))
         self.bos_id = templated.ids[0] if templated.special_tokens_mask[:1] == [1] else None
         self.begins_with_space = "".join(bare.tokens).startswith(("▁", "Ġ"))
+        added = self.tokenizer.get_added_tokens_decoder()
+        self.chat_template, self.named, self.specials = chat_settings(
+            path, self, {token.content: i for i, token in added.items() if token.special})
+        self.anchored = tokenizers.Tokenizer.from_str(self.tokenizer.to_str())
+        self.anchored.encode_special_tokens = True
+        self.anchored.add_tokens([tokenizers.AddedToken(APART, normalized=False)])
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def encode_after(self, token: int, text: str) -> list[int]:
+        """Encode text that follows a token, whichever it is."""
+        return self.anchored.encode(APART + text, add_special_tokens=False).ids[1:]
 
     def decode(self, ids: list[int]) -> str:
         """Return the text without special tokens."""
@@ -74,13 +94,12 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
     def read(name: str) -> dict:
         return read_object(path.with_name(name), {})
 
-    settings, found = read("tokenizer_config.json"), {}
+    found = {}
     declared = {**{name: read(name).get("eos_token") for name in ("tokenizer_config.json", "special_tokens_map.json")},
                 path.name: None if own < 0 else own,
                 **{name: read(name).get("eos_token_id") for name in ("generation_config.json", "config.json")}}
     try:
-        added = read("added_tokens.json") | {token["content"]: int(number) for number, token in
-                                             (settings.get("added_tokens_decoder") or {}).items()}
+        added = added_tokens(path)
         for name, tokens in declared.items():
             for token in tokens if isinstance(tokens, list) else [tokens]:
                 if token is None:
@@ -97,6 +116,30 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
     note = "; ".join(f"{name} declares {', '.join(map(str, numbers))}" for name, numbers in found.items())
     ids = dict.fromkeys(number for numbers in found.values() for number in numbers)
     return tuple(ids), note if len({*map(frozenset, found.values())}) > 1 else ""
+
+
+def added_tokens(path: Path) -> dict[str, int]:
+    """Collect the tokens that files next to a tokenizer's add to it."""
+    decoder = read_object(path.with_name("tokenizer_config.json"), {}).get("added_tokens_decoder") or {}
+    return read_object(path.with_name("added_tokens.json"), {}) | {
+        token["content"]: int(number) for number, token in decoder.items()}
+
+
+def chat_settings(path: Path, tokenizer, specials: dict[str, int]) -> tuple[str, dict[str, str], dict[str, int]]:
+    """Return the model's chat template ("": none), the names that it may use for special tokens, and these."""
+    settings = read_object(path.with_name("tokenizer_config.json"), {})
+    settings = read_object(path.with_name("special_tokens_map.json"), {}) | settings
+    named = {f"{kind}_token": name for name, i in specials.items()
+             for kind in ("bos", "eos") if i == getattr(tokenizer, f"{kind}_id")}
+    for kind, token in settings.items():
+        if re.fullmatch("(bos|eos|unk|pad|sep|cls|mask)_token", kind) and token:
+            named[kind] = token["content"] if isinstance(token, dict) else token
+    template = settings.get("chat_template") or ""
+    if isinstance(template, list):  # several under names
+        template = {one["name"]: one["template"] for one in template}.get("default", "")
+    if (own := path.with_name("chat_template.jinja")).is_file():
+        template = own.read_text(encoding="utf-8")
+    return template, named, specials
 
 
 def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokenizer:

@@ -38,6 +38,10 @@ class Options:
         """Decide what depends on the machine (see infra/hardware.py)."""
         return self
 
+    def own_files(self) -> dict[str, Path]:
+        """Name the user's own files that results depend on, besides data and models."""
+        return {}
+
 
 def fault_of(value, rule: typing.Mapping) -> str:
     """Say what is wrong with a value, or nothing."""

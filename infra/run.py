@@ -87,7 +87,8 @@ def open_run(config, **inputs: str) -> Path:
     inputs: names and hashes of what the run is made from. The directory is locked until this process ends.
     """
     run = Path(config.run_dir)
-    values = json.loads(json.dumps(dataclasses.asdict(config) | inputs))  # tuples become lists, as in the file
+    own = {f"{name}_file": hash_of(path) for name, path in config.own_files().items()}
+    values = json.loads(json.dumps(dataclasses.asdict(config) | inputs | own))  # tuples become lists, as in the file
     free = {"run_dir", *(field.name for field in dataclasses.fields(config) if field.metadata["free"])}
 
     def claim() -> None:
@@ -101,7 +102,7 @@ def open_run(config, **inputs: str) -> Path:
                 raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
                                  "Give another --run_dir, or remove that directory.")
             if not (run / "source").exists():
-                copy_source(run / "source")
+                copy_source(run / "source", *config.own_files().values())
             append(run / "command.txt", run_card() + "\n")
         except OSError as error:
             raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
@@ -133,14 +134,17 @@ def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
                      if name not in free and before.get(name) != now.get(name))
 
 
-def copy_source(folder: Path) -> None:
-    """Keep the code that a run is made with, except tests."""
+def copy_source(folder: Path, *own_files: Path) -> None:
+    """Keep the code that a run is made with, except tests, and in source/own the user's prompt and reward."""
     temporary = fresh_directory(folder)
     for room in ("", "data", "grading", "infra", "tools"):
         (temporary / room).mkdir(exist_ok=True)
         for path in (ROOT / room).iterdir():
             if path.suffix in (".py", ".json") and path.is_file():
                 shutil.copyfile(path, temporary / room / path.name)
+    for path in own_files:
+        (temporary / "own").mkdir(exist_ok=True)
+        shutil.copyfile(path, temporary / "own" / path.name)
     put_in_place(folder)
 
 

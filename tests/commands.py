@@ -31,6 +31,11 @@ def shown_commands(markdown: str) -> list[str]:
     return [command for code in [*blocks, *code_spans(markdown)] for command in command_lines(code)]
 
 
+def named_blocks(markdown: str) -> dict[str, str]:
+    """Find the files that a page shows: **name**: and a fenced block."""
+    return dict(re.findall(r"\*\*([\w.]+)\*\*:\n\n```\w*\n(.*?)^```", markdown, re.MULTILINE | re.DOTALL))
+
+
 def code_spans(markdown: str) -> list[str]:
     prose = re.sub(r"^```.*?^```", "", markdown, flags=re.MULTILINE | re.DOTALL)
     return re.findall(r"`([^`\n]+)`", prose)

@@ -18,10 +18,11 @@ import data
 from data import __main__ as show
 from data.check import check_inputs
 from data.files import FILES, read_problems, read_record, records
-from data.prompts import CHATS, MARKS, PROMPTS, TEMPLATES, encode_prompt, encode_solution, gold_text, prompt_text
+from data.prompts import MARKS, PROMPTS, TEMPLATES, encode_prompt, encode_solution, gold_text, prompt_text
 from data.task import TaskOptions
 from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenizer
 from checkpoint import save_model
+from evaluate import SampleOptions
 import infra.run
 from infra.config import option
 from infra.run import run_script
@@ -127,10 +128,10 @@ def test_math_is_split_by_unique_id(tmp_path):
     for split, count, original in [("train", 24, "train/"), ("dev", 6, "train/"), ("test", 10, "test/")]:
         ids = {p.id for p in data.load_problems("math", split, tmp_path)}
         assert len(ids) == count and all(id.startswith(original) for id in ids)
-    write(tmp_path / "only.jsonl", rows[::4])
-    assert len(data.load_problems("math", "test", tmp_path / "only.jsonl")) == 10
+    for name in ("train.jsonl", "test.jsonl"):
+        write(tmp_path / "only" / name, rows[::4])
     with pytest.raises(SystemExit, match="train/"):
-        data.examples("math", str(tmp_path / "only.jsonl"))
+        data.examples("math", str(tmp_path / "only"))
 
 
 def test_dev_is_the_same_in_every_process_and_order(tmp_path):
@@ -154,15 +155,12 @@ def test_ids_that_occur_twice_get_their_place(tmp_path):
 
 
 def test_dev_is_a_fifth_and_at_most_a_thousand(tmp_path):
-    """From one file, which stands for every split: complete for test, without the dev part for train."""
-    path = tmp_path / "my.jsonl"
     for count, dev in [(5, 1), (7473, 1000)]:
-        write(path, numbered("gsm8k", count))
-        sizes = [len(data.load_problems("gsm8k", split, path)) for split in data.SPLITS]
-        assert sizes == [count - dev, dev, count]
-    write(path, numbered("gsm8k", 4))
+        write(tmp_path / "train.jsonl", numbered("gsm8k", count))
+        assert [len(data.load_problems("gsm8k", split, tmp_path)) for split in ("train", "dev")] == [count - dev, dev]
+    write(tmp_path / "train.jsonl", numbered("gsm8k", 4))
     with pytest.raises(SystemExit, match="4 problems: too few"):
-        data.load_problems("gsm8k", "train", path)
+        data.load_problems("gsm8k", "train", tmp_path)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -264,7 +262,6 @@ def test_prompts_of_the_papers(prompt, task, begin, end):
     """The wording is the papers', and every prompt ends where a response begins, in no space."""
     text = prompt_text(prompt, task, "How many?")
     assert text == begin + end and not text.endswith(" ")
-    assert prompt_text(prompt, task, "How many?", chat="llama2") == f"[INST] {text.strip()} [/INST]"
 
 
 def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
@@ -302,6 +299,17 @@ def test_gold_is_written_in_every_format_and_read_back(task, answer_format, text
     assert gold_text(read_one("arc"), answer_format) == ""
 
 
+@pytest.mark.parametrize("answer_format, end", [
+    ("final_answer", "5 * 2 = 10 pens\nFinal answer: 10"),
+    ("trigger", "5 * 2 = 10 pens\n\nTherefore, the answer is <10>.\nTherefore, the answer is: 10.0")])
+def test_svamps_answer_is_said_once_outside_its_own_format(answer_format, end):
+    """ReFT's SVAMP ends every solution in "Therefore, the answer is <10>." before the mark that its code adds: with
+    IRPO's mark a gold solution gave its answer twice, as <10> and as 10.0."""
+    row = {"question": "How many?", "answer_cot": "5 * 2 = 10 pens\n\nTherefore, the answer is <10>.",
+           "answer_value": "10.0"}
+    assert gold_text(read_record(row, "svamp", "svamp-1"), answer_format).endswith(end)
+
+
 @pytest.mark.parametrize("task, flags, marks", [
     ("gsm8k", {}, "hash"), ("svamp", {}, "trigger"), ("gsm8k", {"prompt": "irpo"}, "final_answer"),
     ("svamp", {"prompt": "rft"}, "hash"), ("math", {"prompt": "rft"}, "boxed"),
@@ -333,7 +341,7 @@ def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
 @pytest.fixture(scope="module")
 def sentencepiece_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spm")
-    train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + str(CHATS) + " < / s > |"], folder, 140, ["\n"])
+    train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + " [INST] [/INST] < / s > |"], folder, 140, ["\n"])
     return folder
 
 
@@ -379,17 +387,18 @@ def test_tokenizer_json(tmp_path, template, eos, bos):
     assert max(solution) < tokenizer.vocab_size
 
 
-@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("chat", ["", "llama2"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_every_prompt_begins_with_one_bos(prompt, chat, tmp_path, sentencepiece_dir):
     """And the question is text: "</s>" or "<s>" does not end the prompt or begin another, and braces are no field."""
     question = "How many </s> <s> pens <|end|> <|begin|> are 5% of {question}, {0}, {{}} {or %s}?"
-    text = prompt_text(prompt, "gsm8k", question, chat=chat)
+    text = prompt_text(prompt, "gsm8k", question)
     assert question in text
+    asked = f"[INST] {text.strip()} [/INST]" if chat else text
     for tokenizer in (load_tokenizer(sentencepiece_dir), load_tokenizer(json_dir(tmp_path, *LLAMA3))):
-        bos, *ids = encode_prompt(tokenizer, text)
+        bos, *ids = encode_prompt(tokenizer, text, chat)
         assert bos == tokenizer.bos_id is not None and not {tokenizer.bos_id, tokenizer.eos_id} & {*ids}
-        assert tokenizer.decode([bos, *ids]) == text
+        assert tokenizer.decode([bos, *ids]) == asked
 
 
 def test_a_trained_tokenizer_keeps_texts_and_symbols(tmp_path):
@@ -503,7 +512,7 @@ def test_a_tokenizer_model_within_its_model(sentencepiece_dir, tmp_path):
 # --- checks before a run --------------------------------------------------------------------------
 
 @dataclasses.dataclass(frozen=True)
-class RunConfig(TaskOptions):
+class RunConfig(SampleOptions):
     """What check_inputs reads of a method's config."""
     model: str = option("", "model directory")
     max_new_tokens: int = option(16, "longest response")
@@ -542,15 +551,15 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
      r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
     ({}, {"encode": lambda own, text: [own.bos_id, *own.encode(text)]}, "only 0 of 18 prompts have exactly one BOS"),
     ({}, {"encode": lambda own, text: [*own.encode(text), own.vocab_size]}, "gives token .*, and the model knows"),
-    ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions"),
-    ({"path": __file__}, {}, "give the folder")])
+    ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions")])
 def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
-    """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another model;
-    one file for all splits, which would be tested on what it was trained on."""
+    """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another
+    model."""
     own = load_tokenizer(gsm8k_run.model)
     methods = {name: functools.partial(tokenizer[name], own) if name in tokenizer else getattr(own, name)
                for name in ("encode", "decode")}
-    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, eos_note="", begins_with_space=True, **methods)
+    other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, eos_note="", begins_with_space=True, chat_template="",
+                            **methods)
     problems = [gsm8k_run.problems(split) for split in ("train", "test")]
     with pytest.raises(SystemExit, match=said):
         check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)

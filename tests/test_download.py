@@ -242,7 +242,7 @@ def test_a_file_that_exists_is_not_overwritten(server, tmp_path):
     put(tmp_path, "file", mine)
     sources = {"t": ("free", [File(f"{server.url}other", 5, SHA256), *one(server)["t"][1]])}
     said = refusal(tmp_path, sources)
-    for part in (str(tmp_path / "t/file"), "Delete it", "--path", SHA256):
+    for part in (str(tmp_path / "t/file"), "Delete it", "--task", SHA256):
         assert part in said
     assert tree(tmp_path) == {"t/file": mine}
     assert server.requests == []  # before anything is fetched

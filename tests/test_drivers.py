@@ -200,8 +200,8 @@ def test_evaluate_writes_its_summary_and_rescores_its_file(base, tmp_path, small
     """Questions, right answers, texts and settings are in the file, so grading again needs nothing else; and a grader
     that has changed since is noticed."""
     path = tmp_path / "out" / "eval_samples.jsonl"
-    call(evaluation, "--model", base, "--split", "dev", "--limit", "4", "--num_samples", "2", "--temperature", "0.9",
-         "--seed", "5", "--max_new_tokens", "20", "--run_dir", tmp_path / "out")
+    call(evaluation, "--task", "toy", "--model", base, "--split", "dev", "--limit", "4", "--num_samples", "2",
+         "--temperature", "0.9", "--seed", "5", "--max_new_tokens", "20", "--run_dir", tmp_path / "out")
     [accuracy] = [line for line in capsys.readouterr().out.splitlines() if "95 % interval" in line]
     summary, said = read_json(tmp_path / "out" / "eval.json"), settings(path)
     assert summary["n"] == 4 and summary["num_samples"] == 2
@@ -238,7 +238,8 @@ def test_sample_answers_questions(base, monkeypatch, capsys):
 @pytest.mark.filterwarnings("ignore:'tools")  # runpy warns of what is imported already
 def test_scripts_at_the_top_run_their_tools(script, tmp_path, monkeypatch):
     """These are the commands that the README shows."""
-    monkeypatch.setattr(sys, "argv", [script, "--model", str(tmp_path / "nowhere")])
+    task = [] if script == "sample.py" else ["--task", "toy"]
+    monkeypatch.setattr(sys, "argv", [script, *task, "--model", str(tmp_path / "nowhere")])
     with pytest.raises(SystemExit, match=str(tmp_path / "nowhere")):
         runpy.run_path(str(ROOT / script), run_name="__main__")
 
@@ -263,7 +264,8 @@ def test_a_missing_model_is_refused(module, kind, base, tmp_path, capsys, small_
     if kind == "half":  # a download that broke off after its small files
         for name in ("config.json", "tokenizer.model"):
             shutil.copy(base / name, path / name)
-    flags = {irpo: SMALL, evaluation: ["--max_new_tokens", "8"]}.get(module, [])
+    toy_task = ["--task", "toy"]
+    flags = {irpo: SMALL, evaluation: [*toy_task, "--max_new_tokens", "8"], sft: toy_task}.get(module, [])
     where = [] if module is chat else ["--run_dir", tmp_path / "run"]
     assert str(path) in refusal(capsys, module, *flags, "--model", path, *where)
 

@@ -159,7 +159,7 @@ def test_answered_questions_survive_the_file(tmp_path):
 
 def test_groups_do_not_change_which_question_a_response_belongs_to(base):
     """Prompts are sorted and sampled in groups for speed, and the responses must return to their questions."""
-    model, tokenizer, options = load_model(base), load_tokenizer(base), SampleOptions(max_new_tokens=8)
+    model, tokenizer, options = load_model(base), load_tokenizer(base), SampleOptions(task="toy", max_new_tokens=8)
     problems = options.problems("train", 11)[::-1]  # groups of 3, 3, 3 and 2
 
     how = dict(num_samples=2, temperature=0.8, seed=1)
@@ -181,7 +181,7 @@ def killed(base, tmp_path, monkeypatch):
     how = dict(split="dev", num_samples=2, temperature=0.8, label="")
 
     def ask(name: str, pieces: int = 9, batch_rows: int = 6, seed: int = 1) -> tuple[Path, list[int]]:
-        options, sampled = SampleOptions(max_new_tokens=8, batch_rows=batch_rows, precision="fp32"), []
+        options, sampled = SampleOptions(task="toy", max_new_tokens=8, batch_rows=batch_rows, precision="fp32"), []
 
         def some(model, prompts, **asked):
             if len(sampled) == pieces:
@@ -238,7 +238,7 @@ def test_a_large_model_is_sampled_in_pieces_that_do_not_take_hours(monkeypatch):
 
 def test_an_answer_is_graded_with_its_own_right_answer(base, monkeypatch):
     """In the answer format that the prompt asks for; a truncated one as it stands."""
-    options, own = SampleOptions(prompt="irpo"), load_tokenizer(base)
+    options, own = SampleOptions(task="toy", prompt="irpo"), load_tokenizer(base)
     problems = [replace(p, answer=str(i)) for i, p in enumerate(options.problems("train", 3))]
     tokenizer = SimpleNamespace(bos_id=own.bos_id, eos_ids=own.eos_ids, encode=own.encode,
                                 decode=lambda ids: f"Final answer: {ids[0]}")
@@ -258,17 +258,18 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
     how = dict(split="dev", num_samples=4, temperature=0.7, seed=3)
 
     def ask(speed: dict, **changes) -> list[Answered]:
-        options = SampleOptions(prompt="irpo", **speed)
+        options = SampleOptions(task="toy", prompt="irpo", **speed)
         return evaluate.answer_once(path, str(base), ["problem"], options, label="x", **how | changes)
 
     assert ask(dict(batch_rows=7, tensor_parallel=2)) == ask({}) == hand_made()
     [((model, _, problems, options), asked)] = calls
     assert (model, problems, options.prompt, options.batch_rows) == ((str(base), "auto", 2), ["problem"], "irpo", 7)
-    assert asked.pop("pieces") and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x")
+    assert asked.pop("pieces") and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x", reward=False)
     said, _ = read_records(path, Answered)
-    assert said == how | dict(weights=model_hash(base), task="toy", path="", source="publisher", toy_steps=[2, 3],
-                              toy_world="ways", prompt="irpo", chat="", answer_format="", marks="final_answer",
-                              max_new_tokens=512, precision="auto")
+    assert said == how | dict(weights=model_hash(base), task="toy", answer="", path="", source="publisher",
+                              toy_steps=[2, 3], toy_world="ways", prompt="irpo", chat="", system="", answer_format="",
+                              marks="final_answer", max_new_tokens=512, precision="auto", reward="", right_at=1.0,
+                              reward_hash="")
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     with pytest.raises(SystemExit, match="other settings:\n  weights: "):
         ask({})
@@ -285,8 +286,9 @@ def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys)
     monkeypatch.setattr(evaluate, "answer", lambda *args, **how: endless)
     how = dict(num_samples=4, temperature=1.0, seed=0, label="", sampler=SimpleNamespace(weights="", loaded=()))
     with pytest.raises(SystemExit, match="none of 12 responses ended within --max_new_tokens 512: .*eos_token_id"):
-        evaluate.answer_once(tmp_path / "samples.jsonl", "", [], SampleOptions(), split="train", **how)
-    assert evaluate.answer_once(tmp_path / "eval.jsonl", "", [], SampleOptions(), split="test", **how) == endless
+        evaluate.answer_once(tmp_path / "samples.jsonl", "", [], SampleOptions(task="toy"), split="train", **how)
+    assert evaluate.answer_once(tmp_path / "eval.jsonl", "", [], SampleOptions(task="toy"), split="test",
+                                **how) == endless
 
     evaluate.print_summary("M0", summarize(endless, "toy"))
     said, *warnings = capsys.readouterr().out.splitlines()

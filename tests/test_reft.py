@@ -539,7 +539,8 @@ def test_which_model_samples_trains_and_is_the_reference(watched, base):
     for step, ((_, ids, how), batch) in enumerate(zip(seen.rollouts, seen.batches)):
         assert ids == batch_at(step, ids_of("train", 10), 5, seed=3) == [gold.id for gold in batch.golds]
         assert batch.ids == [id for id in ids for _ in range(2)] and batch.step == step
-        assert how == {"num_samples": 2, "temperature": 1.0, "seed": derive_seed(3, step, "rollout")}
+        assert how == {"num_samples": 2, "temperature": 1.0, "seed": derive_seed(3, step, "rollout"),
+                       "reward": True}
     assert seen.dev == [(seen.batches[step].after, ids_of("dev", 5), {}) for step in (1, 3)]
 
 

@@ -27,7 +27,7 @@ def test_problems_are_shown_as_text(tmp_path, monkeypatch, capsys):
     hostile = HOSTILE[:-1]  # a file cannot hold a lone surrogate
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": f"a{hostile}b", "answer": f"{hostile} #### 4"}) + "\n")
     monkeypatch.setenv("NO_COLOR", "1")
-    call(show, "--task", "gsm8k", "--split", "test", "--path", tmp_path / "test.jsonl")
+    call(show, "--task", "gsm8k", "--split", "test", "--path", tmp_path)
     shown = capsys.readouterr().out
     assert f"a{SEEN[:-6]}b" in shown and all(c.isprintable() or c == "\n" for c in shown)
 
@@ -35,7 +35,7 @@ def test_problems_are_shown_as_text(tmp_path, monkeypatch, capsys):
 def test_a_chat_streams_text(monkeypatch, capsys):
     """ESC, BEL and NUL of a response went to the terminal as they were drawn."""
     monkeypatch.setattr(chat, "load_sampler", lambda path, precision: tiny_model())
-    tokenizer = SimpleNamespace(eos_ids=(2,), bos_id=1, encode=lambda text: [5])
+    tokenizer = SimpleNamespace(eos_ids=(2,), bos_id=1, encode=lambda text: [5], chat_template="")
     monkeypatch.setattr(chat, "load_tokenizer", lambda path: tokenizer)
     monkeypatch.setattr(chat, "pieces", lambda tokenizer, ids: zip([7] * 99, HOSTILE))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"how?")))

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from checkpoint import load_sampler
-from data.prompts import CHATS, PROMPTS, encode_prompt, prompt_text
+from data.chat import CHATS
+from data.check import note_unused_chat
+from data.prompts import encode_prompt, end_ids, prompt_text, template_of
+from data.task import prompt_option
 from data.tokenizer import load_tokenizer, pieces
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
@@ -23,14 +26,19 @@ from sample import Batch, cache_budget, require_finite
 @dataclass(frozen=True)
 class Config(ComputeOptions):
     model: str = option("", "model directory", required=True)
-    prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
-    chat: str = option("", f"wrap prompts for a chat model: {', '.join(filter(None, CHATS))}", CHATS)
+    prompt: str = prompt_option("plain")
+    chat: str = option("", f"template of a chat model, {', '.join(filter(None, CHATS))}", CHATS)
+    system: str = option("", "system message of the chat; empty: none, or the template's own")
     temperature: float = option(0.0, "0 takes the most likely token", low=0)
     top_p: float = option(1.0, "draw only from the most likely tokens of this total probability", above=0, high=1)
     top_k: int = option(0, "draw only from this many most likely tokens; 0: from all", low=0)
     max_new_tokens: int = option(256, "longest response", low=1)
     num_samples: int = option(1, "responses to each question", low=1)
     seed: int = option(0, "same seed, same responses", low=0, high=2**64 - 1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        template_of(self.prompt)
 
 
 @torch.inference_mode()
@@ -63,18 +71,20 @@ def read_question() -> str:
 def main() -> None:
     config = parse_config(Config, {}, __doc__)
     model, tokenizer = load_sampler(config.model, config.precision), load_tokenizer(config.model)
+    ends = end_ids(tokenizer, config.chat, config.system)
+    note_unused_chat(config, tokenizer)
     sys.stdin.reconfigure(errors="replace")
     if sys.stdin.isatty():
         print("Type a question; an empty line ends.")
     while question := read_question():
-        prompt = encode_prompt(tokenizer, prompt_text(config.prompt, "", question, chat=config.chat))
+        prompt = encode_prompt(tokenizer, prompt_text(config.prompt, "", question), config.chat, config.system)
         if len(prompt) >= model.config.max_length:
             print(f"[{len(prompt)} tokens are too long for this model's {model.config.max_length} positions]")
             continue
         for sample in range(config.num_samples):
-            for token, text in pieces(tokenizer, stream(model, prompt, sample, tokenizer.eos_ids, config)):
+            for token, text in pieces(tokenizer, stream(model, prompt, sample, ends, config)):
                 print(printable(text), end="", flush=True)
-                finished = token in tokenizer.eos_ids
+                finished = token in ends
             print("" if finished else " [truncated]")
 
 

@@ -17,7 +17,8 @@ from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
 from infra.progress import printable
 from infra.run import hash_of, open_run, read_records, run_script, write_json
-from rewards import grade_all, require_math_verify
+from grading.latex import read_latex
+from rewards import READ, grade_all, require_math_verify
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,14 @@ class Config(SampleOptions):
 def rescore(path: Path) -> None:
     """Grade the texts of a file again, and show where a verdict has changed."""
     settings, before = read_records(path, Answered)
-    task, marks = settings.get("task"), settings.get("marks")
+    task, marks, kind = settings.get("task"), settings.get("marks"), settings.get("answer") or settings.get("task")
+    if settings.get("reward_hash"):
+        raise SystemExit(f"{path} was judged by --reward {settings['reward']}, and --rescore knows only right answers")
     if not task or not marks:
         raise SystemExit(f"{path} does not say its task and how answers are marked, so they cannot be graded again")
-    if task == "math":
+    if READ.get(kind) is read_latex:
         require_math_verify()
-    grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], task, marks,
+    grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], kind, marks,
                        [q.prompt for q in before])
     after = [replace(question, samples=[replace(sample, **asdict(verdict)) for sample, verdict in zip(
         question.samples, group)]) for question, group in zip(before, grades)]
@@ -80,7 +83,7 @@ def main() -> None:
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(*problems))
     answered = answer_once(run / "eval_samples.jsonl", config.model, problems, config, split=config.split,
                            num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
-                           label="evaluate")
+                           label="evaluate", reward=True)
     write_json(run / "eval.json", found := summarize(answered, config.task))
     print_shares(f"{config.task} {config.split}", found)
     print(f"everything is in {run}")

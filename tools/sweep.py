@@ -19,8 +19,12 @@ import sys
 import time
 from pathlib import Path
 
-ALL = json.loads((Path(__file__).parent.parent / "results" / "tables.json").read_text(encoding="utf-8"))
+ROOT = Path(__file__).parent.parent
+ALL = json.loads((ROOT / "results" / "tables.json").read_text(encoding="utf-8"))
 TABLES = ALL["tables"]
+for tuned in sorted(ROOT.glob("results/tune/*.json")):  # what tools/tune.py has found, for cells of tables
+    for method, found in json.loads(tuned.read_text(encoding="utf-8"))["methods"].items():
+        ALL["parts"][f"BEST_{tuned.stem}_{method}"] = found["best"]
 
 
 # --- one run, named by its directory --------------------------------------------------------------

@@ -1,0 +1,63 @@
+"""A reward of your own, FILE.py:function, in place of the graders: (text, problem) -> number or verdict.
+
+The file is its user's code, not a model's: it is imported, and runs in this process.
+"""
+import importlib.util
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cache
+from numbers import Real
+
+from data.files import Problem
+from infra.parallel import computed
+from rewards import Grade
+
+VERDICTS = ("correct", "wrong", "unparsed", "copied", "timeout")
+
+
+@cache
+def load_reward(reward: str) -> Callable[[str, Problem], object]:
+    """Import FILE.py:function. SystemExit says where the file fails."""
+    file, _, name = reward.rpartition(":")
+    spec = importlib.util.spec_from_file_location("own_reward", file)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        return getattr(module, name)
+    except (Exception, SystemExit) as error:
+        raise SystemExit(f"--reward {reward} cannot be imported: {told(error)}") from None
+
+
+def reward_all(texts: list[list[str]], problems: list[Problem], reward: str, right_at: float) -> list[list[Grade]]:
+    """Judge all texts of each problem by a reward of your own, on all ranks."""
+    return computed(range(len(texts)), lambda i: [judge_by(reward, text, problems[i], right_at) for text in texts[i]])
+
+
+def judge_by(reward: str, text: str, problem: Problem, right_at: float) -> Grade:
+    """A number is right from right_at on, and wrong below it. A verdict, by name or in a Grade, scores 1 if right.
+
+    SystemExit, with problem and text, for a reward that raises or returns anything else.
+    """
+    function = load_reward(reward)
+    try:
+        found = function(text, problem)
+    except Exception as error:
+        fault = f"fails: {told(error)}"
+    else:
+        found = found.verdict if isinstance(found, Grade) else found
+        if isinstance(found, str) and found in VERDICTS:
+            return Grade(found, None, float(found == "correct"))
+        if isinstance(found, Real) and math.isfinite(found):
+            return Grade("correct" if found >= right_at else "wrong", None, float(found))
+        fault = f"returns {found!r:.60}"
+    raise SystemExit(f"--reward {reward} {fault}, for the problem {problem.id} and the text {text[:100]!r}. It must "
+                     f"take any text and a problem, and return a finite number, True, False or a verdict "
+                     f"({', '.join(VERDICTS)}). Mend it and give another --run_dir: a run has one reward.")
+
+
+def told(error: BaseException) -> str:
+    """Say what was raised, and in which line."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{error!r} in {frame.filename}, line {frame.lineno}"
