@@ -127,6 +127,6 @@ def test_the_table_has_all_shapes_or_the_one_asked_for(capsys, tmp_path):
     assert f" {memory.parameters(tiny_model().config)[0]:,} " in shown("--model", tmp_path / "m")
 
 
-@pytest.mark.parametrize("flags", [["--gpus", "0"], ["--gpu_gb", "nan"], ["--model_shape", "huge"]], ids=str)
+@pytest.mark.parametrize("flags", [["--gpus", "0"], ["--cpu"], ["--gpu_gb", "nan"], ["--model_shape", "huge"]], ids=str)
 def test_what_makes_no_sense_is_refused(flags, capsys):
     assert flags[0] in refusal(capsys, memory, *flags)

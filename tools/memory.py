@@ -40,15 +40,21 @@ class Config(Options):
     cpu: bool = option(False, "a CPU that computes in float32, in place of GPUs")
     gpus: int = option(8, "GPUs that share one training state", low=1)
     gpu_gb: float = option(80.0, "memory of a GPU", above=0)
-    reserve_gb: float = option(4.0, "of it for the CUDA context, NCCL, workspaces and fragmentation (assumed)", low=0)
+    reserve_gb: float = option(4.0, "of it for the CUDA context, NCCL, workspaces and fragmentation (assumed; on a CPU "
+                               "Python, and what the allocator keeps)", low=0)
     micro_batch_tokens: int = option(4096, "padded tokens of one forward pass on a GPU", low=1)
     prompt_tokens: int = option(256, "length of a prompt", low=1)
     max_new_tokens: int = option(512, "length of a response", low=1)
     num_samples: int = option(30, "responses to a prompt, which share its keys and values", low=1)
     tensor_parallel: int = option(1, "GPUs that hold one sampling model together", low=1)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cpu and (self.gpus > 1 or self.tensor_parallel > 1):
+            raise ValueError("--cpu is one machine: give --gpus 1 and no --tensor_parallel, or --preset cpu")
 
-PRESETS = {"cpu": dict(cpu=True, gpus=1, gpu_gb=16.0, reserve_gb=0.5, micro_batch_tokens=1024, prompt_tokens=200,
+
+PRESETS = {"cpu": dict(cpu=True, gpus=1, gpu_gb=16.0, reserve_gb=1.2, micro_batch_tokens=1024, prompt_tokens=223,
                        max_new_tokens=400)}
 
 
