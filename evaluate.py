@@ -113,7 +113,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label,
-                           pieces)
+                           pieces or Pieces())
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
     grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
                        [options.prompt_text(problem) for problem in problems])
@@ -163,7 +163,6 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
                      temperature=temperature, seed=seed, reward_hash=options.reward_hash if reward else "")
     pieces = Pieces(path, settings, problems)
     answered = once(path, make, Answered, settings)
-    pieces.remove()
     if split == "train" and not any(sample.finished for question in answered for sample in question.samples):
         raise SystemExit(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "
                          f"{options.max_new_tokens}: {REMEDIES['unfinished']}")
@@ -171,8 +170,7 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
 
 
 def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, eos_ids: Collection[int],
-               num_samples: int, temperature: float, seed: int, label: str,
-               pieces: Pieces | None = None) -> list[list[Response]]:
+               num_samples: int, temperature: float, seed: int, label: str, pieces: Pieces) -> list[list[Response]]:
     """Sample responses to each prompt; groups of prompts of similar length are distributed over the samplers.
 
     A finished group is a piece. How prompts are grouped does not depend on what is finished, nor on the number of
@@ -190,8 +188,7 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
         warnings.warn(f"{len(prompts) * num_samples} responses make {len(groups)} groups of --batch_rows "
                       f"{options.batch_rows}, so {samplers - len(groups)} of {samplers} samplers are idle: lower "
                       "--batch_rows", stacklevel=2)
-    before = {i: [Response(*one) for one in responses] for piece in (pieces.read() if pieces else ())
-              for i, responses in piece}
+    before = {i: [Response(*one) for one in responses] for piece in pieces.read() for i, responses in piece}
     groups = [left for group in groups if (left := [i for i in group if i not in before])]
     mine, found = [group for group, _ in dealt(groups, samplers)], []
     cache_tokens = min(gather(cache_budget(model)))  # ranks that hold one model together must agree
@@ -202,7 +199,7 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
                                  seed=seed, batch_rows=options.batch_rows, cache_tokens=cache_tokens,
                                  progress=bar.advance)
             found.append(list(zip(group, responses)))
-            if pieces and rank() % options.tensor_parallel == 0:
+            if rank() % options.tensor_parallel == 0:
                 pieces.add([(i, [astuple(one) for one in of_prompt]) for i, of_prompt in found[-1]])
     by_prompt = before | dict(pair for group in collected(found, samplers) for pair in group)
     return [by_prompt[i] for i in range(len(prompts))]

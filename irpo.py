@@ -37,7 +37,7 @@ from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_mode
 from infra.config import option, parse_config
 from infra.parallel import by_first, computed
 from infra.progress import iterations, summary
-from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
+from infra.run import Pieces, derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
 from train import (Example, TrainOptions, autocast, fit, fitting, load_for_training, micro_batches, num_steps,
@@ -163,15 +163,21 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def with_reference(pairs: list[Pair], directory: str, config: Config) -> list[Pair]:
-    """Step 4: two numbers per pair, so that training needs no second model."""
+def with_reference(pairs: list[Pair], directory: str, config: Config, path: Path | None = None) -> list[Pair]:
+    """Step 4: two numbers per pair, so that training needs no second model. path: of the file that they are for."""
     model, parts = load_for_training(directory, config), micro_batches(pairs, config.micro_batch_tokens)
+    pieces = Pieces(path, model_hash(directory), config.precision, parts)
+    found = dict(pieces.read())  # number of a part -> log-probs
 
-    def scored(part: list[Pair]) -> list[list[float]]:
+    def scored(number: int) -> list[list[float]]:
         with autocast(config.precision):
-            return pair_logps(model, part)[0].tolist()  # (2, B)
+            logps = pair_logps(model, parts[number])[0].tolist()  # (2, B)
+        pieces.add([number, logps])
+        return logps
 
-    found = computed(parts, scored, label="reference")  # in the order of parts, which are sorted by length
+    left = [number for number in range(len(parts)) if number not in found]
+    found |= zip(left, computed(left, scored, label="reference"))
+    found = [found[number] for number in range(len(parts))]  # in the order of parts, which are sorted by length
     if not math.isfinite(sum(sum(map(sum, logps)) for logps in found)):
         raise SystemExit(f"{directory} gives log-probabilities that are not finite: its logits are NaN or infinite, so "
                          "its weights are damaged, or its training diverged")
@@ -321,7 +327,8 @@ def main() -> None:
                                temperature=config.temperature[min(t, len(config.temperature)) - 1], label="sample")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3
         kept = kept_pairs(made, config, t)
-        pairs = once(folder / "pairs.jsonl", partial(with_reference, kept, start, config), Pair,  # step 4
+        path = folder / "pairs.jsonl"
+        pairs = once(path, partial(with_reference, kept, start, config, path), Pair,  # step 4
                      dict(reference=model_hash(start)))
 
         items = training_items(pairs, answered, golds, config)  # step 5

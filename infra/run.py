@@ -222,6 +222,7 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
     line of a .jsonl, with a SHA-256 of all that follows. make() is called on all ranks.
     """
     if parallel.by_first(path.exists):
+        Pieces(path).remove()
         if not kind:
             return read_json(path)
         before, records = read_records(path, kind)
@@ -233,6 +234,7 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
         write_records(path, value, settings or {})
     else:
         write_json(path, value)
+    Pieces(path).remove()
     log(path.parent, event=path.stem, seconds=time.perf_counter() - began)
     parallel.barrier()
     return value
@@ -241,14 +243,16 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
 class Pieces:
     """What is finished of a file that takes hours to make: lines of FILE.part0, by rank 0, FILE.part1 ...
 
-    made_of: all that they depend on. A piece of anything else does not count, nor does a damaged one.
+    made_of: all that they depend on. A piece of anything else does not count, nor does a damaged one. Without a path
+    nothing is kept.
     """
 
-    def __init__(self, path: Path, *made_of) -> None:
+    def __init__(self, path: Path | None = None, *made_of) -> None:
         self.path, self.made_of = path, hash_of(*made_of)
 
     def files(self) -> list[Path]:
-        return [file for file in self.path.parent.glob("*.part*") if file.name.startswith(f"{self.path.name}.part")]
+        found = self.path.parent.glob("*.part*") if self.path else ()
+        return [file for file in found if file.name.startswith(f"{self.path.name}.part")]
 
     def read(self) -> list:
         """Return the pieces that all ranks had finished before this run."""
@@ -257,6 +261,8 @@ class Pieces:
         return [json.loads(text) for sha256, _, text in lines if sha256 == hash_of(self.made_of, text)]
 
     def add(self, piece) -> None:
+        if self.path is None:
+            return
         text = json.dumps(piece)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append(self.path.with_name(f"{self.path.name}.part{parallel.rank()}"),

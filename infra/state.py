@@ -1,6 +1,6 @@
 """The saved states of a training run, from which it resumes to the bit.
 
-FOLDER/step-00000040/ holds weights and moments (safetensors, one file per rank, written and read by
+FOLDER/step-00000040/ holds weights and moments (safetensors, files of each rank, written and read by
 torch.distributed.checkpoint, so that a run can resume on another number of ranks), and state.json with what the run is
 made of and the SHA-256 of the other files. The last two states are kept: where one is damaged, the run resumes from the
 other.
@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from infra.parallel import by_first, gather, rank, world
 from infra.run import fresh_directory, hash_of, put_in_place, read_json
 
+FILE_BYTES = 2**26  # of a state's file: the writer holds a file twice in memory, besides the tensors
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank does not need it
 
 
@@ -34,8 +35,12 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
 
     try:
         temporary = by_first(lambda: fresh_directory(target))
-        dcp.save(tensors(module, optimizer), no_dist=world() == 1,
-                 storage_writer=HuggingFaceStorageWriter(str(temporary), save_distributed=True))
+        named, file_of, size = tensors(module, optimizer), {}, 0
+        for name, tensor in named.items():
+            file_of[name] = 1 + size // FILE_BYTES
+            size += tensor.nbytes
+        dcp.save(named, no_dist=world() == 1, storage_writer=HuggingFaceStorageWriter(
+            str(temporary), fqn_to_index_mapping=file_of, save_distributed=True))
         files = by_first(lambda: sorted(path.name for path in temporary.glob("*.safetensors")))
         hashes = {}
         for part in gather({name: hash_of(temporary / name) for name in files[rank()::world()]}):

@@ -16,7 +16,7 @@ import evaluate
 from checkpoint import load_model, model_hash
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson, wilson_of_mean
-from infra.run import read_json, read_records, write_records
+from infra.run import Pieces, read_json, read_records, write_records
 from sample import Response, generate
 
 pytestmark = pytest.mark.usefixtures("small_world")
@@ -232,7 +232,7 @@ def test_a_large_model_is_sampled_in_pieces_that_do_not_take_hours(monkeypatch):
     for parameters in (135_000_000, 800_000):
         weight = SimpleNamespace(numel=lambda n=parameters: n, device=SimpleNamespace(type="cpu"))
         model = SimpleNamespace(parameters=lambda w=weight: [w], lm_head=SimpleNamespace(weight=weight))
-        evaluate.sample_all(model, [[1]] * 256, SampleOptions(), (2,), 8, 1.0, 0, "")
+        evaluate.sample_all(model, [[1]] * 256, SampleOptions(), (2,), 8, 1.0, 0, "", Pieces())
     assert asked == [18] * 14 + [4] + [128, 128]
 
 

@@ -187,6 +187,30 @@ def test_the_stored_reference_is_what_the_model_gives_each_response(budget, tiny
         assert [pair.ref_chosen, pair.ref_rejected] == pytest.approx(live, abs=1e-3)
 
 
+def test_what_the_reference_scored_before_a_kill_is_not_scored_again(tiny_dirs, tmp_path, monkeypatch):
+    """It is half an hour for 1,000 pairs of a model with 135 M parameters, and began again at 0. Of another reference,
+    or in other micro-batches, nothing counts."""
+    config, real, path, scored = Config(micro_batch_tokens=30, **FP32), irpo.pair_logps, tmp_path / "x.jsonl", []
+
+    def run(limit: int, directory: Path = tiny_dirs[0], config: Config = config) -> list[Pair]:
+        def some(model, pairs):
+            if len(scored) == limit:
+                raise KeyboardInterrupt
+            scored.append(pairs)
+            return real(model, pairs)
+
+        scored.clear()
+        monkeypatch.setattr(irpo, "pair_logps", some)
+        return with_reference(some_pairs(), str(directory), config, path)
+
+    whole = with_reference(some_pairs(), str(tiny_dirs[0]), config)
+    with pytest.raises(KeyboardInterrupt):
+        run(2)
+    assert run(99) == whole and len(scored) == len(irpo.micro_batches(some_pairs(), 30)) - 2 > 0
+    assert run(99) == whole and not scored
+    assert run(99, tiny_dirs[1]) != whole and run(99, config=replace(config, micro_batch_tokens=60)) and scored
+
+
 def test_a_reference_that_is_not_finite_is_refused(tmp_path):
     """ln 2 minus NaN is not above any bound, so that training began."""
     model = tiny_model()
