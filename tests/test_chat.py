@@ -112,8 +112,9 @@ def byte_level(folder, special: list[str], template: str, eos: str, bos: str = "
     return folder
 
 
-def with_sentencepiece(folder, special: list[str], template: str):
-    """Write a tokenizer.model with control tokens, as Llama 2 and Mistral ship it; return transformers' of it."""
+def with_sentencepiece(folder, special: list[str], template: str, as_json: bool):
+    """Write a tokenizer.model with control tokens, as Llama 2 and Mistral ship it, or only transformers' tokenizer.json
+    of the same; return transformers' tokenizer."""
     transformers = pytest.importorskip("transformers")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter([" ".join(map(repr, QUESTIONS)) + " system user assistant"] * 3),
@@ -124,19 +125,22 @@ def with_sentencepiece(folder, special: list[str], template: str):
     vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
     merges = [(piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece))
               if piece[:i] in vocab and piece[i:] in vocab]
-    theirs = transformers.LlamaTokenizer(vocab=vocab, merges=merges, legacy=not special,
+    theirs = transformers.LlamaTokenizer(vocab=vocab, merges=merges, legacy=not special, add_bos_token=True,
                                          additional_special_tokens=special, chat_template=template)
     theirs.save_pretrained(folder)
+    if as_json:
+        (folder / "tokenizer.model").unlink()
     return theirs
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "llama2 json", "mistral json"])
 def chat_model(request, tmp_path_factory):
     """The name of a family, a directory with a tokenizer and a template of it, and transformers' tokenizer of that."""
-    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    name, _, as_json = request.param.partition(" ")
+    folder = tmp_path_factory.mktemp(name)
     template, special = FAMILIES[name][:2]
     if name in ("llama2", "mistral"):
-        return name, folder, with_sentencepiece(folder, special, template)
+        return name, folder, with_sentencepiece(folder, special, template, bool(as_json))
     byte_level(folder, special, template, special[-2] if name == "chatml" else special[1],
                special[0] if name == "llama3" else "")
     return name, folder, pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)
