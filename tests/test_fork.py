@@ -353,9 +353,12 @@ def test_a_reward_takes_the_place_of_the_grader_in_training(page, writer, capsys
         assert any(s["verdict"] == "correct" for s in samples)
     paths = read_lines(Path("runs/my-rft/iter1/paths.jsonl"))
     assert len(paths) == sum(s["verdict"] == "correct" and s["finished"] for s in samples)
-    call(reft, *commands["reft"], "--partial_reward", "0.1")
-    rewards = [record["reward"] for record in read_lines(Path("runs/my-reft/iter1/train.jsonl"))]
-    assert len(rewards) == 2 and all(0.25 <= reward <= 0.75 for reward in rewards)
+    call(reft, *commands["reft"], "--eval_every", "1")
+    records = read_lines(Path("runs/my-reft/iter1/train.jsonl"))
+    assert len(records) == 2 and all(0.25 <= record["reward"] <= 0.75 for record in records)
+    assert {record["accuracy"] for record in records} == {0.0}  # 1 or more is right
+    [measured] = [sample for row in read_lines(Path("runs/my-reft/iter1/eval_dev.jsonl")) for sample in row["samples"]]
+    assert records[-1]["dev"]["verdicts"] == {measured["verdict"]: 1.0}
 
 
 def test_a_reward_that_fails_does_so_before_sampling(page, writer, capsys):
