@@ -369,8 +369,8 @@ def changed_texts(rows: list[dict], limit: int) -> list[str]:
 # --- tables and pictures ---------------------------------------------------------------------------
 
 def model_tables(summary: dict) -> list[str]:
-    """Show every model, those of the best cell first; a first model with the figures of another's in the same seeds only
-    once."""
+    """Show every model, those of the best cell first; a first model with the figures of another's in the same seeds
+    only once."""
     rows: dict[tuple, tuple[list[str], dict]] = {}
     for cell in summary.values():
         for i, (name, model) in enumerate(cell["models"].items()):
