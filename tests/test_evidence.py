@@ -26,23 +26,25 @@ def test_differences_are_of_the_same_seeds_and_questions():
     2 degrees of freedom, 12.706 with 1."""
     first = {0: {"a": 1.0, "b": 0.0, "c": 1.0}, 1: {"b": 0.0, "a": 1.0}, 2: {"a": 1.0, "b": 1.0}, 7: {"a": 1.0}}
     second = {0: {"b": 0.0, "a": 0.0}, 1: {"a": 0.0, "b": 1.0, "d": 1.0}, 2: {"a": 0.0, "b": 0.0}}
-    found = difference(first, second, bound=1.0)
-    assert (found["mean"], found["questions"], found["values"]) == (0.5, 2, {0: 0.5, 1: 0.0, 2: 1.0})
-    assert half_width(found, 0.05) == pytest.approx(math.hypot(4.303 * 0.5 / 3 ** 0.5, 12.706 * 0.5), abs=1e-3)
+    found = difference(first, second, "points")
+    assert (found["mean"], found["questions"], found["values"]) == (50, 2, {0: 50, 1: 0, 2: 100})
+    assert half_width(found, 0.05) == pytest.approx(math.hypot(4.3027 * 50 / 3 ** 0.5, 12.7062 * 50), abs=1e-2)
     judge([found])
-    assert found["ci95"] == [-1.0, 1.0] and found["verdict"] == "not shown", "no difference is above 1"
-    assert difference({0: {"a": 1.0}}, {0: {"b": 1.0}}) is None is difference({0: {"a": 1.0}}, {1: {"a": 1.0}})
+    assert found["ci95"] == [-100, 100] and found["verdict"] == "not shown", "no difference is above 100 points"
+    for other in ({0: {"b": 1.0}}, {1: {"a": 1.0}}):
+        assert difference({0: {"a": 1.0}}, other, "points") is None
 
 
 def test_a_measure_without_questions_is_compared_seed_by_seed():
-    found = difference({0: {"": 2.0}, 1: {"": 3.0}, 2: {"": 3.5}}, {seed: {"a": 1.0, "b": 0.0} for seed in range(3)})
+    first, second = {0: {"": 2.0}, 1: {"": 3.0}, 2: {"": 3.5}}, {seed: {"a": 1.0, "b": 0.0} for seed in range(3)}
+    found = difference(first, second, "nats")
     assert found["values"] == {0: 1.5, 1: 2.5, 2: 3.0} and found["questions"] == 1
     assert half_width(found, 0.05) == pytest.approx(4.303 * numpy.std([1.5, 2.5, 3.0], ddof=1) / 3 ** 0.5, abs=1e-3)
 
 
 def test_one_seed_shows_nothing_about_a_method():
     """Its interval is about the draw of questions; of a number without questions there is none."""
-    many, none = (difference({0: dict.fromkeys(second, 1.0)}, {0: second})
+    many, none = (difference({0: dict.fromkeys(second, 1.0)}, {0: second}, "nats")
                   for second in ({f"q{i}": float(i % 2) for i in range(50)}, {"": 0.0}))
     judge([many, none])
     assert many["half_width"] == pytest.approx(quantile(0.05, 49) * 0.5 / 7)
@@ -54,7 +56,8 @@ def test_standard_errors_are_those_of_a_bootstrap():
     so much less than that of new draws."""
     random = numpy.random.default_rng(0)
     table = random.normal(0, 1, (4, 1)) + random.normal(0, 1, 30) + random.normal(0, 1, (4, 30))
-    found = difference(*({seed: dict(enumerate(row)) for seed, row in enumerate(rows)} for rows in (table, 0 * table)))
+    sides = [{seed: dict(enumerate(row)) for seed, row in enumerate(rows)} for rows in (table, 0 * table)]
+    found = difference(*sides, "nats")
     for draw, means in (("seeds", table.mean(1)), ("questions", table.mean(0))):
         n = len(means)
         again = random.choice(means, (20_000, n)).mean(1).std() * math.sqrt(n / (n - 1))
@@ -91,7 +94,7 @@ def simulated(random, effect: float) -> list[dict]:
             chance = 1 / (1 + numpy.exp(hard - method - random.normal(0, 0.5, 100) - random.normal(0, 1, (5, 1))))
             right = random.random((5, 100)) < chance
             sides.append({seed: dict(enumerate(map(float, right[seed]))) for seed in range(5)})
-        found.append(difference(*sides))
+        found.append(difference(*sides, "points"))
     judge(found)
     return found
 

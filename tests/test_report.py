@@ -212,8 +212,9 @@ def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
     assert "### Right in alpha 1.0, M1, not in alpha 0.0, M1: 10 questions\n\n#### question 30?" in text
     record = json.loads((a / "report.json").read_text())["compared"][1]["changed"]
     assert [row["id"] for row in record] == [f"q-{i}" for i in range(30, 40)]
-    assert record[0] == {"seed": 0, "id": "q-30", "question": "question 30?", "gold": "3", "right": "alpha 1.0, M1",
-                         "alpha 1.0, M1": "text 1 of q-30", "alpha 0.0, M1": "text 1 of q-30"}
+    assert record[0] == {"seed": 0, "id": "q-30", "question": "question 30?", "prompt": None, "gold": "3",
+                         "right": "alpha 1.0, M1", "alpha 1.0, M1": "text 1 of q-30",
+                         "alpha 0.0, M1": "text 1 of q-30"}
     page = (a / "report.html").read_text()
     assert "<details><summary>question 50?</summary>\n<p>q-50, seed 0; gold answer: 3</p>" in page
     assert page.count("<details>") == page.count("</details>") == 9 and "<h4>" not in page
@@ -254,17 +255,18 @@ def test_groups_of_seeds_are_compared(tmp_path):
 
 
 def test_measures_that_no_table_knows_are_shown(tmp_path):
-    """A new loss's figures were in train.jsonl and nowhere else."""
+    """A new loss's figures were in train.jsonl and nowhere else; those of an evaluation in results.json."""
     run = reft_run(tmp_path / "run", 0.8)
     rows = json.loads((run / "results.json").read_text())
-    (run / "results.json").write_text(json.dumps([row | {"hinge_margin": 0.125} if row["split"] == "train" else row
-                                                  for row in rows]))
+    new = {"train": {"hinge_margin": 0.125}, "test": {"luck": 0.25}}
+    (run / "results.json").write_text(json.dumps([row | new.get(row["split"], {}) for row in rows]))
     steps = [{"step": i, "hinge_margin": float(i), "lr": 0.1} for i in range(3)]
     (run / "iter1" / "train.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
     call(report, run)
     text = (run / "report.md").read_text()
     assert table_cell(text, f"{run} ReFT", "hinge margin") == "0.125"
-    assert re.search(r"## Other measures\n\n.*\n\n\| cell +\| model \| hinge margin \|\n", text), "and nothing else"
+    head = re.search(r"## Other measures\n\n.*\n\n\| (.*) \|\n", text)[1]
+    assert re.split(r" +\| +", head) == ["cell", "model", "luck", "hinge margin"], "and nothing else"
     assert (run / "others.svg").exists() and not (run / "reward.png").exists()
 
 

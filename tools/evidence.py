@@ -40,13 +40,12 @@ def standard_error(values: numpy.ndarray) -> float:
     return round(float(values.std(ddof=1)) / math.sqrt(len(values)), 9) if len(values) > 1 else 0.0
 
 
-def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]],
-               bound: float = math.inf) -> dict | None:
-    """seed -> question -> value, of two groups -> the mean difference first - second, with its two standard errors. It
-    cannot be above `bound`, nor below -bound.
+def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]], unit: str) -> dict | None:
+    """seed -> question -> value, of two groups -> the mean difference first - second, with its two standard errors.
 
-    Seeds and questions that one side lacks do not count; None where nothing is left. A value without a question ("") is
-    compared with the other side's mean.
+    Shares are compared in points, of which there are at most 100; other units stay as they are. Seeds and questions
+    that one side lacks do not count; None where nothing is left. A value without a question ("") is compared with the
+    other side's mean.
     """
     if any("" in values for side in (first, second) for values in side.values()):
         first, second = ({seed: {"": fmean(values.values())} for seed, values in side.items()}
@@ -55,7 +54,8 @@ def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, f
     sides = [side[seed] for seed in seeds for side in (first, second)]
     if not (questions := [q for q in (sides or [{}])[0] if all(q in side for side in sides)]):
         return None
-    table = numpy.array([[first[seed][q] - second[seed][q] for q in questions] for seed in seeds])
+    scale, bound = (100, 100.0) if unit == "points" else (1, math.inf)
+    table = scale * numpy.array([[first[seed][q] - second[seed][q] for q in questions] for seed in seeds])
     return {"mean": round(float(table.mean()), 9), "bound": bound, "questions": len(questions),
             "error_of_seeds": standard_error(table.mean(1)), "error_of_questions": standard_error(table.mean(0)),
             "values": dict(zip(seeds, table.mean(1).tolist()))}

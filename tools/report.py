@@ -35,8 +35,9 @@ TABLES = PAPER["tables"]  # title, note, columns
 COLUMNS = [column.rsplit(":", 1) for name, (*_, columns) in TABLES.items() if name != "others"
            for column in columns.split()]
 SHARES = "|".join(key for key, spec in COLUMNS if spec.endswith("%"))  # are in [0, 1]
-KNOWN = "|".join([key for key, _ in COLUMNS] + [r"train_(iteration|lr|step|tokens|skipped)"] + [
-    f"train_{key}" for key, *_ in PAPER["curves"].values()])
+KNOWN = "|".join([key for key, _ in COLUMNS] + [f"train_{key}" for key, *_ in PAPER["curves"].values()] + [
+    r"(train_)?(iteration|lr|step|tokens|skipped)", r"dev_\w+", r"\w+_(before|after)",
+    "empty|num_samples|vote_gain"])  # what is shown elsewhere, or tells nothing
 NO_METHOD = {"seed", "run_dir", "eval_samples", *(field.name for script in (irpo, rft, reft)
                                                   for field in fields(script.Config) if field.metadata["free"])}
 RIGHT = {  # measures of questions: the file of the answers, and the value of one question's samples
@@ -300,16 +301,14 @@ def pick(runs: dict[int, Run], name: str) -> dict[int, tuple[Run, dict]]:
 
 def find_claims(kind: str, cells: dict) -> list[dict]:
     """Judge the claims whose two sides were run, all with the same rule (tools/evidence.py)."""
-    def values(side: str, scale: int) -> dict[int, dict[str, float]]:
+    def values(side: str) -> dict[int, dict[str, float]]:
         cell, name, measure = side.split()
-        return {seed: {question: scale * value for question, value in by_question(run, model, key).items()}
-                for seed, (run, model) in pick(cells.get(cell, {}), name).items()
+        return {seed: by_question(run, model, key) for seed, (run, model) in pick(cells.get(cell, {}), name).items()
                 for key in model if re.fullmatch(measure, key)}
 
     found = []
     for text, high, low, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
-        scale, bound = (100, 100.0) if unit == "points" else (1, math.inf)
-        if between := difference(values(high, scale), values(low, scale), bound):
+        if between := difference(values(high), values(low), unit):
             found.append({"claim": text, "difference": between, "unit": unit, "questions": between["questions"],
                           "by_seed": ", ".join(f"{value:+.3g}" for value in between["values"].values())})
     judge([claim["difference"] for claim in found])
@@ -331,21 +330,20 @@ def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
 
     rows = []
     for label, name, other, other_name in pairs:
-        first, second = ({seed: answers(run, model, "eval_samples") for seed, (run, model) in pick(*side).items()}
-                         for side in ((cells[label], name), (cells[other], other_name)))
-        right = [{seed: {question: 100 * RIGHT["accuracy"][1](row["samples"]) for question, row in rows.items()}
-                  for seed, rows in side.items()} for side in (first, second)]
-        if not (between := difference(*right, bound=100.0)):
+        ends = (name, other_name) if label == other else (f"{label}, {name}", f"{other}, {other_name}")
+        models = pick(cells[label], name), pick(cells[other], other_name)
+        right = [{seed: by_question(*one, "accuracy") for seed, one in side.items()} for side in models]
+        if not (between := difference(*right, "points")) or "" in right[0][next(iter(between["values"]))]:
             continue
         judge([between])
-        ends = (name, other_name) if label == other else (f"{label}, {name}", f"{other}, {other_name}")
-        changed = [{"seed": seed, "id": row["id"], "question": row.get("question") or row.get("prompt", ""),
-                    "gold": row.get("gold"), "right": ends[0 if right[0][seed][question] else 1],
-                    **{end: side[seed][question]["samples"][0]["text"] for end, side in zip(ends, (first, second))}}
-                   for seed in between["values"] for question, row in first[seed].items()
-                   if right[0][seed][question] != right[1][seed].get(question, right[0][seed][question])]
-        counts = [[sum(row["seed"] == seed and row["right"] == end for row in changed) for end in ends]
-                  for seed in between["values"]]
+        changed, counts = [], []
+        for seed in between["values"]:
+            first, second = (answers(*side[seed], "eval_samples") for side in models)
+            only = [[q for q in first if q in second and right[i][seed][q] > right[1 - i][seed][q]] for i in (0, 1)]
+            counts.append([*map(len, only)])
+            changed += [{"seed": seed, **{key: first[q].get(key) for key in ("id", "question", "prompt", "gold")},
+                         "right": end, ends[0]: first[q]["samples"][0]["text"],
+                         ends[1]: second[q]["samples"][0]["text"]} for end, found in zip(ends, only) for q in found]
         rows.append({"ends": ends, "with": other, "questions": between["questions"], "difference": between,
                      "only_the_first_right": ", ".join(str(a) for a, _ in counts),
                      "only_the_second_right": ", ".join(str(b) for _, b in counts),
@@ -362,7 +360,7 @@ def changed_texts(rows: list[dict], limit: int) -> list[str]:
             changed = [one for one in row["changed"] if one["right"] == better]
             texts.append("### " + plain(f"Right in {better}, not in {worse}: {len(changed):,} questions"))
             for one in changed[:limit]:
-                texts.append("#### " + plain(one["question"]))
+                texts.append("#### " + plain(one["question"] or one["prompt"] or one["id"]))
                 texts.append(plain(f"{one['id']}, seed {one['seed']}; gold answer: {one['gold']}"))
                 texts += [text for end in (better, worse) for text in (plain(end + ":"), fenced(one[end].strip()))]
     return ["## Questions that changed", *texts] if texts else []
@@ -371,7 +369,8 @@ def changed_texts(rows: list[dict], limit: int) -> list[str]:
 # --- tables and pictures ---------------------------------------------------------------------------
 
 def model_tables(summary: dict) -> list[str]:
-    """Show every model of every cell; a first model with the figures of another's in the same seeds only once."""
+    """Show every model, those of the best cell first; a first model with the figures of another's in the same seeds
+    only once."""
     rows: dict[tuple, tuple[list[str], dict]] = {}
     for cell in summary.values():
         for i, (name, model) in enumerate(cell["models"].items()):
@@ -382,8 +381,8 @@ def model_tables(summary: dict) -> list[str]:
     last = {cell["label"]: [*cell["models"].values()][-1].get("accuracy", {"mean": 0}) for cell in summary.values()}
     ordered = sorted(rows.values(), key=lambda row: -max(0, last[row[0][0]]["mean"]))  # NaN comes last
     names = ("models", "responses", "samples", "training", "rollouts", "cost", "others")
-    unknown = [(names, {key: value for key, value in record.items() if not re.fullmatch(KNOWN, key)})
-               for names, record in ordered]
+    unknown = [(head, {key: value for key, value in record.items() if not re.fullmatch(KNOWN, key)})
+               for head, record in ordered]
     return [make_table(TABLES[name], ["cell", "model"], unknown if name == "others" else ordered) for name in names]
 
 
@@ -438,9 +437,10 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
         drawn[name] = render({"": lines}, label, "batches of questions", order, scale)
     unknown = dict.fromkeys(key for seeds in runs.values() for run in seeds for step in run.steps for key in step
-                            if isinstance(step[key], float) and not re.fullmatch(KNOWN, f"train_{key}"))
+                            if isinstance(step[key], (int, float)) and not re.fullmatch(KNOWN, f"train_{key}"))
     panels = {key: {cell: curve([run.steps for run in seeds], key) for cell, seeds in runs.items()} for key in unknown}
-    return drawn | {"others": render(panels, "as in train.jsonl", "steps", order, "free")}
+    return drawn | {"others": render(panels, "as in train.jsonl", "steps of the last iteration", order,
+                                     "free")}
 
 
 # --- the report ------------------------------------------------------------------------------------
