@@ -53,7 +53,7 @@ $(SMOLLM):
 
 base:  ## the toy world's base model M_0, runs/base-sSEED (about 3 minutes); rft-base: RFT's
 base rft-base: setup
-	$(PY) train.py --preset $(subst -,_,$@) --seed $(SEED) --run_dir runs/$@-s$(SEED)
+	$(PY) train.py --preset $(subst -,_,$@) --seed $(SEED) --run_dir runs/$@-s$(SEED) --anyway
 
 # A real data set needs a model directory; the toy world makes its own, and evaluates any.
 GOALS = $(filter irpo rft reft sft eval,$(MAKECMDGOALS))

@@ -65,9 +65,10 @@ class Answered:
 @dataclass(frozen=True)
 class SampleOptions(TaskOptions, ComputeOptions):
     """How responses are sampled; methods inherit these fields."""
-    max_new_tokens: int = option(512, "longest response; a truncated one is graded as it stands", low=1)
+    max_new_tokens: int = option(512, "longest response; a truncated one is graded as it stands", low=1,
+                                 group="sampling")
     batch_rows: int = option(1024, "responses that one sampler generates at a time; affects only speed and memory",
-                             low=1, free=True)
+                             low=1, free=True, group="engine")
     tensor_parallel: int = option(1, "ranks that hold one sampling model together, where it is too large for one "
                                   "device", low=1, free=True)
     reward: str = option("", "FILE.py:function of your own, (text, problem) -> number or verdict: it judges responses "

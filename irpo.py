@@ -35,8 +35,8 @@ from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra.config import option, parse_config
-from infra.parallel import computed
-from infra.progress import summary
+from infra.parallel import by_first, computed
+from infra.progress import iterations, summary
 from infra.run import Pieces, derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss, nll_loss
 from model import Llama
@@ -53,17 +53,14 @@ class Config(TrainOptions, SampleOptions):
     prompt: str = prompt_option("irpo")
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     iterations: int = option(4, "T; more or fewer may be asked for later", low=1, free=True)
-    # step 1
-    num_samples: int = option(30, "N, responses per question", low=1)
+    num_samples: int = option(30, "N, responses per question", low=1, group="step 1")
     temperature: tuple[float, ...] = option((0.8, 0.8, 1.3, 1.3), "of sampling, per iteration; the last repeats", low=0)
-    # steps 2 and 3
-    gold: bool = option(True, "gold solutions are among the right ones")
+    gold: bool = option(True, "gold solutions are among the right ones", group="steps 2 and 3")
     dedupe: bool = option(True, "equal responses to a question count once (the paper is silent)")
     pairs_per_question: int = option(10, "K", low=1)
     max_pairs: int = option(60000, "random subsample of the pairs down to this; 0: keep all", low=0)
-    # step 5
     method: str = option("irpo", "irpo; sft_chosen: NLL of the winners; sft_gold: NLL of gold",
-                         ("irpo", "sft_chosen", "sft_gold"))
+                         ("irpo", "sft_chosen", "sft_gold"), group="step 5")
     alpha: float = option(1.0, "weight of the NLL term; 0 is plain DPO", low=0)
     beta: float = option(0.1, "of the DPO term", above=0)
     start_from: str = option("", "in iteration 1, start training from this model and use it as the reference; the "
@@ -74,8 +71,7 @@ class Config(TrainOptions, SampleOptions):
     lr: float = option(7e-7, "learning rate of AdamW", above=0)
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count", low=0)
     epochs: int = option(2, "passes over the pairs at most", low=1)
-    # step 6
-    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
+    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0, group="step 6")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:
@@ -221,8 +217,8 @@ def training_items(pairs: list[Pair], answered: list[Answered], golds: dict[str,
 
 
 def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]], config: Config, seed: int,
-             folder: Path, after_step: Callable[[Llama, int], dict] = lambda model, step: {}) -> tuple[Llama, list]:
-    """Step 5: train M_{t-1}, from a directory, on items; return M_t and the records of its steps.
+             folder: Path, after_step: Callable[[Llama, int], dict] = lambda model, step: {}) -> Llama:
+    """Step 5: train M_{t-1}, from a directory, on items; return M_t.
 
     The pairs are only checked and probed. after_step(model, number of steps done) may add to a record.
     """
@@ -237,8 +233,8 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
         return found | after_step(model, step)
 
     records = fit(model, items, loss, config, seed, folder, measure)
-    write_jsonl(folder / "probe.jsonl", [first, *(record.pop("probe") for record in records if "probe" in record)])
-    return model, records
+    write_jsonl(folder / "probe.jsonl", [first, *(record["probe"] for record in records if "probe" in record)])
+    return model
 
 
 @torch.no_grad()
@@ -282,7 +278,8 @@ def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[s
         sampler = sampler_of(model, config.precision, config.tensor_parallel)
         return {"dev": summarize(answer(sampler, tokenizer, dev, config, label="dev"), config.task)["accuracy"]}
 
-    _, records = minimise(directory, items, pairs, golds, config, seed, folder, accuracy)
+    minimise(directory, items, pairs, golds, config, seed, folder, accuracy)
+    records = by_first(lambda: read_jsonl(folder / "train.jsonl"))
     return [{"step": record["step"] + 1, "accuracy": record["dev"]} for record in records if "dev" in record]
 
 
@@ -321,13 +318,13 @@ def main() -> None:
     notes = {"dev_was_trained_on": True} if config.select_every else {}
     M = config.model  # the directory of M_{t-1}
     rows = evaluate_model("M0", 0, M, config, run / "iter0")
-    for t in range(1, config.iterations + 1):
+    for t in iterations(config.iterations):
         folder, seed = run / f"iter{t}", derive_seed(config.seed, t)
         start = config.start_from if config.start_from and t == 1 else M
 
         answered = answer_once(folder / "samples.jsonl", M, problems + dev, config, split="train",  # step 1
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,
-                               temperature=config.temperature[min(t, len(config.temperature)) - 1], label=f"sample {t}")
+                               temperature=config.temperature[min(t, len(config.temperature)) - 1], label="sample")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3
         kept = kept_pairs(made, config, t)
         path = folder / "pairs.jsonl"

@@ -63,20 +63,17 @@ class Config(TrainOptions, SampleOptions):
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and on sampled "
                          "paths that are right; online_st: NLL of each batch's right samples and gold", METHODS)
-    # warm-up
-    warmup_epochs: int = option(2, "passes over the gold solutions; 0: --model is pi_0 itself", low=0)
+    warmup_epochs: int = option(2, "passes over the gold solutions; 0: --model is pi_0 itself", low=0, group="warm-up")
     sft_lr: float = option(1e-5, "peak learning rate of warm-up and offline_st: it rises over a tenth of the steps and "
                            "falls linearly to 0", low=0, high=1)
     sft_batch_size: int = option(48, "solutions per step of warm-up and offline_st", low=1)
-    # steps 1 and 2
-    batch_size: int = option(32, "questions of a batch", low=1)
+    batch_size: int = option(32, "questions of a batch", low=1, group="steps 1 and 2")
     num_samples: int = option(1, "responses to each question of a batch", low=1)
     max_new_tokens: int = option(400, "longest response (the paper: 700 with a question of up to 300)", low=1)
     partial_reward: float = option(0.1, "score of a wrong answer where answers are numbers")
     num_choices: int = option(0, "score numbers as multiple choice: right if equal to the right answer modulo this "
                               "number (section 4.3 on reward hacking); 0: off", low=0)
-    # steps 3 to 5
-    kl_coef: float = option(0.05, "beta, of the KL penalty (the paper: 0.01 for programs)", low=0)
+    kl_coef: float = option(0.05, "beta, of the KL penalty (the paper: 0.01 for programs)", low=0, group="steps 3 to 5")
     advantage: str = option("gae", "gae; group: score normalised within a question's samples (GRPO); rloo: minus the "
                             "mean of the others'; the last two have no critic", ("gae", "group", "rloo"))
     gamma: float = option(1.0, "discount per token, of gae", low=0, high=1)
@@ -84,8 +81,7 @@ class Config(TrainOptions, SampleOptions):
     critic: str = option("shared", "V is a linear map on the last hidden state of the policy (shared), or of a trained "
                          "copy of it (separate)", ("shared", "separate"))
     value_init: str = option("zero", "weights of that map: zero, or random as in the paper", ("zero", "random"))
-    # step 6
-    ppo_epochs: int = option(2, "U, passes over a batch's responses", low=1)
+    ppo_epochs: int = option(2, "U, passes over a batch's responses", low=1, group="step 6")
     mini_batch_size: int = option(0, "responses per optimizer step; 0: the entire batch", low=0)
     clip_range: float = option(0.2, "epsilon, of the ratio", low=0)
     value_clip_range: float = option(0.2, "how far V may move from its old value", low=0)
@@ -94,18 +90,18 @@ class Config(TrainOptions, SampleOptions):
     warmup_steps: int = option(0, "batches over which lr rises to its value", low=0)
     epochs: int = option(300, "passes over the questions", low=1)
     max_steps: int = option(0, "stop after this many batches of questions; 0: only epochs count", low=0)
-    # sft and offline_st
-    offline_samples: int = option(100, "responses to each question", low=1)
+    offline_samples: int = option(100, "responses to each question", low=1, group="sft and offline_st")
     offline_paths: int = option(10, "different right ones of them to keep, drawn at random", low=1)
     sft_epochs: int = option(20, "passes over these and gold (from the authors' code), or over gold alone (the paper: "
                              "40)", low=1)
-    # evaluation, memory and state
-    eval_every: int = option(230, "batches between measurements of dev accuracy; 0: at the end only", low=0)
-    offload_reference: bool = option(False, "keep pi_0 in the host's memory between its uses", free=True)
-    save_every: int = option(50, "steps or batches between saved states, from which a killed run resumes", low=1,
-                             free=True)
+    eval_every: int = option(230, "batches between measurements of dev accuracy; 0: at the end only", low=0,
+                             group="evaluation")
     eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
+    offload_reference: bool = option(False, "keep pi_0 in the host's memory between its uses", free=True,
+                                     group="engine")
+    save_every: int = option(50, "steps or batches between saved states, from which a killed run resumes", low=1,
+                             free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -350,7 +346,7 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
 # --- the loop, and the stages around it ------------------------------------------------------------
 
 def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: list[data.Problem],
-              golds: dict[str, Example]) -> tuple[Llama, list[dict]]:
+              golds: dict[str, Example]) -> Llama:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
     policy = load_for_training(start, config, lambda model: Policy(model, config))
     # in bfloat16 on a GPU, so that the KL before the first update is not exactly 0 there
@@ -376,18 +372,19 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
             tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
         return record
 
-    records = loop(step_once, num_steps(len(problems), config), policy, optimizer, config, folder,
-                   made_of=hash_of(*problems), shown=("accuracy", "kl"))
-    return policy.model, records
+    loop(step_once, num_steps(len(problems), config), policy, optimizer, config, folder, made_of=hash_of(*problems),
+         shown=("accuracy", "kl"))
+    return policy.model
 
 
-def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> tuple[Llama, list[dict]]:
+def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
     """The base model after the paper's SFT: linear decay after a tenth of warm-up, all tokens weigh alike."""
     options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", batch_size=config.sft_batch_size,
                       max_steps=0)
     options = replace(options, warmup_steps=num_steps(len(examples), options) // 10)
     model = load_for_training(config.model, config)
-    return model, fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder)
+    fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder)
+    return model
 
 
 def offline_paths(answered: list[Answered], config: Config) -> list[Example]:

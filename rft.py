@@ -53,19 +53,17 @@ class Config(TrainOptions, SampleOptions):
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,
                                    high=1)
-    # step 2
-    num_samples: int = option(100, "k, samples per question; from a file: its first k", low=1)
+    num_samples: int = option(100, "k, samples per question; from a file: its first k", low=1, group="step 2")
     temperature: float = option(0.7, "of sampling, for training and for maj@k", above=0)
     pool: tuple[str, ...] = option((), "runs of rft.py whose sample files are used instead of new samples")
-    # steps 3 and 4
-    equation_filter: bool = option(True, "drop a path with an equation that does not hold")
+    equation_filter: bool = option(True, "drop a path with an equation that does not hold", group="steps 3 and 4")
     dedup: str = option("equations", "paths are the same if they agree in: equations, in <<...>> (string, where no "
                         "gold solution has any); plain_equations, such as 3 + 4 = 7; string, up to white space; none "
                         "keeps every right path", ("equations", "plain_equations", "string", "none"))
     select: str = option("levenshtein", "which of the same paths stays: levenshtein, or the first",
                          ("levenshtein", "first"))
-    # steps 1 and 5
-    restart_from: str = option("base", "step 5 begins at: base, or sft, the model of step 1", ("base", "sft"))
+    restart_from: str = option("base", "step 5 begins at: base, or sft, the model of step 1", ("base", "sft"),
+                               group="steps 1 and 5")
     steps_matched: bool = option(False, "step 5 trains on D alone, for as many optimizer steps as with the kept paths: "
                                  "the control that the paper lacks")
     lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
@@ -74,8 +72,7 @@ class Config(TrainOptions, SampleOptions):
     warmup_share: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     batch_size: int = option(128, "sequences per optimizer step, over all ranks", low=1)
     epochs: int = option(3, "passes over the data; the last one counts", low=1)
-    # the record
-    eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0)
+    eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0, group="the record")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 
@@ -299,10 +296,11 @@ def training_row(samples: list[list[Sample]], right: list[list[int]], paths: lis
             "steps": done["steps"], "tokens_trained": done["tokens_trained"]}
 
 
-def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> tuple[Llama, list]:
+def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> Llama:
     """Steps 1 and 5: SFT, with the loss on responses only."""
     model = load_for_training(start, config)
-    return model, fit_sft(model, examples, config, derive_seed(config.seed, name), folder)
+    fit_sft(model, examples, config, derive_seed(config.seed, name), folder)
+    return model
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ state and ends with exactly the same result.
     python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # SFT on gold solutions
 """
+import json
 import math
 import runpy
 import time
@@ -24,9 +25,10 @@ from checkpoint import load_model, save_model
 from infra.hardware import dtype_of
 from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
 from infra.progress import Progress, mean_or_max
-from infra.run import StopAsked, hash_of, log, write_jsonl
+from infra.run import StopAsked, append, cut_back, flush, hash_of, log
 from infra.state import drop_states, load_state, save_state
 from infra.steps import TrainOptions, batch_at, learning_rate, micro_batches, num_steps
+from infra.track import tracked
 from losses import nll_loss
 from model import Block, Decoder, Llama, pad
 
@@ -178,17 +180,22 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
          options: TrainOptions, folder: Path, made_of: str, shown: tuple[str, ...] = ("loss",)) -> list[dict]:
     """Call step_once(step) -> record for every step that is not done yet; return the records of all steps.
 
-    The state in `folder` is saved every save_every steps, and when the run is asked to stop.
+    Each record is a line of FOLDER/train.jsonl at once. The state is saved every save_every steps, and when the run is
+    asked to stop; a run that resumes from it takes the later steps again, so their lines are cut off.
     """
-    made_of = hash_of(made_of, steps, options.lr, options.batch_size)
-    records = load_state(folder / "state", model, optimizer, made_of)
-    with StopAsked() as stop_asked, Progress(f"train {folder.name}", steps, "step", len(records)) as bar:
-        for step in range(len(records), steps):
+    made_of, path = hash_of(made_of, steps, options.lr, options.batch_size), folder / "train.jsonl"
+    done = load_state(folder / "state", model, optimizer, made_of)
+    records = by_first(lambda: cut_back(path, done))
+    with (StopAsked() as stop_asked, tracked(options.track, folder, records) as track,
+          Progress(f"train {folder.name}", steps, "step", done) as bar):
+        for step in range(done, steps):
             rate = learning_rate(step, steps, options)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             record = {"step": step, "lr": rate, **step_once(step)}
             records.append(record)
+            append(path, json.dumps(record) + "\n")
+            track(record)
             if record.get("skipped") and (skipped := sum(r.get("skipped", 0) for r in records)) > steps / 2:
                 raise SystemExit(f"{skipped:g} of {steps} steps were skipped, since their loss or gradient was not "
                                  "finite: that is no training, and no model is saved. Try a smaller --lr.")
@@ -196,23 +203,22 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
 
             stop = stop_asked()
             if stop or len(records) % options.save_every == 0 and len(records) < steps:
-                save_state(folder / "state", model, optimizer, records, made_of)
+                by_first(lambda: flush(path))
+                save_state(folder / "state", model, optimizer, len(records), made_of)
             if stop:
                 raise SystemExit(f"\nstopped after step {step + 1} of {steps}; run the same command again to resume")
     check_weights(model)
     return records
 
 
-def train_once(folder: Path, source: str, train: Callable[[], tuple[Llama, list[dict]]]) -> str:
-    """Return the model directory in `folder`; where it is missing, train() -> (model, records) makes it.
+def train_once(folder: Path, source: str, train: Callable[[], Llama]) -> str:
+    """Return the model directory in `folder`; where it is missing, train() makes the model.
 
     The config.json and tokenizer of the model directory `source` are copied.
     """
     if not by_first((folder / "model").exists):
         began = time.perf_counter()
-        model, records = train()
-        write_jsonl(folder / "train.jsonl", records)
-        save_model(model, folder / "model", source)
+        save_model(train(), folder / "model", source)
         log(folder, event="train", seconds=time.perf_counter() - began)
     drop_states(folder)
     return str(folder / "model")

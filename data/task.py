@@ -19,7 +19,7 @@ def prompt_option(default: str):
 @dataclass(frozen=True)
 class TaskOptions(Options):
     task: str = option("", f"data set: {', '.join(data.TASKS)}; or your own: a file of records, or a folder with "
-                       "train.jsonl, dev.jsonl and test.jsonl (see docs/models-and-data.md)")
+                       "train.jsonl, dev.jsonl and test.jsonl (see docs/models-and-data.md)", group="data")
     answer: str = option("", f"kind of your own data's answers: {', '.join(data.ANSWERS)}; empty: letter where there "
                          "are choices, else number", ("", *data.ANSWERS))
     path: str = option("", "folder with the data set's files; empty: downloads/TASK, where `make data` puts them")

@@ -5,6 +5,7 @@ The name of a field is its flag, its key in config.json and its column in the re
 """
 import argparse
 import dataclasses
+import difflib
 import math
 import sys
 import typing
@@ -14,13 +15,14 @@ from infra import parallel
 
 
 def option(default, help: str, choices: typing.Iterable = (), low: float = -math.inf, above: float = -math.inf,
-           high: float = math.inf, required: bool = False, free: bool = False):
+           high: float = math.inf, required: bool = False, free: bool = False, group: str = ""):
     """Declare a field: its default, its help sentence and the values it may have.
 
-    low and high are allowed values, `above` is not. free: the value may change when a run is resumed.
+    low and high are allowed values, `above` is not. free: the value may change when a run is resumed. group: heading in
+    --help of this field and of those below it in its class.
     """
     return dataclasses.field(default=default, metadata=dict(
-        help=help, choices=tuple(choices), low=low, above=above, high=high, required=required, free=free))
+        help=help, choices=tuple(choices), low=low, above=above, high=high, required=required, free=free, group=group))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,46 +60,74 @@ def fault_of(value, rule: typing.Mapping) -> str:
     return f"must be at most {rule['high']:g}" if value > rule["high"] else ""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in a line, on rank 0."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, "" if parallel.rank() else f"{self.prog}: error: {message}\n")
+
+
 def parse_config(Config: type[Options], presets: dict[str, dict], doc: str, argv: list[str] | None = None):
     """Make a Config from the command line; `doc` is the text of --help."""
-    parser = argparse.ArgumentParser(description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    first = Parser(add_help=False, allow_abbrev=False)
     if presets:
-        parser.add_argument("--preset", choices=presets, help="start from these values instead of the defaults")
-    hints = typing.get_type_hints(Config)
-    for field in dataclasses.fields(Config):
-        add_flag(parser, field, hints[field.name])
-    if parallel.rank():  # rank 0 says what is wrong
-        parser.error = lambda message: parser.exit(2)
+        first.add_argument("--preset", choices=presets, help="start from these values instead of the defaults")
+    preset = vars(first.parse_known_args(argv)[0]).get("preset") or ""
+    parser = Parser(description=doc, parents=[first], usage="%(prog)s [--FLAG VALUE ...]", allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    hints, values = typing.get_type_hints(Config), presets.get(preset, {})
+    for heading, fields in groups_of(Config).items():
+        group = parser.add_argument_group(heading) if heading else parser
+        for field in fields:
+            add_flag(group, field, hints[field.name], values.get(field.name, field.default))
 
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = ["--preset", *(f"--{name}" for name in hints),
+                 *(f"--no-{name}" for name, kind in hints.items() if kind is bool)]
+        nearest = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+        parser.error(f"there is no flag {unknown[0]}; {f'did you mean {nearest[0]}?' if nearest else 'see --help'}")
     flags = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    preset = flags.pop("preset", "")
-    values = presets.get(preset, {}) | flags
+             for name, value in vars(given).items() if value is not None and name != "preset"}
+    values = values | flags
     if "run_dir" in hints and not values.get("run_dir"):
         values["run_dir"] = default_run_dir(Config, {"": preset} | flags if preset not in ("", "toy") else flags)
+    for field in dataclasses.fields(Config):
+        if field.metadata["required"] and not values.get(field.name):
+            parser.error(f"--{field.name} is missing: {field.metadata['help']}")
     try:
-        config = Config(**values).settled()
+        return Config(**values).settled()
     except ValueError as error:
         parser.error(str(error))
-    for field in dataclasses.fields(Config):
-        if field.metadata["required"] and not getattr(config, field.name):
-            parser.error(f"--{field.name} is missing: {field.metadata['help']}")
-    return config
 
 
-def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind) -> None:
-    shown = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+def groups_of(Config: type[Options]) -> dict[str, list[dataclasses.Field]]:
+    """Heading of --help -> its fields, those of Config's own class first, "engine" last."""
+    left, groups = {field.name: field for field in dataclasses.fields(Config)}, {}
+    for cls in Config.__mro__[:-1]:
+        heading = ""
+        for name in cls.__annotations__:  # of this class alone
+            heading = cls.__dataclass_fields__[name].metadata["group"] or heading
+            if name in left:
+                groups.setdefault(heading, []).append(left.pop(name))
+    groups["engine"] = groups.pop("engine", [])
+    return groups
+
+
+def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field, kind, default) -> None:
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     text = field.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
     options = {"help": text.replace("%", "%%"), "default": None}
     if kind is bool:
-        parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
-        parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None,
-                            help=argparse.SUPPRESS)
-    elif typing.get_origin(kind) is tuple:
-        parser.add_argument(f"--{field.name}", type=typing.get_args(kind)[0], nargs="+", **options)
-    else:
-        parser.add_argument(f"--{field.name}", type=kind, **options)
+        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
+        group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None,
+                           help=argparse.SUPPRESS)
+        return
+    if typing.get_origin(kind) is tuple:
+        kind, options["nargs"] = typing.get_args(kind)[0], "+"
+    choices = ",".join(filter(None, field.metadata["choices"]))
+    group.add_argument(f"--{field.name}", type=kind, metavar=f"{{{choices}}}" if choices else kind.__name__.upper(),
+                       **options)
 
 
 def default_run_dir(Config: type[Options], flags: dict) -> str:

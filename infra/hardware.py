@@ -22,7 +22,8 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclasses.dataclass(frozen=True)
 class ComputeOptions(Options):
-    device: str = option("auto", "cpu, cuda or cuda:1; auto: a GPU where there is one", free=True)
+    device: str = option("auto", "cpu, cuda or cuda:1; auto: a GPU where there is one", free=True,
+                         group="engine")
     precision: str = option("auto", "of matrix products in sampling and training (weights are trained in float32): "
                             "bf16 or fp32; auto: what is faster here", ("auto", *PRECISIONS))
     threads: int = option(0, "of a CPU; 0: one per idle core", low=0, free=True)

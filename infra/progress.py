@@ -1,6 +1,7 @@
 """What is shown and recorded of long work: progress bars with rates, figures over the steps of a run, safe text."""
 import time
 import unicodedata
+from collections.abc import Iterator
 from statistics import fmean
 
 from tqdm import tqdm
@@ -9,11 +10,14 @@ from infra.parallel import rank
 
 
 class Progress(tqdm):
-    """A bar on rank 0 that shows tokens per second; without a label it is hidden."""
+    """A bar on rank 0 that shows the time left and tokens per second; without a label it is hidden."""
+
+    stage = ""  # in front of every label
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
-        super().__init__(desc=label, total=total, initial=done, unit=unit, dynamic_ncols=True,
-                         disable=not label or rank() > 0)
+        super().__init__(desc=self.stage + label, total=total, initial=done, unit=unit, dynamic_ncols=True,
+                         disable=not label or rank() > 0, bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, "
+                         "{remaining} left, {rate_fmt}{postfix}]")
         self.tokens, self.began = 0, time.perf_counter()
 
     def advance(self, count: int, tokens: int, **figures: float) -> None:
@@ -23,6 +27,16 @@ class Progress(tqdm):
         speed = self.tokens / (time.perf_counter() - self.began)
         self.set_postfix_str(", ".join([*shown, f"{speed:,.0f} tok/s"]), refresh=False)
         self.update(count)
+
+
+def iterations(total: int) -> Iterator[int]:
+    """Count from 1 to total; meanwhile bars say "iteration 2 of 4"."""
+    try:
+        for t in range(1, total + 1):
+            Progress.stage = f"iteration {t} of {total}, "
+            yield t
+    finally:
+        Progress.stage = ""
 
 
 def printable(text: str) -> str:

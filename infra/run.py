@@ -2,7 +2,8 @@
 
     runs/NAME/  config.json  command.txt  source/  log.jsonl  iter1/...
 
-Each step of a run is a file (`once`). Run the same command again and it continues at the first missing one.
+Each step of a run is a file (`once`). Run the same command again and it continues at the first missing one, unless the
+code is no longer that of source/.
 """
 import contextlib
 import dataclasses
@@ -24,7 +25,7 @@ import torch
 from infra import parallel
 from infra.progress import printable
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 MADE = ("config.json", "command.txt", "source", "log.jsonl", "start", "state", "model", "train.jsonl", "results.json",
         "eval.json", "eval_samples.jsonl", "picked.jsonl")  # of a run directory, besides iterN
 LOCKS: dict[Path, object] = {}  # open lock files of the run directories that this process holds
@@ -82,9 +83,10 @@ class StopAsked:
 # --- the run directory -----------------------------------------------------------------------------
 
 def open_run(config, **inputs: str) -> Path:
-    """Create config.run_dir, or resume a run with the same config and inputs; refuse any other.
+    """Create config.run_dir, or resume a run with the same config, inputs and code; refuse any other.
 
-    inputs: names and hashes of what the run is made from. The directory is locked until this process ends.
+    inputs: names and hashes of what the run is made from. The directory is locked until this process ends. With
+    config.anyway the code may differ: the new one is kept, too, and log.jsonl names what has changed.
     """
     run = Path(config.run_dir)
     own = {f"{name}_file": hash_of(path) for name, path in config.own_files().items()}
@@ -101,8 +103,17 @@ def open_run(config, **inputs: str) -> Path:
             elif changed := differences(read_json(run / "config.json"), values, free):
                 raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
                                  "Give another --run_dir, or remove that directory.")
-            if not (run / "source").exists():
-                copy_source(run / "source", *config.own_files().values())
+            copies = sorted((path for path in run.glob("source*") if path.suffix != ".tmp"),
+                            key=lambda path: (len(path.name), path.name))  # source, source-2, ... source-10
+            if edited := edited_files(copies[-1]) if copies else []:
+                said = f"{run} was made with other code; what differs from {copies[-1]}: {', '.join(edited)}."
+                if not config.anyway:
+                    raise SystemExit(f"{said} Give another --run_dir, or --anyway to keep what is there and go on with "
+                                     "the new code.")
+                print(f"warning: {said}")
+                log(run, event="edited", files=edited)
+            if edited or not copies:
+                copy_source(run / (f"source-{len(copies) + 1}" if copies else "source"), *config.own_files().values())
             append(run / "command.txt", run_card() + "\n")
         except OSError as error:
             raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
@@ -132,6 +143,15 @@ def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
     """List the values that have changed, a line each; "" if none has."""
     return "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in before | now
                      if name not in free and before.get(name) != now.get(name))
+
+
+def edited_files(source: Path) -> list[str]:
+    """Name the files whose code this process has loaded, but for those of tools/, that a run's copy does not equal."""
+    loaded = {Path(module.__file__).resolve() for module in [*sys.modules.values()] if getattr(module, "__file__", "")}
+    names = [path.relative_to(ROOT) for path in sorted(loaded) if path.is_file() and path.parent in (
+        ROOT, ROOT / "data", ROOT / "grading", ROOT / "infra")]
+    return [str(name) for name in names if not (source / name).is_file()
+            or (source / name).read_bytes() != (ROOT / name).read_bytes()]
 
 
 def copy_source(folder: Path, *own_files: Path) -> None:
@@ -184,7 +204,7 @@ def run_card() -> str:
 def log(folder: Path, **record) -> None:
     """Append a line to the log.jsonl of the run that a folder belongs to; times are recorded here and nowhere else."""
     run = next((path for path in (folder, *folder.parents) if (path / "config.json").exists()), None)
-    if run and parallel.rank() == 0:
+    if run:
         append(run / "log.jsonl", json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
 
 
@@ -238,10 +258,15 @@ class Pieces:
     def add(self, piece) -> None:
         if self.path is None:
             return
-        text = json.dumps(piece)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        append(self.path.with_name(f"{self.path.name}.part{parallel.rank()}"),
-               f"{hash_of(self.made_of, text)} {text}\n")
+        text, file = json.dumps(piece), self.path.with_name(f"{self.path.name}.part{parallel.rank()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(f"\n{hash_of(self.made_of, text)} {text}\n")  # a line before it may have been cut short
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError as error:
+            raise unwritten(file, error) from None
 
     def remove(self) -> None:
         if parallel.rank() == 0:
@@ -293,14 +318,16 @@ def write_text(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add lines to a file, in place of a last one that a full disk or a crash has cut short."""
+    """Add lines to a file, on rank 0, in place of a last one that a full disk or a crash has cut short."""
+    if parallel.rank():
+        return
     try:
         with open(path, "a+b") as file:
-            file.seek(0)
-            file.truncate(file.read().rfind(b"\n") + 1)
+            file.seek(max(0, file.tell() - 1))
+            if file.read() not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
             file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
     except OSError as error:
         raise unwritten(path, error) from None
 
@@ -331,6 +358,21 @@ def read_jsonl(path: Path) -> list[dict]:
             return [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
         raise SystemExit(f"{path} cannot be read: {error}") from None
+
+
+def cut_back(path: Path, steps: int) -> list[dict]:
+    """Keep the rows of the first steps in a file, which is made where it is missing; SystemExit if it lacks one."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.exists() else []
+        rows = [json.loads(line) for line in lines]
+        complete = [row["step"] for row in rows] == [*range(steps)]
+    except (ValueError, TypeError, KeyError):
+        complete = False
+    if not complete:
+        raise SystemExit(f"{path} does not have all of the {steps} steps that were done before. Put it back as it was, "
+                         f"or remove {path.parent / 'state'} to train from the beginning.")
+    write_text(path, "".join(lines))
+    return rows
 
 
 def fresh_directory(directory: Path) -> Path:

@@ -1,9 +1,9 @@
 """The saved states of a training run, from which it resumes to the bit.
 
 FOLDER/step-00000040/ holds weights and moments (safetensors, files of each rank, written and read by
-torch.distributed.checkpoint, so that a run can resume on another number of ranks), records.jsonl with the record of
-every step so far, and state.json with what the run is made of and the SHA-256 of the other files. The last two states
-are kept: where one is damaged, the run resumes from the other.
+torch.distributed.checkpoint, so that a run can resume on another number of ranks), and state.json with what the run is
+made of and the SHA-256 of the other files. The last two states are kept: where one is damaged, the run resumes from the
+other.
 """
 import json
 import shutil
@@ -17,20 +17,17 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra.parallel import by_first, gather, rank, world
-from infra.run import fresh_directory, hash_of, put_in_place, read_json, read_jsonl
+from infra.run import fresh_directory, hash_of, put_in_place, read_json
 
 FILE_BYTES = 2**26  # of a state's file: the writer holds a file twice in memory, besides the tensors
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank does not need it
 
 
-def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, records: list[dict],
-               made_of: str) -> None:
-    """Write the state after len(records) steps, completely or not at all."""
-    target = folder / f"step-{len(records):08}"
+def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, steps: int, made_of: str) -> None:
+    """Write the state after so many steps, completely or not at all."""
+    target = folder / f"step-{steps:08}"
 
     def finish() -> None:
-        (temporary / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        hashes["records.jsonl"] = hash_of(temporary / "records.jsonl")
         (temporary / "state.json").write_text(json.dumps({"made_of": made_of, "sha256": hashes}, indent=1) + "\n")
         put_in_place(target)
         for old in states(folder)[2:]:
@@ -56,8 +53,8 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
                          "some space, then run the same command again to resume from the newest.") from None
 
 
-def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, made_of: str) -> list[dict]:
-    """Restore the newest intact state; return the records of the steps until then, [] if there is none."""
+def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer, made_of: str) -> int:
+    """Restore the newest intact state; return the number of steps until then, 0 if there is none."""
     found = by_first(lambda: states(folder))
     for path in found:
         if fault := fault_of(path):
@@ -69,10 +66,10 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
                              f"others. Remove {folder} to start this run from its beginning.")
         dcp.load(tensors(module, optimizer), no_dist=world() == 1,
                  storage_reader=HuggingFaceStorageReader(str(path)))
-        return read_jsonl(path / "records.jsonl")
+        return int(path.name.removeprefix("step-"))
     if found:
         raise SystemExit(f"{folder} holds no intact state. Remove it to start this run from its beginning.")
-    return []
+    return 0
 
 
 def drop_states(folder: Path) -> None:

@@ -1,4 +1,5 @@
 """What a training step is about: its options, its items, their micro-batches and its learning rate."""
+import importlib.util
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ import numpy
 
 from infra.config import option
 from infra.hardware import ComputeOptions
+from infra.track import TRACKERS
 
 SCHEDULES = {  # share of the steps done -> share of the learning rate
     "constant": lambda done: 1.0,
@@ -17,7 +19,7 @@ SCHEDULES = {  # share of the steps done -> share of the learning rate
 @dataclass(frozen=True)
 class TrainOptions(ComputeOptions):
     """How `fit` trains; methods inherit these fields and give the papers' values as defaults."""
-    lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
+    lr: float = option(2e-5, "peak learning rate of AdamW", above=0, group="training")
     lr_schedule: str = option("constant", "after warm-up: constant, linear (to 0) or cosine (to 0)", SCHEDULES)
     warmup_steps: int = option(0, "steps over which the learning rate rises to lr", low=0)
     warmup_share: float = option(0.0, "the same as a share of all steps; the longer one counts", low=0, high=1)
@@ -27,17 +29,25 @@ class TrainOptions(ComputeOptions):
     clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
     micro_batch_tokens: int = option(4096, "padded tokens per forward pass; affects only speed and memory (4096 suits "
-                                     "a CPU; on a GPU use as many as fit)", low=1, free=True)
+                                     "a CPU; on a GPU use as many as fit)", low=1, free=True, group="engine")
     checkpoint_activations: bool = option(False, "keep only the input of each block and recompute the rest in the "
                                           "backward pass: far less memory, a third more work", free=True)
     compile: bool = option(False, "torch.compile the blocks; the first steps take minutes", free=True)
     save_every: int = option(100, "steps between saved states, from which a killed run resumes", low=1, free=True)
+    track: str = option("", "pass every step's figures on to: csv (a file train.csv), tensorboard, wandb",
+                        ("", *TRACKERS), free=True)
+    anyway: bool = option(False, "go on although the code was edited since the run began, and record that", free=True)
     skip_nonfinite: bool = option(False, "skip (and count) steps whose loss or gradient is not finite, instead of "
                                   "stopping", free=True)
     shard_within_node: bool = option(False, "with ranks on several nodes: shard weights within a node and replicate "
                                      "them across", free=True)
     cpu_offload: bool = option(False, "with several ranks: keep weights, gradients and moments in the host's memory",
                                free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.track and not importlib.util.find_spec(self.track):
+            raise ValueError(f"--track {self.track} needs a package: pip install {self.track}")
 
 
 def num_steps(num_items: int, options: TrainOptions) -> int:

@@ -57,16 +57,16 @@ def trained(folder: Path, model_dir: str, states: Path) -> list[dict]:
     with torch.no_grad():
         nll(module, examples())
     optimizer = new_optimizer(module, FP32)
-    records = load_state(states, module, optimizer, MADE_OF)
+    done, records = load_state(states, module, optimizer, MADE_OF), []
     with torch.no_grad():  # a forward without a backward must not leave weights gathered
         nll(module, examples())
-    name = "resumed-" + states.parent.name if records else "trained"
-    while len(records) < 5:
-        batches = micro_batches(examples(seed=len(records)), FP32.micro_batch_tokens)
+    name = "resumed-" + states.parent.name if done else "trained"
+    for step in range(done, 5):
+        batches = micro_batches(examples(seed=step), FP32.micro_batch_tokens)
         values = descend(module, optimizer, batches, nll, FP32)
         records.append({"loss": sum(values["loss"]), "grad_norm": values["grad_norm"][0]})
-        if len(records) == 3 and name == "trained":
-            save_state(states, module, optimizer, records, MADE_OF)
+        if step == 2 and not done:
+            save_state(states, module, optimizer, 3, MADE_OF)
     keep(folder, name, dict(module.named_parameters()))
     return records
 

@@ -68,7 +68,8 @@ def test_kinds_of_flags():
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--alhpa 0", "--alhpa"), ("--alph 0", "--alph"), ("--pre toy", "--pre"), ("stray", "stray"),
+    ("--alhpa 0", "no flag --alhpa; did you mean --alpha?"), ("--alph=0", "did you mean --alpha?"),
+    ("--presets toy", "did you mean --preset?"), ("--no-dedup", "did you mean --no-dedupe?"), ("stray", "stray; see"),
     ("--preset huge", "huge"), ("--alpha much", "much"), ("--iterations 2.5", "2.5"), ("--model=", "--model"),
     ("--iterations 0", "--iterations 0: must be at least 1"), ("--beta 0", "--beta 0.0: must be above 0"),
     ("--lr nan", "--lr nan: must be finite"), ("--lr inf", "--lr inf: must be finite"), ("--lr 0", "must be above 0"),
@@ -83,11 +84,27 @@ def test_kinds_of_flags():
     ("--lr_schedule linear", "--select_every 500")], ids=lambda text: text[:30])
 def test_unknown_abbreviated_or_impossible_flags_fail(flags, said, capsys):
     """A typo that is dropped runs the default for a day under the wrong name, and one in a schedule must not fail as a
-    KeyError after an hour of sampling. Values of a preset count, too."""
+    KeyError after an hour of sampling. Values of a preset count, too. One line says it: it stood below 28 of usage."""
     with pytest.raises(SystemExit) as stop:
         parsed(*flags.split())
     assert stop.value.code == 2
-    assert said in capsys.readouterr().err
+    assert said in (message := capsys.readouterr().err) and message.count("\n") == 1
+
+
+def test_help_is_in_the_order_of_the_steps_and_shows_what_would_be_used(capsys):
+    """It began with flags of the engine, and with --preset it showed the paper's values. Each flag is there once."""
+    with pytest.raises(SystemExit):
+        parsed("--preset", "toy", "--help")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.endswith(":") and line[0] != " "] == [
+        "options:", "step 1:", "steps 2 and 3:", "step 5:", "step 6:", "training:", "sampling:", "data:", "engine:"]
+    flags = [line.split()[0].strip(",") for line in lines if line.startswith("  --")]
+    assert sorted(flags) == sorted(["--preset", *(f"--{field.name}" for field in dataclasses.fields(Config))])
+    assert flags.index("--model") < flags.index("--alpha") < flags.index("--device")
+    text = " ".join(" ".join(lines).split())
+    assert "--num_samples INT N, responses per question (default: 8)" in text  # of the preset; the paper's is 30
+    assert "--temperature FLOAT [FLOAT ...] of sampling, per iteration; the last repeats (default: 1.0)" in text
+    assert "--method {irpo,sft_chosen,sft_gold} " in text and "(default: )" not in text
 
 
 # --- the run directory and its files ---------------------------------------------------------------
@@ -121,6 +138,29 @@ def test_the_same_command_again_does_nothing_new(copy, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}, contents(tmp_path / "run")
     call(irpo, *copy)
     assert before == ({path: path.stat().st_mtime_ns for path in before[0]}, contents(tmp_path / "run"))
+
+
+def test_edited_code_is_refused_or_recorded(copy, tmp_path, capsys):
+    """The loss was changed and the same command given again: "results.json is written", the old numbers, no word. It is
+    refused before anything is computed; with --anyway, what is missing is made, and the run keeps both versions. Tools
+    may change."""
+    run = tmp_path / "run"
+    for name in ("losses.py", "data/toy.py", "tools/report.py"):
+        write_text(run / "source" / name, "# as it was")
+    (run / "source" / "grading" / "latex.py").unlink()
+    before = contents(run)
+    message = refusal(capsys, irpo, *copy)
+    assert f"differs from {run / 'source'}: data/toy.py, grading/latex.py, losses.py. " in message
+    assert "--run_dir" in message and "--anyway" in message and contents(run) == before
+
+    (run / "iter2" / "eval.json").unlink()
+    for _ in range(2):
+        call(irpo, *copy, "--anyway")
+    call(irpo, *copy)  # the newest copy counts
+    assert contents(run).items() >= before.items() and not (run / "source-3").exists()
+    assert (run / "source-2" / "losses.py").read_text() == (ROOT / "losses.py").read_text()
+    [edited] = [line for line in read_lines(run / "log.jsonl") if line["event"] == "edited"]
+    assert edited["files"] == ["data/toy.py", "grading/latex.py", "losses.py"]
 
 
 def test_killed_and_resumed_equals_uninterrupted(run, base, tmp_path):
@@ -171,8 +211,8 @@ TRAIN = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--max_
 
 def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     """Everything calls `make base`: it must train when its config is new, and only then, the same model each time. A
-    config that is refused leaves the model alone; once, another --micro_batch_tokens or a comment in the source deleted
-    it. Its folder is no place for another run, nor is one with somebody else's model."""
+    config that is refused leaves the model alone; once, another --micro_batch_tokens deleted it. Its folder is no place
+    for another run, nor is one with somebody else's model."""
     rows = toy.corpus(0, size=120, practice=60, drills=30)
     monkeypatch.setattr(toy, "corpus", lambda seed, **options: rows)
     call(sft, *TRAIN, "--run_dir", tmp_path / "run")
@@ -180,7 +220,6 @@ def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     assert len(read_lines(tmp_path / "run" / "train.jsonl")) == 3
     before = weights.stat().st_mtime_ns
     capsys.readouterr()
-    write_text(tmp_path / "run" / "source" / "data" / "toy.py", "# an older version")
     call(sft, *TRAIN, "--micro_batch_tokens", "2048", "--save_every", "7", "--run_dir", tmp_path / "run")
     assert str(tmp_path / "run" / "model") in capsys.readouterr().out
     assert "is inside" in refusal(capsys, sft, *TRAIN, "--run_dir", tmp_path / "run" / "model")

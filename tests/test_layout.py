@@ -1,6 +1,7 @@
 """The house rules: who may import whom, and what no file may do or be called."""
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,13 @@ def test_no_module_hides_another():
         if path.suffix == ".py" or (path / "__init__.py").exists():
             assert path.stem not in sys.stdlib_module_names, path
             assert path.stem not in {"utils", "common", "helpers", "torch", "numpy", "tqdm"}, path
+
+
+def test_an_installed_project_is_complete():
+    """A module that pyproject.toml does not list is missing after `pip install .`, and only there."""
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    assert listed["py-modules"] == sorted(path.stem for path in ROOT.glob("*.py"))
+    assert listed["packages"] == sorted(path.parent.name for path in ROOT.glob("*/__init__.py"))
 
 
 def dangers(text: str) -> list[str]:

@@ -109,12 +109,11 @@ def test_a_state_resumes_on_any_number_of_ranks(results, tmp_path):
         before, after = (load_file(folder / name) for name in (
             "trained.safetensors", f"resumed-{folder.name}.safetensors"))
         assert all(torch.equal(after[name], weight) for name, weight in before.items())
-        assert found["resumed"][0] == found["records"]
+        assert found["resumed"][0] == found["records"][3:]
     for written, read in ((1, 2), (2, 4)):
         folder, found = results[read]
         assert_near(results[written][0] / "trained.safetensors",
                     folder / f"resumed-{results[written][0].name}.safetensors", rtol=1e-3, atol=1e-4)
-        assert found["resumed"][1][:3] == results[written][1]["records"][:3]
     computed_by.trained(tmp_path, results["model"], results[4][0] / "state")
     assert_near(results[4][0] / "trained.safetensors", tmp_path / f"resumed-{results[4][0].name}.safetensors",
                 rtol=1e-3, atol=1e-4)

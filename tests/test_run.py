@@ -24,6 +24,7 @@ class Config(Options):
     steps: tuple[int, ...] = option((2, 3), "how many", low=1)
     save_every: int = option(5, "steps between states", low=1, free=True)
     model: str = option("", "model directory", required=True)
+    anyway: bool = option(False, "whatever the code", free=True)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """A training run that is stopped, killed or robbed of its files resumes to the same bits, or says why not."""
 import dataclasses
+import importlib.util
 import os
 import resource
 import signal
@@ -7,14 +8,17 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import infra.state
 import torture
-from infra.run import StopAsked
+from infra.progress import Progress, iterations
+from infra.run import StopAsked, read_jsonl
 from infra.state import load_state, save_state, states
+from infra.track import TRACKERS, numbers
 from test_train import FP32, examples, nll
 from tiny import tiny_model
 from train import TrainOptions, fit, new_optimizer
@@ -32,6 +36,7 @@ def run(folder: Path, options: TrainOptions = OPTIONS, after_step=lambda step: N
         return {"dev": step / 3} if step % 3 == 0 else {}
 
     records = fit(model, items or examples(), nll, options, seed, folder, measured)
+    assert read_jsonl(folder / "train.jsonl") == records
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}, records
 
 
@@ -44,6 +49,7 @@ def whole(tmp_path_factory):
 
 
 def assert_same(one, other) -> None:
+    """Weights and records, which `run` has compared with train.jsonl."""
     assert one[1] == other[1]
     assert all(torch.equal(weight, other[0][name]) for name, weight in one[0].items())
 
@@ -63,10 +69,13 @@ def killed_after(step: int):
 @pytest.mark.parametrize("steps", [(1,), (2,), (12,), (3, 4, 5, 11), tuple(range(3, 13))], ids=str)
 def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, steps):
     """Weights, moments, rates, batches, records: one of them forgotten or repeated shows in the last bit. A state is
-    saved every second step, and two are kept."""
+    saved every second step, and two are kept. Each step has its line at once: once, an iteration's came at its end."""
     for step in steps:
         with pytest.raises(Killed):
             run(tmp_path, after_step=killed_after(step))
+        assert [record["step"] for record in read_jsonl(tmp_path / "train.jsonl")] == [*range(step - 1)]
+        with open(tmp_path / "train.jsonl", "a") as file:
+            file.write('{"step": 99, "lo')  # a line of which only a part has reached the disk
         saved = [path.name for path in states(tmp_path / "state")]
         assert saved == [f"step-{n:08}" for n in range((step - 1) // 2 * 2, 0, -2)][:2]
     assert_same(run(tmp_path), whole)
@@ -112,7 +121,7 @@ def saved(tmp_path) -> list[Path]:
         run(tmp_path, after_step=killed_after(7))
     found = states(tmp_path / "state")
     assert len(found) == 2
-    assert {file.suffix for path in found for file in path.iterdir()} == {".json", ".jsonl", ".safetensors"}
+    assert {file.suffix for path in found for file in path.iterdir()} == {".json", ".safetensors"}
     return found
 
 
@@ -124,8 +133,8 @@ def flip(path: Path) -> None:
 
 @pytest.mark.parametrize("file, spoil", [
     ("*.safetensors", flip), ("*.safetensors", lambda path: os.truncate(path, path.stat().st_size // 2)),
-    ("*.safetensors", Path.unlink), ("records.jsonl", lambda path: path.write_text("")),
-    ("state.json", lambda path: path.write_text("{"))], ids=["bit", "cut", "missing", "records", "json"])
+    ("*.safetensors", Path.unlink), ("state.json", lambda path: path.write_text("{"))],
+    ids=["bit", "cut", "missing", "json"])
 def test_a_damaged_state_is_passed_over_for_the_one_before(whole, saved, tmp_path, file, spoil, capsys):
     [path] = saved[0].glob(file)
     spoil(path)
@@ -141,6 +150,21 @@ def test_without_an_intact_state_it_stops_with_the_remedy(saved, tmp_path):
     with pytest.raises(SystemExit, match="no intact state. Remove it"):
         run(tmp_path)
     assert states(tmp_path / "state") == saved
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda lines: lines[:5], lambda lines: lines[:2] + lines[3:] + lines[:1], lambda lines: ["{\n"] + lines[1:],
+    lambda lines: ["1\n"] + lines[1:], lambda lines: []], ids=["lost", "moved", "damaged", "no record", "empty"])
+def test_a_state_without_the_lines_of_its_steps_is_refused(whole, saved, tmp_path, spoil):
+    """A summary of half of the steps would look like one of all. The file is left as it is, and put back it serves."""
+    path = tmp_path / "train.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(bad := "".join(spoil(lines)))
+    with pytest.raises(SystemExit, match=f"{path} does not have all of the 6 steps.*remove {tmp_path / 'state'} "):
+        run(tmp_path)
+    assert path.read_text() == bad
+    path.write_text("".join(lines))
+    assert_same(run(tmp_path), whole)
 
 
 def test_a_state_of_another_run_is_refused_but_one_at_another_speed_is_not(saved, tmp_path):
@@ -160,7 +184,7 @@ def test_a_full_disk_or_a_kill_while_saving_leaves_the_state_before(whole, saved
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
         with pytest.raises(SystemExit, match="cannot be written: .*File too large.*intact: free"):
-            save_state(tmp_path / "state", model, new_optimizer(model, OPTIONS), [{}] * 8, "")
+            save_state(tmp_path / "state", model, new_optimizer(model, OPTIONS), 8, "")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert states(tmp_path / "state") == saved
@@ -175,12 +199,78 @@ def test_saving_copies_a_part_of_the_state_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(infra.state, "FILE_BYTES", 2**20)
     model, again = (tiny_model(seed, vocab_size=4000, hidden_size=256, intermediate_size=2000) for seed in (0, 1))
     tracemalloc.start()
-    save_state(tmp_path, model, new_optimizer(model, OPTIONS), [{"step": 0}], "")
+    save_state(tmp_path, model, new_optimizer(model, OPTIONS), 3, "")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < sum(weight.nbytes for weight in model.parameters())  # a third of the state
-    assert load_state(tmp_path, again, new_optimizer(again, OPTIONS), "") == [{"step": 0}]
+    assert load_state(tmp_path, again, new_optimizer(again, OPTIONS), "") == 3
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+# --- live metrics ----------------------------------------------------------------------------------
+
+@pytest.fixture
+def trackers(tmp_path, monkeypatch) -> dict[str, list]:
+    """Stand-ins for both packages; what each was told."""
+    told = {"tensorboard": [], "wandb": []}
+
+    def init(**options):
+        done = [step for _, step in told["wandb"]]
+        return SimpleNamespace(step=max(done, default=-1) + 1, finish=lambda: None,
+                               log=lambda row, step: told["wandb"].append((options["id"], step)))
+
+    def writer(folder, purge_step, flush_secs):
+        del told["tensorboard"][purge_step:]
+        return SimpleNamespace(add_scalar=lambda *row: row[0] in ("loss", "dev") and told["tensorboard"].append(row),
+                               close=lambda: None)
+
+    for name, module in (("tensorboard", {}), ("torch.utils.tensorboard", {"SummaryWriter": writer}),
+                         ("wandb", {"init": init})):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__spec__=True, **module))
+    return told
+
+
+@pytest.mark.parametrize("name", TRACKERS)
+def test_a_tracker_has_each_step_once_however_often_the_run_was_killed(whole, trackers, tmp_path, name):
+    """The steps between the state and the kill are taken again. A step may bring a column that is new."""
+    options = dataclasses.replace(OPTIONS, track=name)
+    for step in (2, 4, 8):
+        with pytest.raises(Killed):
+            run(tmp_path, options, killed_after(step))
+    assert_same(run(tmp_path, options), whole)
+    if name == "csv":
+        head, *rows = [line.split(",") for line in (tmp_path / "train.csv").read_text().splitlines()]
+        assert head == ["step", "lr", "loss", "tokens_counted", "grad_norm", "tokens", "dev"]
+        assert rows == [[str(record.get(column, "")) for column in head] for record in whole[1]]
+    elif name == "tensorboard":
+        assert trackers[name] == [(column, record[column], record["step"]) for record in whole[1]
+                                  for column in ("loss", "dev") if column in record]
+    else:
+        assert trackers[name] == [((tmp_path / "wandb_id").read_text(), step) for step in range(12)]
+
+
+def test_what_is_tracked_is_numbers():
+    assert numbers({"step": 3, "dev": {"accuracy": 0.5, "tags": {"style": 1}}, "warnings": {"kl": "high"}}) == {
+        "step": 3, "dev/accuracy": 0.5, "dev/tags/style": 1}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused_at_once(name, monkeypatch):
+    """Not after an hour of sampling, by a traceback."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=f"--track {name} needs a package: pip install {name}"):
+        TrainOptions(track=name)
+
+
+def test_bars_say_the_iteration_and_the_time_left(capsys):
+    for _ in iterations(2):
+        with Progress("sample", 4, "sample") as bar:
+            bar.advance(2, 10)
+    with Progress("train", 4, "step") as bar:
+        pass
+    first, second, last = (text.split("\r")[-1] for text in capsys.readouterr().err.strip().split("\n"))
+    assert first.startswith("iteration 1 of 2, sample:") and second.startswith("iteration 2 of 2, sample:")
+    assert " 2/4 [" in first and " left, " in first and last.startswith("train:")
 
 
 # --- make torture ----------------------------------------------------------------------------------

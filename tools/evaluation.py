@@ -31,6 +31,7 @@ class Config(SampleOptions):
     seed: int = option(0, "same seed, same responses", low=0, high=2**64 - 1)
     run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a name made of the "
                           "flags")
+    anyway: bool = option(False, "go on although the code was edited since the run began, and record that", free=True)
     rescore: str = option("", "grade the samples of this file again, and do nothing else")
 
     def __post_init__(self) -> None:

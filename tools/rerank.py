@@ -121,11 +121,10 @@ def read_inputs(config: Config) -> tuple[list[Labelled], list[Answered], str]:
 def rerank(labelled: list[Labelled], candidates: list[Answered], config: Config, run: Path) -> dict:
     """Steps 2 and 3: the figures of results.json."""
     model = load_for_training(config.model, config, RewardModel)
-    records = fit(model, labelled, classification_loss, config, derive_seed(config.seed, "rerank"), run)
+    fit(model, labelled, classification_loss, config, derive_seed(config.seed, "rerank"), run)
     flat = iter(scores(model, [Example(q.id, q.prompt_ids, s.ids) for q in candidates for s in q.samples], config))
     by_question = [[next(flat) for _ in question.samples] for question in candidates]
     picked = [best(question, score) for question, score in zip(candidates, by_question)]
-    write_jsonl(run / "train.jsonl", records)
     write_jsonl(run / "picked.jsonl", [{"id": question.id, "picked": i, "scores": score}
                                        for question, i, score in zip(candidates, picked, by_question)])
     right, n = sum(question.samples[i].right for question, i in zip(candidates, picked)), len(candidates)

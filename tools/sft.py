@@ -51,10 +51,11 @@ def main() -> None:
         raise SystemExit(f"{config.task} has no gold solutions in these files to learn from")
     run = open_run(config, weights=model_hash(config.model) if config.model else "", problems=hash_of(*problems))
 
-    def train() -> tuple[Llama, list[dict]]:
+    def train() -> Llama:
         tokenizer, model = load_tokenizer(start), load_for_training(start, config)
         examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
-        return model, fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
+        fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
+        return model
 
     start = config.model or fresh_model(
         [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,

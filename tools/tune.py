@@ -85,9 +85,11 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sweep.work(sweep.missing(runs), args.jobs)
+        failed = sweep.work(sweep.missing(runs), args.jobs)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command resumes")
+    if first := [run for run in failed if run not in runs]:
+        sys.exit(f"no record, since these are missing: {' '.join(first)}")
     out = Path("results/tune", f"{args.name}.json")
     write_json(out, found := record(args.name))
     for method, what in found["methods"].items():
