@@ -263,10 +263,15 @@ class Pieces:
     def add(self, piece) -> None:
         if self.path is None:
             return
-        text = json.dumps(piece)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        append(self.path.with_name(f"{self.path.name}.part{parallel.rank()}"),
-               f"{hash_of(self.made_of, text)} {text}\n")
+        text, file = json.dumps(piece), self.path.with_name(f"{self.path.name}.part{parallel.rank()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(f"\n{hash_of(self.made_of, text)} {text}\n")  # a line before it may have been cut short
+                lines.flush()
+                os.fsync(lines.fileno())
+        except OSError as error:
+            raise unwritten(file, error) from None
 
     def remove(self) -> None:
         if parallel.rank() == 0:

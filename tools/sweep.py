@@ -35,8 +35,11 @@ def command(run: str) -> str:
     name, seed = re.fullmatch(r"runs/(.+)[-/]s(\d+)", run).groups()
     folder, _, cell = name.partition("/")
     text = table_of(folder)["cells"][cell] if cell else ALL["starts"][name]
-    while "{" in text:  # parts have parts
-        text = text.format(seed=seed, run=run, **ALL["parts"])
+    try:
+        while "{" in text:  # parts have parts
+            text = text.format(seed=seed, run=run, **ALL["parts"])
+    except KeyError as error:
+        raise SystemExit(f"{run} needs {error}, which tools/tune.py finds: run it first") from None
     return text
 
 
