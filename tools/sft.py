@@ -36,7 +36,7 @@ class Config(TrainOptions, TaskOptions):
 
 
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
-            prompt_weight=0.1)
+            prompt_weight=0.1, nll_norm="token")
 PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths")}
 
 
