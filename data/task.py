@@ -17,7 +17,10 @@ class TaskOptions(Options):
     source: str = option("publisher", "whose files: publisher or reft", data.SOURCES)
     toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world", low=1,
                                          high=len(toy.NAMES) - 1)
-    toy_world: str = option("ways", f"which toy world: {', '.join(toy.WORLDS)} (see data/toy.py)", toy.WORLDS)
+    toy_world: str = option("ways", f"which toy world: {', '.join(toy.WORLDS)} (see data/toy.py and "
+                           "data/ledger.py)", toy.WORLDS)
+    toy_gold: float = option(0.0, "in the world ledger, share of gold's steps that are written inside the next one",
+                             low=0, high=1)
     prompt: str = option("plain", f"prompt template: {', '.join(PROMPTS)}", PROMPTS)
     chat: str = option("", f"wrap the prompt for a chat model: {', '.join(filter(None, CHATS))}", CHATS)
     answer_format: str = option("", f"how an answer is marked: {', '.join(ANSWER_FORMATS)}; empty: as the prompt asks, "
@@ -33,7 +36,8 @@ class TaskOptions(Options):
         if self.task == "math":
             require_math_verify()
         source = "program" if self.marks == "python" and self.task != "toy" else self.source
-        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps, self.toy_world)
+        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps, self.toy_world,
+                                      self.toy_gold)
         if not problems:
             raise SystemExit(f"{self.task} has no {split} problems")
         return problems[:limit or None]
