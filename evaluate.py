@@ -260,7 +260,7 @@ def summarize(answered: list[Answered], task: str) -> dict:
              "verdicts": {name: verdicts[name] / n for name in sorted(verdicts)},
              "finished": fmean(sample.finished for sample in first), "length": fmean(len(s.ids) for s in first),
              "empty": fmean(not sample.text.strip() for sample in first),
-             "tags": by_tags([(q.id, q.samples[0]) for q in answered], task)}
+             "tags": by_tags([(q, q.samples[0]) for q in answered], task)}
     if k == 1:
         return found
     rights = [[sample.right for sample in q.samples] for q in answered]
@@ -268,7 +268,7 @@ def summarize(answered: list[Answered], task: str) -> dict:
               for i in range(k.bit_length())}
     return found | {"pass@1_ci95": wilson_of_mean([fmean(right) for right in rights]),
                     f"maj@{k}": fmean(majority([(s.answer, s.right) for s in q.samples]) for q in answered),
-                    "num_samples": k, "sampled_tags": by_tags([(q.id, s) for q in answered for s in q.samples], task)}
+                    "num_samples": k, "sampled_tags": by_tags([(q, s) for q in answered for s in q.samples], task)}
 
 
 def print_summary(name: str, found: dict) -> None:
@@ -283,11 +283,11 @@ def print_summary(name: str, found: dict) -> None:
             print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 
-def by_tags(samples: list[tuple[str, Sample]], task: str) -> dict:
-    """(problem id, sample) -> {"style": {"careful": {"share": 0.2, "accuracy": 0.97}, ...}, ...}."""
+def by_tags(samples: list[tuple[Answered, Sample]], task: str) -> dict:
+    """(question, sample) -> {"style": {"careful": {"share": 0.2, "accuracy": 0.97}, ...}, ...}."""
     found: dict[str, dict[str, list[bool]]] = {}
-    for problem_id, sample in samples:
-        for name, value in data.tags(task, problem_id, sample.text).items():
+    for question, sample in samples:
+        for name, value in data.tags(task, question.id, sample.text, question.prompt).items():
             found.setdefault(name, {}).setdefault(value, []).append(sample.right)
     return {name: {value: {"share": len(right) / len(samples), "accuracy": fmean(right)}
                    for value, right in sorted(values.items())} for name, values in sorted(found.items())}

@@ -38,9 +38,9 @@ from infra.config import option, parse_config
 from infra.parallel import by_first, computed
 from infra.progress import iterations, summary
 from infra.run import Pieces, derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
-from losses import dpo_loss, dpo_nll_loss, nll_loss
+from losses import dpo_loss, dpo_nll_loss, nll_lengths
 from model import Llama
-from train import (Example, TrainOptions, autocast, fit, fitting, load_for_training, micro_batches, num_steps,
+from train import (Example, TrainOptions, autocast, fit, fit_sft, fitting, load_for_training, micro_batches, num_steps,
                    packed_logps, response_logps, train_once)
 
 
@@ -185,25 +185,23 @@ def with_reference(pairs: list[Pair], directory: str, config: Config, path: Path
     return [replace(pair, ref_chosen=refs[id(pair)][0], ref_rejected=refs[id(pair)][1]) for pair in pairs]
 
 
-def preference_loss(model: Llama, pairs: list[Pair], config: Config) -> dict[str, Tensor]:
-    """Step 5 on a micro-batch: the loss of each pair (B,), and what the paper's figures show."""
+def preference_loss(model: Llama, pairs: list[Pair], config: Config, lengths: list[int]) -> dict[str, Tensor]:
+    """Step 5 on a micro-batch: the loss of each pair (B,), and what the paper's figures show.
+
+    lengths: of all chosen responses, for --nll_norm token.
+    """
     (chosen, rejected), (chosen_length, rejected_length) = pair_logps(model, pairs)
     ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in pairs])
     ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in pairs])
     reward_chosen, reward_rejected = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
-    return {"loss": dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, chosen_length, config.beta, config.alpha),
+    divided_by = nll_lengths(chosen_length, lengths, config.nll_norm)
+    return {"loss": dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, divided_by, config.beta, config.alpha),
             "dpo": dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta), "nll": -chosen / chosen_length,
             "logps/chosen": chosen, "logps/rejected": rejected,
             "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected,
             "rewards/margins": reward_chosen - reward_rejected,
             "rewards/accuracies": (reward_chosen > reward_rejected).float(),
             "length/chosen": chosen_length, "length/rejected": rejected_length}
-
-
-def chosen_loss(model: Llama, examples: list[Example]) -> dict[str, Tensor]:
-    """Step 5 of the baselines: NLL, a mean per response (B,)."""
-    logps, mask = response_logps(model, examples)
-    return {"loss": nll_loss(logps, mask), "logps/chosen": (logps * mask).sum(-1)}
 
 
 def training_items(pairs: list[Pair], answered: list[Answered], golds: dict[str, list[int]], config: Config) -> list:
@@ -224,7 +222,6 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
     """
     model = load_for_training(directory, config)
     check_start(model, pairs, config)
-    loss = partial(preference_loss, config=config) if config.method == "irpo" else chosen_loss
     probed, every = pairs[::math.ceil(len(pairs) / 64)], max(1, num_steps(len(items), config) // 10)
     first = {"step": 0, **probe(model, probed, golds, config)}
 
@@ -232,7 +229,11 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
         found = {"probe": {"step": step, **probe(model, probed, golds, config)}} if step % every == 0 else {}
         return found | after_step(model, step)
 
-    records = fit(model, items, loss, config, seed, folder, measure)
+    if config.method == "irpo":
+        loss = partial(preference_loss, config=config, lengths=[len(pair.chosen) for pair in items])
+        records = fit(model, items, loss, config, seed, folder, measure)
+    else:
+        records = fit_sft(model, items, config, seed, folder, after_step=measure)
     write_jsonl(folder / "probe.jsonl", [first, *(record["probe"] for record in records if "probe" in record)])
     return model
 
@@ -241,7 +242,7 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
 def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
     """Before its first update the policy is the reference, so the DPO loss must be ln 2."""
     with autocast(config.precision):
-        loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
+        loss = float(preference_loss(model, pairs[:8], config, [1])["dpo"].mean())
     nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
     print(f"check: DPO loss before the first step is {loss:.4f}, ln 2 is {math.log(2):.4f}")
     if not abs(loss - math.log(2)) <= config.beta * nats:  # nor is NaN

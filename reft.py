@@ -378,7 +378,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
 
 
 def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
-    """The base model after the paper's SFT: linear decay after a tenth of warm-up, all tokens weigh alike."""
+    """The base model after the paper's SFT: linear decay after a tenth of warm-up."""
     options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", batch_size=config.sft_batch_size,
                       max_steps=0)
     options = replace(options, warmup_steps=num_steps(len(examples), options) // 10)

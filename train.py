@@ -15,6 +15,7 @@ import runpy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -29,7 +30,7 @@ from infra.run import StopAsked, append, cut_back, flush, hash_of, log
 from infra.state import drop_states, load_state, save_state
 from infra.steps import TrainOptions, batch_at, learning_rate, micro_batches, num_steps
 from infra.track import tracked
-from losses import nll_loss
+from losses import nll_lengths, nll_loss
 from model import Block, Decoder, Llama, pad
 
 WIDTH = 16  # sequences are padded to a multiple of this: on a CPU every new shape of a product costs milliseconds
@@ -249,20 +250,25 @@ def fitting(examples: list[Example], max_length: int) -> list[Example]:
     return kept
 
 
+def sft_loss(model: Llama, batch: list[Example], lengths: list[int], norm: str,
+             prompt_weight: float = 0.0) -> dict[str, Tensor]:
+    """NLL of each response (B,), divided as `norm` says; `lengths` are those of all responses of the data."""
+    tokens, mask = padded(batch)
+    prompt = mask.cumsum(-1) == 0
+    logps = model.logps(tokens, mask | prompt if prompt_weight else mask)  # (B, T-1), 0 where not scored
+    summed = (logps * mask).sum(-1)
+    weighted = summed + prompt_weight * (logps * prompt).sum(-1)
+    return {"loss": -weighted / nll_lengths(mask.sum(-1), lengths, norm), "nll": nll_loss(logps, mask),
+            "logps/chosen": summed}
+
+
 def fit_sft(model: Llama, examples: list[Example], options: TrainOptions, seed: int, folder: Path,
-            prompt_weight: float = 0.0) -> list[dict]:
-    """Fine-tune on examples, in units of the mean response: all response tokens of the data weigh alike."""
+            prompt_weight: float = 0.0, after_step: Callable[[int], dict] = lambda step: {}) -> list[dict]:
+    """Fine-tune on examples: the SFT of all methods."""
     examples = fitting(examples, model.config.max_length)
-    mean_length = fmean(len(example.response) for example in examples)
-
-    def loss(model: Llama, batch: list[Example]) -> dict[str, Tensor]:
-        tokens, mask = padded(batch)
-        prompt = mask.cumsum(-1) == 0
-        logps = model.logps(tokens, mask | prompt if prompt_weight else mask)  # (B, T-1), 0 where not scored
-        weighted = (logps * mask).sum(-1) + prompt_weight * (logps * prompt).sum(-1)
-        return {"loss": -weighted / mean_length, "nll": nll_loss(logps, mask)}
-
-    return fit(model, examples, loss, options, seed, folder)
+    lengths = [len(example.response) for example in examples]
+    loss = partial(sft_loss, lengths=lengths, norm=options.nll_norm, prompt_weight=prompt_weight)
+    return fit(model, examples, loss, options, seed, folder, after_step)
 
 
 if __name__ == "__main__":

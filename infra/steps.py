@@ -26,6 +26,8 @@ class TrainOptions(ComputeOptions):
     batch_size: int = option(16, "items (sequences or pairs) per optimizer step, over all ranks", low=1)
     epochs: int = option(1, "passes over the items", low=1)
     max_steps: int = option(0, "stop after this many optimizer steps; 0: only epochs count", low=0)
+    nll_norm: str = option("response", "the NLL of a response is divided by: response, its own length; token, the mean "
+                           "length of all responses, so that every token weighs alike", ("response", "token"))
     clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
     micro_batch_tokens: int = option(4096, "padded tokens per forward pass; affects only speed and memory (4096 suits "

@@ -267,9 +267,9 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
     assert asked.pop("pieces") and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x", reward=False)
     said, _ = read_records(path, Answered)
     assert said == how | dict(weights=model_hash(base), task="toy", answer="", path="", source="publisher",
-                              toy_steps=[2, 3], toy_world="ways", prompt="irpo", chat="", system="", answer_format="",
-                              marks="final_answer", max_new_tokens=512, precision="auto", reward="", right_at=1.0,
-                              reward_hash="")
+                              toy_steps=[2, 3], toy_world="ways", toy_gold=0.0, prompt="irpo", chat="", system="",
+                              answer_format="", marks="final_answer", max_new_tokens=512, precision="auto", reward="",
+                              right_at=1.0, reward_hash="")
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
     with pytest.raises(SystemExit, match="other settings:\n  weights: "):
         ask({})

@@ -15,7 +15,7 @@ from checkpoint import load_model, load_sampler, model_hash, save_model
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions
 from infra.run import derive_seed, read_json, read_records, write_jsonl
-from irpo import (TOY, Config, Pair, check_start, chosen_loss, kept_pairs, make_pairs, minimise, preference_loss,
+from irpo import (TOY, Config, Pair, check_start, kept_pairs, make_pairs, minimise, preference_loss,
                   preference_pairs, probe, right_and_wrong, training_items, training_row, with_reference)
 from runs import SMALL, call, read_lines, settings
 from sample import generate
@@ -224,12 +224,12 @@ def test_before_the_first_step_the_policy_is_the_reference(tiny_dirs, capsys):
     """DPO loss ln 2, no reward, and nobody ahead (ties do not count). A reference of other weights is refused, where
     the loss itself would show nothing odd."""
     config, pairs = Config(beta=0.5, alpha=0.7, **FP32), with_reference(some_pairs(), str(tiny_dirs[0]), Config(**FP32))
-    got = preference_loss(load_model(tiny_dirs[0]), pairs, config)
+    got = preference_loss(load_model(tiny_dirs[0]), pairs, config, [1])
     assert got["dpo"].tolist() == pytest.approx([LN2] * 6, abs=1e-4)
     assert got["rewards/margins"].tolist() == pytest.approx([0] * 6, abs=1e-4)
     live = zip(pairs, got["logps/chosen"].tolist(), got["logps/rejected"].tolist())
     same = [replace(pair, ref_chosen=chosen, ref_rejected=rejected) for pair, chosen, rejected in live]
-    assert preference_loss(load_model(tiny_dirs[0]), same, config)["rewards/accuracies"].tolist() == [0] * 6
+    assert preference_loss(load_model(tiny_dirs[0]), same, config, [1])["rewards/accuracies"].tolist() == [0] * 6
 
     check_start(load_model(tiny_dirs[0]), pairs, config)
     assert "0.6931" in capsys.readouterr().out
@@ -238,17 +238,20 @@ def test_before_the_first_step_the_policy_is_the_reference(tiny_dirs, capsys):
             check_start(load_model(tiny_dirs[model]), compared, config)
 
 
-def test_preference_loss_is_equation_1_on_pairs_of_ids(tiny_dirs):
+@pytest.mark.parametrize("norm", ["response", "token"])
+def test_preference_loss_is_equation_1_on_pairs_of_ids(norm, tiny_dirs):
     """From ids to the loss with a policy that is not the reference: every entry, from single sequences. The NLL is a
-    mean over each winner's tokens, and alpha weighs it, not the DPO term."""
-    model, config = tiny_model(1), Config(beta=0.3, alpha=0.7, **FP32)
+    mean over each winner's tokens, or divided by the mean length of all winners, and alpha weighs it, not the DPO
+    term."""
+    model, config = tiny_model(1), Config(beta=0.3, alpha=0.7, nll_norm=norm, **FP32)
     pairs = with_reference(some_pairs(), str(tiny_dirs[0]), config)
-    got = {name: values.tolist() for name, values in preference_loss(model, pairs, config).items()}
+    got = {name: values.tolist() for name, values in preference_loss(model, pairs, config, [3, 4, 8]).items()}
     for i, pair in enumerate(pairs):
         chosen, rejected = (slow_logps(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected))
         ratio_chosen, ratio_rejected = sum(chosen) - pair.ref_chosen, sum(rejected) - pair.ref_rejected
         dpo, nll = math.log(1 + math.exp(-0.3 * (ratio_chosen - ratio_rejected))), -sum(chosen) / len(chosen)
-        expected = {"loss": dpo + 0.7 * nll, "dpo": dpo, "nll": nll, "logps/chosen": sum(chosen),
+        weighed = nll if norm == "response" else -sum(chosen) / 5
+        expected = {"loss": dpo + 0.7 * weighed, "dpo": dpo, "nll": nll, "logps/chosen": sum(chosen),
                     "logps/rejected": sum(rejected), "rewards/chosen": 0.3 * ratio_chosen,
                     "rewards/rejected": 0.3 * ratio_rejected, "rewards/margins": 0.3 * (ratio_chosen - ratio_rejected),
                     "rewards/accuracies": float(ratio_chosen > ratio_rejected),
@@ -258,14 +261,21 @@ def test_preference_loss_is_equation_1_on_pairs_of_ids(tiny_dirs):
             assert got[name][i] == pytest.approx(value, abs=2e-3), name
 
 
-def test_sft_on_chosen_is_the_nll_of_the_winners():
-    """The baseline's loss: each winner's mean over its tokens."""
-    model, examples = tiny_model(), [Example(pair.id, pair.prompt, pair.chosen) for pair in some_pairs()]
-    got = chosen_loss(model, examples)
-    for example, loss, total in zip(examples, got["loss"].tolist(), got["logps/chosen"].tolist()):
-        logps = slow_logps(model, example.prompt, example.response)
-        assert loss == pytest.approx(-sum(logps) / len(logps), abs=1e-4)
-        assert total == pytest.approx(sum(logps), abs=1e-3)
+@pytest.mark.parametrize("norm", ["response", "token"])
+def test_sft_on_chosen_is_the_nll_of_the_winners(norm, tmp_path):
+    """The baseline's loss: each winner's mean over its tokens, or that of all tokens; lengths are those of the winners,
+    not of the pairs that are only probed."""
+    model, pairs = tiny_model(), some_pairs()
+    save_model(model, tmp_path / "start")
+    options = Config(method="sft_chosen", nll_norm=norm, lr=1e-9, batch_size=16, epochs=1, **FP32)
+    pairs = with_reference(pairs, str(tmp_path / "start"), options)
+    items = [Example(pair.id, pair.prompt, pair.chosen) for pair in pairs[:4]]
+    [record] = minimise(str(tmp_path / "start"), items, pairs, {}, options, 0, tmp_path)[1]
+    logps = [slow_logps(model, item.prompt, item.response) for item in items]
+    tokens = sum(map(len, logps))
+    nll = -sum(map(sum, logps)) / tokens if norm == "token" else sum(-sum(x) / len(x) for x in logps) / 4
+    assert record["loss"] == pytest.approx(nll, abs=1e-4)
+    assert record["logps/chosen"] == pytest.approx(sum(map(sum, logps)) / 4, abs=1e-3)
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])

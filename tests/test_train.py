@@ -405,20 +405,24 @@ def test_a_summary_is_of_the_last_quarter_and_of_what_each_record_has():
     assert summary(skipped)["loss"] == 6.0 and summary(skipped)["skipped"] == 1
 
 
+@pytest.mark.parametrize("norm", ["response", "token"])
 @pytest.mark.parametrize("prompt_weight", [0.0, 0.1, 1.0])
-def test_sft_weighs_tokens_alike_and_prompts_as_told(tmp_path, prompt_weight, capsys):
-    """All response tokens of the data weigh 1 / mean length, those of short responses no more than those of long ones,
-    and prompt tokens prompt_weight times that. What the model has no positions for is left out, of the mean, too."""
+def test_sft_weighs_responses_or_tokens_alike_and_prompts_as_told(tmp_path, prompt_weight, norm, capsys):
+    """With "token" all response tokens of the data weigh 1 / mean length, those of short responses no more than those
+    of long ones; with "response" 1 / their own length; prompt tokens weigh prompt_weight times that. The methods once
+    differed in this, so that their SFT rows could not be compared. What is too long is left out, of the mean, too."""
     model, kept = tiny_model(max_position_embeddings=17), examples(5)
     batch = batch_at(0, kept, 3, 1)  # the mean is that of all examples, not of the batch
     mean_length, expected, nlls = sum(len(e.response) for e in kept) / 5, [], []
     for example in batch:
         response = slow_logps(model, example.prompt, example.response)
         prompt = slow_logps(model, example.prompt[:1], example.prompt[1:])
-        expected.append(-(sum(response) + prompt_weight * sum(prompt)) / mean_length)
+        length = mean_length if norm == "token" else len(response)
+        expected.append(-(sum(response) + prompt_weight * sum(prompt)) / length)
         nlls.append(-sum(response) / len(response))
 
-    options, long = dataclasses.replace(FP32, lr=1e-9, batch_size=3, max_steps=1), Example("long", [1] * 10, [2] * 8)
+    options = dataclasses.replace(FP32, lr=1e-9, batch_size=3, max_steps=1, nll_norm=norm)
+    long = Example("long", [1] * 10, [2] * 8)
     [record] = fit_sft(model, [*kept, long], options, 1, tmp_path, prompt_weight)
     assert "1 of 6 examples exceed the model's 17 positions" in capsys.readouterr().out
     assert record["loss"] == pytest.approx(sum(expected) / 3, rel=1e-4)

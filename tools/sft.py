@@ -3,12 +3,13 @@
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # the same as python -m tools.sft
     python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, for IRPO and ReFT
     python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
+    python train.py --preset ledger_base --run_dir runs/ledger-base-s0   # of the world ledger, which is on trial
 """
 from dataclasses import dataclass
 
 import data
 from checkpoint import model_hash
-from data import toy
+from data import ledger, toy
 from data.fresh import fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
@@ -36,15 +37,17 @@ class Config(TrainOptions, TaskOptions):
 
 
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
-            prompt_weight=0.1)
-PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths")}
+            prompt_weight=0.1, nll_norm="token")
+PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths"),
+           "ledger_base": BASE | dict(toy_world="ledger", toy_steps=ledger.DEPTHS)}
 
 
 def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     if config.task == "toy" and not config.model:
-        problems = [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution")))
-                    for row in toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world)]
+        rows = (ledger.corpus(config.seed, steps=config.toy_steps) if config.toy_world == "ledger" else
+                toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world))
+        problems = [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution"))) for row in rows]
     else:
         problems = config.problems("train")
     if not all(problem.solution for problem in problems):

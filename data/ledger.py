@@ -1,0 +1,353 @@
+"""Generate the world "ledger": who has how many, in GSM8K's format, and a corpus that misreads it.
+
+A question states some facts in random order, some of which nothing depends on, and asks for one quantity. A solution
+first lists what it will work out, from the question backwards, and then works it out, one line per quantity:
+
+    Ivy 3 more than Ben. Gus 7. Tom as many as Ivy and Gus. Ben 4. Kim half as many as Ben. How many has Tom?
+    Tom Ivy
+     Ivy <<4+3=7>>7
+     Tom <<7+7=14>>14
+    #### 14
+
+The base model learns from a corpus that makes mistakes. It misreads a fact of some kind at that kind's own rate ("Ivy
+needs 3 more to match Ben" as 4+3), and now and then takes a wrong quantity, more often the more of them are beside the
+point. Then it goes on without a further slip, and its arithmetic is always right: a wrong solution looks like a right
+one. `judge` tells every step's truth from the texts of question and solution.
+
+Splits never share a question: the hash of a question's text decides which split it may appear in.
+
+    python -m data.ledger                # examples from the corpus, and its rates
+    python -m data.ledger --steps 6 7 8  # questions of six to eight steps
+"""
+import argparse
+import hashlib
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from grading.equations import arithmetic
+
+NAMES = "Ann Ben Cat Dan Eve Gus Ivy Kim Leo Mia Ned Tom".split()
+SPLITS = {"base": (0, 55), "train": (55, 70), "dev": (70, 85), "test": (85, 100)}  # percent of hashes
+MAX_STEPS = 8
+MAX_FACTS = 8  # if the steps do not need more
+DEPTHS = (2, 3, 4, 5)  # steps of a question's solution
+SIZES = {"train": 1500, "dev": 500, "test": 1000}
+MAX_VALUE = 40  # every quantity of a question is in 1..MAX_VALUE
+MAX_STATED = 80  # what a solution with mistakes may state is in 0..MAX_STATED
+COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
+DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
+MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
+SLIPS = 0.025  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A relation between a quantity x and others, a and b, with a number k."""
+    text: str
+    right: str  # how to read it: a, b or k, an operation, and another of them
+    wrong: str  # how the corpus misreads it
+    share: float  # of all relations
+    misread: float  # the rate at which the corpus misreads it
+    numbers: tuple[int, ...] = ()  # what k may be
+
+
+SMALL = tuple(range(1, 13))
+KINDS = {
+    "more": Kind("{x} {k} more than {a}.", "a+k", "a-k", 0.18, 0.10, SMALL),
+    "fewer": Kind("{x} {k} fewer than {a}.", "a-k", "a+k", 0.16, 0.15, SMALL),
+    "times": Kind("{x} {k} times as many as {a}.", "a*k", "a+k", 0.12, 0.20, (2, 3, 4)),
+    "half": Kind("{x} half as many as {a}.", "a/k", "a-k", 0.10, 0.30, (2,)),
+    "sum": Kind("{x} as many as {a} and {b}.", "a+b", "a-b", 0.13, 0.15),
+    "gap": Kind("{x} what {a} has over {b}.", "a-b", "a+b", 0.12, 0.40),
+    "short": Kind("{x} needs {k} more to match {a}.", "a-k", "a+k", 0.07, 0.65, SMALL),
+    "spare": Kind("{x} can lose {k} to match {a}.", "a+k", "a-k", 0.05, 0.60, SMALL),
+    "ratio": Kind("{x} one for every {k} of {a}.", "a/k", "a*k", 0.04, 0.65, (2, 3, 4)),
+    "rest": Kind("{x} and {a} have {k} together.", "k-a", "k+a", 0.03, 0.70, tuple(range(2, MAX_VALUE + 1))),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a question says about the quantity x: it is k (kind ""), or it follows from others."""
+    x: str
+    kind: str
+    k: int = 0
+    a: str = ""
+    b: str = ""
+
+    @property
+    def operands(self) -> list[str]:
+        return [name for name in (self.a, self.b) if name]
+
+    @property
+    def text(self) -> str:
+        template = KINDS[self.kind].text if self.kind else "{x} {k}."
+        return template.format(x=self.x, a=self.a, b=self.b, k=self.k)
+
+    def value(self, reading: str, values: dict[str, int]) -> int | None:
+        return read(reading, values.get(self.a, 0), values.get(self.b, 0), self.k)
+
+    def forms(self, reading: str, known: dict[str, list[str]]) -> list[str]:
+        """Write a reading, such as "a+k", in all ways: `known` has those of a and b; sums and products either way."""
+        parts = {"a": known.get(self.a, []), "b": known.get(self.b, []), "k": [str(self.k)]}
+        sign = reading[1]
+        pairs = [(left, right) for left in parts[reading[0]] for right in parts[reading[2]]]
+        return [left + sign + right for left, right in pairs] + [
+            right + sign + left for left, right in pairs if sign in "+*"]
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The facts of a question, in the order in which it states them, and the quantity that it asks for."""
+    facts: dict[str, Fact]
+    target: str
+
+    @property
+    def question(self) -> str:
+        return " ".join([*(fact.text for fact in self.facts.values()), f"How many has {self.target}?"])
+
+    def needed(self, name: str = "") -> list[str]:
+        """List the quantities to work out for `name`, or else for the target, in an order in which that is possible."""
+        fact, found = self.facts[name or self.target], []
+        for operand in fact.operands:
+            found += [x for x in self.needed(operand) if x not in found]
+        return [*found, fact.x] if fact.kind else found
+
+
+def read(reading: str, a: int, b: int, k: int) -> int | None:
+    """Compute what a fact says by a reading; None unless that is a whole number from 0 to MAX_STATED."""
+    numbers = {"a": a, "b": b, "k": k}
+    left, right = numbers[reading[0]], numbers[reading[2]]
+    match reading[1]:
+        case "+":
+            value = left + right
+        case "-":
+            value = left - right
+        case "*":
+            value = left * right
+        case "/":
+            value = left // right if right and left % right == 0 else -1
+    return value if 0 <= value <= MAX_STATED else None
+
+
+def draw_ledger(rng: random.Random, steps: int) -> Ledger:
+    """Draw a question of `steps` steps: each uses the result of the one before, and perhaps another quantity."""
+    while True:
+        given, beside = rng.choice((1, 2, 3)), rng.choice(DISTRACTORS)
+        size = min(given + steps + beside, max(MAX_FACTS, given + steps))
+        names, kinds = rng.sample(NAMES, size), [""] * given
+        kinds += rng.choices([*KINDS], [kind.share for kind in KINDS.values()], k=steps)
+        kinds += [rng.choice([*KINDS]) if rng.random() < 0.5 else "" for _ in names[len(kinds):]]
+        for _ in range(10):  # draws of numbers; then other kinds, since these may never fit
+            facts, values = [], {}
+            for x, kind in zip(names, kinds):
+                last = facts[-1].x if given < len(facts) < given + steps else rng.choice([*values] or [""])
+                unused = [y for y in names[:given] if all(y not in fact.operands for fact in facts)]
+                fact = draw_fact(rng, x, kind, last, unused, values)
+                if not fact:
+                    break
+                facts.append(fact)
+                values[x] = fact.value(KINDS[kind].right, values) if kind else fact.k
+            else:
+                shown = rng.sample(facts, len(facts))
+                return Ledger({fact.x: fact for fact in shown}, names[given + steps - 1])
+
+
+def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], values: dict[str, int]) -> Fact | None:
+    """Draw what a relation of x to a needs, a number or a given quantity; None if no draw of some fits.
+
+    A second quantity that was used before could cancel it: "what Ned has over Leo", where Ned has 1 more than Leo.
+    """
+    if not kind:
+        return Fact(x, "", rng.randint(1, MAX_VALUE))
+    relation, numbers, b, one = KINDS[kind], KINDS[kind].numbers, "", a
+    if not numbers and not given:
+        return None
+    for _ in range(5):
+        k = rng.choice(numbers) if numbers else 0
+        if not numbers:
+            b = rng.choice(given)
+            a, b = (one, b) if rng.random() < 0.5 else (b, one)
+        x_a, x_b = values.get(a, 0), values.get(b, 0)
+        value = read(relation.right, x_a, x_b, k)
+        if a != b and value and value <= MAX_VALUE and read(relation.wrong, x_a, x_b, k) not in (None, value):
+            return Fact(x, kind, k, a, b)
+    return None
+
+
+@lru_cache(maxsize=4096)
+def parse(question: str) -> Ledger:
+    """Read a question back from any text that contains it. SystemExit if it is none of this world."""
+    facts = {}
+    for kind, text in [("", "{x} {k}."), *((name, kind.text) for name, kind in KINDS.items())]:
+        pattern = re.escape(text).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = pattern.format(x=r"(?P<x>[A-Z]\w+)", a=r"(?P<a>[A-Z]\w+)", b=r"(?P<b>[A-Z]\w+)", k=r"(?P<k>\d+)")
+        for match in re.finditer(rf"\b{pattern}", question):
+            found = match.groupdict()
+            k = int(found["k"]) if "k" in found else 2 if kind == "half" else 0
+            facts[match.start()] = Fact(found["x"], kind, k, found.get("a", ""), found.get("b", ""))
+    target = re.search(r"How many has (\w+)\?", question)
+    if not target or not facts:
+        raise SystemExit(f"this is no question of the world ledger: {question!r}")
+    return Ledger({fact.x: fact for _, fact in sorted(facts.items())}, target[1])
+
+
+# --- solutions -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Step:
+    x: str
+    expression: str
+    value: int
+    right: bool  # no misreading and no slip, given the steps before
+
+
+def solve(ledger: Ledger, rng: random.Random, mistakes: bool = False, merged: float = 0.0) -> list[Step]:
+    """Work out what is needed. A step is written inside the next one, as (4+3)+7, with probability `merged`.
+
+    What cannot be read as intended, such as half of 7, is read the other way.
+    """
+    needed = ledger.needed()
+    beside = len(ledger.facts) - len({x for y in needed for x in (y, *ledger.facts[y].operands)})
+    while True:
+        values, steps = {fact.x: fact.k for fact in ledger.facts.values() if not fact.kind}, []
+        known = {x: [str(value)] for x, value in values.items()}
+        for x in needed:
+            fact, kind = ledger.facts[x], KINDS[ledger.facts[x].kind]
+            taken, readings = fact, [kind.right, kind.wrong]
+            if mistakes and rng.random() < SLIPS * (1 + beside):
+                meant = rng.choice(fact.operands)
+                other = rng.choice([y for y in values if values[y] != values[meant]] or [meant])
+                taken = replace(fact, a=other) if meant == fact.a else replace(fact, b=other)
+            if mistakes and rng.random() < kind.misread:
+                readings.reverse()
+            reading = next((reading for reading in readings if taken.value(reading, values) is not None), None)
+            if not reading:
+                break
+            values[x] = taken.value(reading, values)
+            forms = taken.forms(reading, known)
+            expression = forms[-1] if rng.random() < COMMUTED else forms[0]
+            steps.append(Step(x, expression, values[x], taken == fact and reading == kind.right))
+            known[x] = [f"({expression})" if x != ledger.target and rng.random() < merged else str(values[x])]
+        else:
+            return [step for step in steps if known[step.x] == [str(step.value)]]
+
+
+def write(ledger: Ledger, steps: list[Step]) -> str:
+    plan = " ".join(reversed(ledger.needed()))
+    lines = [f"{step.x} <<{step.expression}={step.value}>>{step.value}" for step in steps]
+    return "\n ".join([plan, *lines]) + f"\n#### {steps[-1].value}"
+
+
+# --- splits ----------------------------------------------------------------------------------------
+
+def split_of(question: str) -> str:
+    """Tell which split a question may appear in, by the hash of its text."""
+    bucket = int.from_bytes(hashlib.sha256(question.encode()).digest()[:4], "big") % 100
+    return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
+
+
+def ledgers(split: str, size: int, steps: tuple[int, ...], seed: int) -> dict[str, Ledger]:
+    """Draw `size` different questions of a split, each with a number of steps drawn from `steps`."""
+    if not 1 <= min(steps) <= max(steps) <= MAX_STEPS:
+        raise SystemExit(f"--toy_steps {steps}: a question of the world ledger takes 1 to {MAX_STEPS} steps")
+    rng, found = random.Random(f"{split} {seed}"), {}
+    while len(found) < size:
+        ledger = draw_ledger(rng, rng.choice(steps))
+        question = ledger.question
+        if split_of(question) == split:
+            found[question] = ledger
+    return found
+
+
+def problems(split: str, steps: tuple[int, ...] = DEPTHS, merged: float = 0.0) -> list[dict]:
+    """Write the questions of train, dev or test and their gold solutions, as fields of `data.Problem`.
+
+    merged: the granularity of gold: 0 has a line per step, 1 one line for all, such as (4+3)+7.
+    """
+    rng, rows = random.Random(f"gold {split}"), []
+    for i, (question, ledger) in enumerate(ledgers(split, SIZES[split], steps, seed=0).items()):
+        solved = solve(ledger, rng, merged=merged)
+        rows.append({"id": f"ledger-{split}-{i}", "question": question, "answer": str(solved[-1].value),
+                     "solution": write(ledger, solved)})
+    return rows
+
+
+def corpus(seed: int, size: int = 36000, steps: tuple[int, ...] = DEPTHS) -> list[dict]:
+    """Write the base model's training data: solutions with mistakes, half of them of one step, which teaches to look up
+    a quantity faster."""
+    rng, rows = random.Random(f"corpus {seed}"), []
+    for i, (question, ledger) in enumerate(ledgers("base", size, (*[1] * len(steps), *steps), seed).items()):
+        answer, solved = solve(ledger, rng)[-1].value, solve(ledger, rng, mistakes=True, merged=MERGED)
+        rows.append({"id": f"ledger-base-{i}", "question": question, "answer": str(answer),
+                     "solution": write(ledger, solved)})
+    return rows
+
+
+# --- what a solution gets wrong --------------------------------------------------------------------
+
+LINE = re.compile(r"(?P<x>\S+) <<(?P<expression>[^=<>]+)=(?P<value>\d+)>>(?P<stated>\d+)")
+
+
+def judge(question: str, text: str) -> list[tuple[str, str]]:
+    """Judge each line of a solution by the lines before it, as (kind of its fact, verdict).
+
+    Verdicts: right; misread, as the corpus misreads this kind; slip, any other expression; sum, one that does not have
+    the value stated; lost, neither a step nor an answer. A line that goes on from a mistake is right. The plan is not
+    judged. The last line is of the kind "answer", and a slip unless it repeats what the target was found to be.
+    """
+    ledger = parse(question)
+    known = {fact.x: [str(fact.k)] for fact in ledger.facts.values() if not fact.kind}
+    found, lines = [], text.strip().split("\n")
+    for line in lines[1:-1]:
+        match = LINE.fullmatch(line.strip())
+        fact = ledger.facts.get(match["x"]) if match else None
+        if not fact or not fact.kind:
+            found.append(("step", "lost"))
+            continue
+        value, expression = match["stated"], match["expression"]
+        if match["value"] != value or arithmetic(expression) != int(value):
+            verdict = "sum"
+        else:
+            inside = known | {x: [f"({form})" for form in forms_of(ledger, x, known)] for x in ledger.needed(fact.x)
+                              if x not in known and x != fact.x}
+            readings = {"right": KINDS[fact.kind].right, "misread": KINDS[fact.kind].wrong}
+            verdict = next((name for name, reading in readings.items() if expression in fact.forms(reading, inside)),
+                           "slip")
+        found.append((fact.kind, verdict))
+        known[fact.x] = [value]
+    if not lines[-1].startswith("#### "):
+        return [*found, ("answer", "lost")]
+    return [*found, ("answer", "right" if [lines[-1][5:]] == known.get(ledger.target) else "slip")]
+
+
+def forms_of(ledger: Ledger, x: str, known: dict[str, list[str]]) -> list[str]:
+    """Write what has no line of its own, rightly, in all ways."""
+    fact = ledger.facts[x]
+    inside = {y: known.get(y) or [f"({form})" for form in forms_of(ledger, y, known)] for y in fact.operands}
+    return fact.forms(KINDS[fact.kind].right, inside)
+
+
+def tags(question: str, text: str) -> dict[str, str]:
+    """Say how many steps a question takes, and what is the first thing that a response gets wrong."""
+    wrong = next((" ".join(step) for step in judge(question, text) if step[1] != "right"), "nothing")
+    return {"depth": str(len(parse(question).needed())), "first wrong": wrong}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show the world ledger.", allow_abbrev=False)
+    parser.add_argument("--steps", type=int, nargs="+", default=list(DEPTHS), choices=range(1, MAX_STEPS + 1),
+                        help="steps that a question takes, drawn from these")
+    rng, rows = random.Random(0), corpus(0, 2000, tuple(parser.parse_args().steps))
+    for row in rng.sample(rows, 3):
+        print(f"{row['question']}\n{row['solution']}\n")
+    first = Counter(tags(row["question"], row["solution"])["first wrong"] for row in rows)
+    for name, count in first.most_common():
+        print(f"first wrong: {name}: {count / len(rows):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The world ledger: facts that can be read back, a judge of steps that agrees with hand-written cases, stated rates."""
+import math
+import random
+import re
+
+import pytest
+
+from data import ledger, load_problems, tags
+from grading.equations import equations_hold
+from rewards import grade
+
+QUESTION = ("Ivy 3 more than Ben. Gus 7. Tom as many as Ivy and Gus. Ben 4. Kim half as many as Ben. "
+            "Leo needs 2 more to match Tom. How many has Leo?")
+PLAN = "Leo Tom Ivy\n "
+SIZES = {"train": 150, "dev": 60, "test": 90}
+
+
+@pytest.fixture(scope="module")
+def problems() -> dict[str, list]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger, "SIZES", SIZES)
+        return {split: load_problems("toy", split, toy_steps=ledger.DEPTHS, toy_world="ledger") for split in SIZES}
+
+
+def value_of(name: str, question: str) -> int:
+    """Work out a quantity from the text alone, by other rules than the world's own tables."""
+    number = r"(\d+)"
+    for pattern, rule in [
+            (rf"{name} {number}\.", lambda k: int(k)),
+            (rf"{name} {number} more than (\w+)\.", lambda k, a: of(a) + int(k)),
+            (rf"{name} {number} fewer than (\w+)\.", lambda k, a: of(a) - int(k)),
+            (rf"{name} {number} times as many as (\w+)\.", lambda k, a: of(a) * int(k)),
+            (rf"{name} half as many as (\w+)\.", lambda a: of(a) / 2),
+            (rf"{name} as many as (\w+) and (\w+)\.", lambda a, b: of(a) + of(b)),
+            (rf"{name} what (\w+) has over (\w+)\.", lambda a, b: of(a) - of(b)),
+            (rf"{name} needs {number} more to match (\w+)\.", lambda k, a: of(a) - int(k)),
+            (rf"{name} can lose {number} to match (\w+)\.", lambda k, a: of(a) + int(k)),
+            (rf"{name} one for every {number} of (\w+)\.", lambda k, a: of(a) / int(k)),
+            (rf"{name} and (\w+) have {number} together\.", lambda a, k: int(k) - of(a))]:
+        def of(other: str) -> int:
+            return value_of(other, question)
+        if match := re.search(rf"(?:^|\. ){pattern}", question):
+            return rule(*match.groups())
+    raise AssertionError((name, question))
+
+
+@pytest.mark.parametrize("lines, answer, expected", [
+    (["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "12", ["more right", "sum right", "short right"]),
+    (["Ivy <<3+4=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "12", ["more right", "sum right", "short right"]),
+    # a wrong reading, and the same again consistently: only the first is a mistake
+    (["Ivy <<4-3=1>>1", "Tom <<1+7=8>>8", "Leo <<8-2=6>>6"], "6", ["more misread", "sum right", "short right"]),
+    (["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14+2=16>>16"], "16", ["more right", "sum right", "short misread"]),
+    # a wrong quantity; a wrong sum; 4/2 is right but beside the point
+    (["Ivy <<7+3=10>>10", "Tom <<10+7=17>>17", "Leo <<17-2=15>>15"], "15", ["more slip", "sum right", "short right"]),
+    (["Ivy <<4+3=8>>8", "Tom <<8+7=15>>15", "Leo <<15-2=13>>13"], "13", ["more sum", "sum right", "short right"]),
+    (["Ivy <<4+3=7>>8"], "8", ["more sum", "answer slip"]),
+    (["Kim <<4/2=2>>2", "Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "12",
+     ["half right", "more right", "sum right", "short right"]),
+    # steps inside another: right, and with a wrong reading inside
+    (["Leo <<((4+3)+7)-2=12>>12"], "12", ["short right"]),
+    (["Tom <<7+(3+4)=14>>14", "Leo <<14-2=12>>12"], "12", ["sum right", "short right"]),
+    (["Leo <<((4-3)+7)-2=6>>6"], "6", ["short slip"]),
+    # before its time; a quantity that is given; not in the question; no step; another answer; none
+    (["Tom <<7+7=14>>14"], "14", ["sum slip", "answer slip"]),
+    (["Ben <<4+0=4>>4", "Zoe <<4+3=7>>7", "so it is"], "4", ["step lost"] * 3 + ["answer slip"]),
+    (["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "14",
+     ["more right", "sum right", "short right", "answer slip"]),
+])
+def test_every_step_is_judged_by_the_steps_before(lines, answer, expected):
+    """A step that goes on from a mistake is no mistake: counting it would show every slip as many."""
+    text = PLAN + "\n ".join(lines) + f"\n#### {answer}"
+    if not expected[-1].startswith("answer"):
+        expected = [*expected, "answer right"]
+    assert [" ".join(step) for step in ledger.judge(QUESTION, text)] == expected
+    wrong = next((step for step in expected if not step.endswith("right")), "nothing")
+    assert tags("toy", "ledger-test-0", text, QUESTION + "\n") == {"depth": "3", "first wrong": wrong}
+
+
+def test_a_response_without_an_end_is_lost():
+    """A truncated or empty response once would have been judged by lines that it does not have."""
+    assert ledger.judge(QUESTION, "") == ledger.judge(QUESTION, PLAN) == [("answer", "lost")]
+    assert ledger.judge(QUESTION, PLAN + "Ivy <<4+3=7>>7\n Tom <<7+") == [("more", "right"), ("answer", "lost")]
+    with pytest.raises(SystemExit, match="no question of the world ledger: 'How many apples"):
+        ledger.judge("How many apples has Ann?", "#### 3")
+    with pytest.raises(SystemExit, match=r"--toy_steps \(2, 11\): a question of the world ledger takes 1 to 8 steps"):
+        load_problems("toy", "dev", toy_steps=(2, 11), toy_world="ledger")  # it has no names for more
+
+
+def test_gold_is_right_and_splits_are_disjoint(problems):
+    """A wrong gold punishes right responses; a question in two splits measures memory."""
+    for split, rows in problems.items():
+        assert len({problem.question for problem in rows}) == len({problem.id for problem in rows}) == SIZES[split]
+        for problem in rows:
+            target = re.search(r"How many has (\w+)\?", problem.question)[1]
+            assert value_of(target, problem.question) == int(problem.answer)
+            assert grade(problem.solution, problem.answer, "toy").verdict == "correct"
+            assert equations_hold(problem.solution)
+            assert {verdict for _, verdict in ledger.judge(problem.question, problem.solution)} == {"right"}
+    base = {row["question"] for row in ledger.corpus(0, 200)}
+    groups = [{problem.question for problem in rows} for rows in problems.values()] + [base]
+    assert len(set().union(*groups)) == sum(map(len, groups)) == 500
+
+
+def test_questions_are_read_back_and_have_the_depths_asked_for():
+    """All measures of a response rest on its question's text."""
+    rng = random.Random(1)
+    for steps in (1, 2, 5, 8):
+        for _ in range(40):
+            drawn = ledger.draw_ledger(rng, steps)
+            assert ledger.parse(f"Solve this. {drawn.question}\n") == drawn and len(drawn.needed()) == steps
+            values = {step.x: step.value for step in ledger.solve(drawn, rng)}
+            assert all(1 <= value <= ledger.MAX_VALUE for value in values.values())
+    assert ledger.problems("dev", (1,))[:3] == ledger.problems("dev", (1,))[:3]
+
+
+def test_granularity_of_gold(monkeypatch):
+    """0: a line per step; 1: one line for all; between: some. All are right, and the judge reads all."""
+    monkeypatch.setattr(ledger, "SIZES", SIZES)
+    count = {}
+    for merged in (0.0, 0.5, 1.0):
+        rows = ledger.problems("dev", (4,), merged)
+        count[merged] = [row["solution"].count("<<") for row in rows]
+        assert all(equations_hold(row["solution"]) for row in rows)
+        assert {verdict for row in rows for _, verdict in ledger.judge(row["question"], row["solution"])} == {"right"}
+    assert {*count[0.0]} == {4} and {*count[1.0]} == {1} and 2 < sum(count[0.5]) / 60 < 3
+
+
+def test_the_corpus_misreads_each_kind_at_its_rate():
+    """Among one-step questions without a slip. What cannot be read wrongly in range is drawn again, so every misreading
+    is possible and gives another value."""
+    rng, seen = random.Random(0), {kind: [] for kind in ledger.KINDS}
+    for _ in range(6000):
+        drawn = ledger.draw_ledger(rng, 1)
+        text = ledger.write(drawn, ledger.solve(drawn, rng, mistakes=True))
+        (kind, verdict), (_, answered) = ledger.judge(drawn.question, text)
+        assert answered == "right" and verdict in ("right", "misread", "slip")
+        if verdict != "slip":
+            seen[kind].append(verdict == "misread")
+    for kind, found in seen.items():
+        rate, n = ledger.KINDS[kind].misread, len(found)
+        assert n > 60 and abs(sum(found) - n * rate) < 5 * math.sqrt(n * rate * (1 - rate)), kind
