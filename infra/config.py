@@ -61,7 +61,7 @@ def fault_of(value, rule: typing.Mapping) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in a line, on rank 0."""
+    """A parser whose errors are one line, from rank 0, without the usage."""
 
     def error(self, message: str) -> typing.NoReturn:
         self.exit(2, "" if parallel.rank() else f"{self.prog}: error: {message}\n")
@@ -114,7 +114,7 @@ def groups_of(Config: type[Options]) -> dict[str, list[dataclasses.Field]]:
     return groups
 
 
-def add_flag(group: argparse._ActionsContainer, field: dataclasses.Field, kind, default) -> None:
+def add_flag(group, field: dataclasses.Field, kind, default) -> None:
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     text = field.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
     options = {"help": text.replace("%", "%%"), "default": None}

@@ -151,7 +151,7 @@ def source_copies(run: Path) -> list[Path]:
 
 
 def edited_files(source: Path) -> list[str]:
-    """Name the files whose code this process has loaded, but for those of tools/, that a run's copy does not equal."""
+    """Name the files of the loaded code, tools/ apart, that differ from those in a run's copy."""
     loaded = {Path(module.__file__).resolve() for module in [*sys.modules.values()] if getattr(module, "__file__", "")}
     names = [path.relative_to(ROOT) for path in sorted(loaded) if path.is_file() and path.parent in (
         ROOT, ROOT / "data", ROOT / "grading", ROOT / "infra")]
