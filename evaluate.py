@@ -90,7 +90,8 @@ class SampleOptions(TaskOptions, ComputeOptions):
     @property
     def reward_hash(self) -> str:
         """All that a reward's verdicts depend on; "" without one."""
-        return hash_of(self.own_files()["reward"], self.reward, self.right_at) if self.reward else ""
+        file, _, name = self.reward.rpartition(":")
+        return hash_of(Path(file), name, self.right_at) if file else ""
 
 
 MANY = 0.1  # of the responses: more that cannot be judged deserve a warning

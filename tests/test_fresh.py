@@ -101,7 +101,8 @@ def test_a_given_model_is_tuned_on_the_training_questions(base, tmp_path, monkey
     asked, given, load, fit = [], [], sft.Config.problems, sft.fit_sft
     monkeypatch.setattr(sft.Config, "problems", lambda *args: asked.append(args[1:]) or load(*args)[:20])
     monkeypatch.setattr(sft, "fit_sft", lambda *args: given.extend(args) or fit(*args))
-    tuned = call(tmp_path / "run", "--model", base, "--max_steps", 1, "--lr", 1e-9, "--seed", 5, "--prompt_weight", 0.3)
+    tuned = call(tmp_path / "run", "--task", "toy", "--model", base, "--max_steps", 1, "--lr", 1e-9, "--seed", 5,
+                 "--prompt_weight", 0.3)
     assert asked == [("train",)] and len(given[1]) == 20
     assert given[3:] == [5, tmp_path / "run", 0.3]
     for weight, before in zip(load_model(tuned).parameters(), load_model(base).parameters(), strict=True):
