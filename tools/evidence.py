@@ -48,7 +48,7 @@ def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, f
     other side's mean.
     """
     if any("" in values for side in (first, second) for values in side.values()):
-        first, second = ({seed: {"": fmean(values.values())} for seed, values in side.items()}
+        first, second = ({seed: {"": fmean(values.values())} for seed, values in side.items() if values}
                          for side in (first, second))
     seeds = sorted(first.keys() & second.keys())
     sides = [side[seed] for seed in seeds for side in (first, second)]

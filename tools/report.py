@@ -286,11 +286,12 @@ def answers(run: Run, model: dict, name: str) -> dict[str, dict]:
 
 
 def by_question(run: Run, model: dict, measure: str) -> dict[str, float]:
-    """question -> value; {"": value} of what is no measure of questions, or where their answers are gone."""
+    """question -> value; {"": value} of what is no measure of questions, or where their answers are gone; {} of what
+    was not measured."""
     for pattern, (name, value) in RIGHT.items():
         if re.fullmatch(pattern, measure) and (rows := answers(run, model, name)):
             return {question: value(row["samples"]) for question, row in rows.items()}
-    return {"": model[measure]}
+    return {"": model[measure]} if measure in model else {}
 
 
 def pick(runs: dict[int, Run], name: str) -> dict[int, tuple[Run, dict]]:
