@@ -1,9 +1,9 @@
 """Model directories in Hugging Face's layout: config.json, *.safetensors, the tokenizer's files.
 
-Llama 1 to 3, CodeLlama, TinyLlama, SmolLM2, Mistral and Qwen2 load as they are downloaded, and what is saved here loads
-in transformers as it is. Anything that model.py cannot compute is rejected by name; otherwise such a model would load
-and silently produce nonsense. Left out: quantised weights, and pickled ones, since a pickle can run code (transformers
-converts Meta's own .pth files).
+Llama 1 to 3, CodeLlama, TinyLlama, SmolLM2, Mistral, Qwen2 and Qwen3 load as they are downloaded, and what is saved
+here loads in transformers as it is. Anything that model.py cannot compute is rejected by name; otherwise such a model
+would load and silently produce nonsense. Left out: quantised weights, and pickled ones, since a pickle can run code
+(transformers converts Meta's own .pth files).
 """
 import dataclasses
 import gc
@@ -22,7 +22,8 @@ from infra.parallel import barrier, by_first, device, full_weight, rank, shard_l
 from infra.run import fresh_directory, hash_of, put_in_place, read_json, write_json
 from model import Llama, ModelConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
+                 "qwen3": "Qwen3ForCausalLM"}
 ONLY = {  # fields of config.json with the one value that model.py computes, which is also their default
     "hidden_act": "silu", "mlp_bias": False, "partial_rotary_factor": 1, "use_sliding_window": False,
     "quantization_config": None}
@@ -56,14 +57,16 @@ def load_config(directory: str | Path) -> ModelConfig:
     if faults := config_faults(raw, rope):
         raise SystemExit(f"{path} is not supported: {'; '.join(faults)}")
     llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
+    width = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // raw["num_attention_heads"]  # as transformers
     return ModelConfig(
         **{name: raw[name] for name in NUMBERS},
         num_key_value_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
+        head_dim=raw.get("head_dim") or width,
         rope_theta=rope["rope_theta"],
         rope_scaling={"rope_type": "llama3", **{name: rope[name] for name in LLAMA3_ROPE}} if llama3 else None,
         tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
         attention_bias=raw["model_type"] == "qwen2",
+        qk_norm=raw["model_type"] == "qwen3",
         # a Mistral whose config.json does not mention the window has one of 4096 tokens in transformers
         sliding_window=raw.get("sliding_window", 4096) if raw["model_type"] == "mistral" else None)
 
@@ -85,7 +88,7 @@ def config_faults(raw: dict, rope: dict) -> list[str]:
               if (found := rope.get(name, raw.get(name))) not in (None, value)]  # partial_rotary_factor may be in rope
     if raw.get("architectures") not in (None, [ARCHITECTURES[family]]):
         faults.append(f"architectures is {raw['architectures']}, not {ARCHITECTURES[family]}")
-    if family == "llama" and raw.get("attention_bias"):
+    if family in ("llama", "qwen3") and raw.get("attention_bias"):
         faults.append("attention_bias is true, with biases on q, k, v and o; Qwen2's, on q, k and v, are supported")
     layers = raw.get("layer_types") or ["full_attention"]
     if not isinstance(layers, list) or layers.count("full_attention") < len(layers):
@@ -120,9 +123,11 @@ def config_faults(raw: dict, rope: dict) -> list[str]:
 def config_json(config: ModelConfig, dtype: torch.dtype, source: Path | None = None) -> dict:
     """Make the content of config.json: that of the source if it describes this model, otherwise a new one with the
     source's token ids; of the families that compute the same, the plainest."""
-    family = "qwen2" if config.attention_bias else "mistral" if config.sliding_window else "llama"
+    family = ("qwen3" if config.qk_norm else "qwen2" if config.attention_bias else
+              "mistral" if config.sliding_window else "llama")
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k != "qk_norm"}
     new = {"architectures": [ARCHITECTURES[family]], "model_type": family, "hidden_act": "silu", "bos_token_id": 1,
-           "eos_token_id": 2, **{k: v for k, v in dataclasses.asdict(config).items() if v is not None}}
+           "eos_token_id": 2, **fields}
     if source is not None and (source / "config.json").is_file():
         old = read_json(source / "config.json")
         same = load_config(source) == config

@@ -10,7 +10,7 @@ import runpy
 import warnings
 from collections import Counter
 from collections.abc import Collection
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -56,6 +56,7 @@ class Answered:
     prompt_ids: list[int]
     gold: str
     samples: list[Sample]
+    question: str = ""  # as the data set has it; for who reads the file, since a prompt may hold examples
 
     def __post_init__(self) -> None:  # a record read from a file has dictionaries for samples
         samples = [Sample(**sample) if isinstance(sample, dict) else sample for sample in self.samples]
@@ -92,11 +93,12 @@ class SampleOptions(TaskOptions, ComputeOptions):
         return hash_of(self.own_files()["reward"], self.reward, self.right_at) if self.reward else ""
 
 
+MANY = 0.1  # of the responses: more that cannot be judged deserve a warning
 REMEDIES = {  # of what makes an accuracy say little about a model
-    "unparsed": "--prompt, --chat or --answer_format may not be those that the model was trained with",
+    "unparsed": "ask as the model was trained: --chat own for a chat model, and its --prompt or --answer_format",
     "unfinished": "raise --max_new_tokens, or declare the token that ends this model's responses as eos_token_id in "
                   "its generation_config.json",
-    "empty": "--prompt or --chat may not be those that the model was trained with"}
+    "empty": "ask as the model was trained: --chat own for a chat model, and its --prompt"}
 
 
 # --- sampling and grading --------------------------------------------------------------------------
@@ -113,14 +115,14 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label,
                            pieces or Pieces())
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
-    if reward and options.reward:
-        grades = reward_all(texts, problems, options.reward, options.right_at)
-    else:
-        grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
-                           [options.prompt_text(problem) for problem in problems])
+    grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
+                       [options.prompt_text(problem) for problem in problems])
+    if reward and options.reward:  # the answers stay those that the graders read
+        judged = reward_all(texts, problems, options.reward, options.right_at)
+        grades = [[replace(new, answer=old.answer) for new, old in zip(*groups)] for groups in zip(judged, grades)]
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
-    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group)
+    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group, problem.question)
             for problem, prompt, group in zip(problems, prompts, samples)]
 
 
@@ -277,7 +279,7 @@ def print_summary(name: str, found: dict) -> None:
         name, found["accuracy"], *found["ci95"], found["n"],
         ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items())))
     for kind, share in shares.items():
-        if share > 0.2:
+        if share > MANY:
             print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 

@@ -1,4 +1,4 @@
-"""Llama: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and a key-value cache.
+"""Llama, Mistral, Qwen: RMSNorm, rotary positions, grouped-query attention, SwiGLU, and a key-value cache.
 
 Attribute names are Hugging Face's, so weight files load without a name map. One forward pass serves training
 and sampling; the cache is an argument. Sequences are padded on the right, where causal attention cannot see
@@ -9,7 +9,7 @@ K key-value heads, G = H / K, h head width.
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ class ModelConfig:
     rope_scaling: dict | None = None  # only rope_type "llama3"
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # on q, k and v (Qwen2)
+    qk_norm: bool = field(default=False, repr=False)  # RMSNorm of each head of q and k (Qwen3); not in a model's hash
     sliding_window: int | None = None  # Mistral: how many tokens a token sees, itself included
 
     @property
@@ -267,6 +268,8 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(D, K * h, bias=config.attention_bias)
         self.v_proj = nn.Linear(D, K * h, bias=config.attention_bias)
         self.o_proj = nn.Linear(H * h, D, bias=False)
+        self.q_norm, self.k_norm = (RMSNorm(h, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+                                    for _ in range(2))
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, cache: KVCache | None,
                 layer: int) -> Tensor:
@@ -274,7 +277,7 @@ class Attention(nn.Module):
         x = for_products(x)
         q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, h)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
         out = causal_attention(q, k, v, mask) if cache is None else cached_attention(q, k, v, cache, layer)
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))
 

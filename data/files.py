@@ -4,6 +4,7 @@ A solution is kept as its data set writes it: GSM8K's ends in "#### 72", MATH's 
 programs or end in "Therefore, the answer is: 72.0". SVAMP's test set, ARC and ReFT's test sets have no solutions: "".
 """
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from decimal import Decimal
@@ -94,20 +95,32 @@ def read_record(row: dict, task: str, name: str) -> Problem:
 
     ValueError for a record that no response can answer: the gold answer must be one that the task's grader reads.
     """
-    from rewards import READ  # here, since it loads torch, which a download does without
+    from rewards import EXTRACT, READ  # here, since it loads torch, which a download does without
     if not isinstance(row, dict):
         raise ValueError(f"not an object but {row!r:.60}")
     problem = reader(row, task)(row, name)
     for text in astuple(problem):
         text.encode()  # ValueError for half of a surrogate pair, which no tokenizer takes
     answer = READ[task](problem.answer)
-    if task == "letter" and answer not in [*LETTERS[:len(row.get("choices") or LETTERS)]]:
-        answer = None
-    if answer is None or task != "text" and problem.answer.lower() in ("null", "none", "nan"):
-        if task in ANSWERS:
-            raise ValueError(f"answer is {problem.answer!r:.60}, not {ANSWERS[task]}, which --answer {task} expects")
-        raise ValueError(f"the right answer is {problem.answer!r:.60}, which the grader of {task} cannot read")
+    if answer is None or not is_bare(problem.answer, task, len(row.get("choices") or LETTERS)):
+        name, why = ("answer", f"not {ANSWERS[task]}, as --answer {task} expects") if task in ANSWERS else (
+            "the right answer", f"which the grader of {task} cannot read")
+        raise ValueError(f"{name} is {problem.answer!r:.60}, {why}")
+    for marks in ("hash", "final_answer") if task in ("number", "letter", "text") else ():
+        said = EXTRACT[marks](problem.solution)
+        if said and READ[task](said) not in (None, answer):
+            raise ValueError(f"solution ends in {said!r:.60}, and answer is {problem.answer!r:.60}")
     return problem
+
+
+def is_bare(answer: str, task: str, choices: int) -> bool:
+    """Whether a gold answer is nothing else as well: to a grader "Apollo 11" is a number, "B minor" a letter, "NaN" a
+    formula."""
+    if task == "letter":
+        return bool(re.fullmatch(rf"(?i)\W*[{LETTERS[:choices]}]\W*", answer))
+    if task in ("number", "python") and answer[0].isalpha():
+        return False
+    return task == "text" or answer.lower() not in ("null", "none", "nan")
 
 
 def reader(row: dict, task: str) -> Callable[[dict, str], Problem]:

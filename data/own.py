@@ -2,13 +2,13 @@
 
 The file is its user's code, not a model's: it is imported, and runs in this process.
 """
+import contextlib
 import importlib.util
 import math
 import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
-from numbers import Real
 
 from data.files import Problem
 from infra.parallel import computed
@@ -49,12 +49,19 @@ def judge_by(reward: str, text: str, problem: Problem, right_at: float) -> Grade
         found = found.verdict if isinstance(found, Grade) else found
         if isinstance(found, str) and found in VERDICTS:
             return Grade(found, None, float(found == "correct"))
-        if isinstance(found, Real) and math.isfinite(found):
-            return Grade("correct" if found >= right_at else "wrong", None, float(found))
+        if math.isfinite(number := number_of(found)):
+            return Grade("correct" if number >= right_at else "wrong", None, number)
         fault = f"returns {found!r:.60}"
     raise SystemExit(f"--reward {reward} {fault}, for the problem {problem.id} and the text {text[:100]!r}. It must "
                      f"take any text and a problem, and return a finite number, True, False or a verdict "
                      f"({', '.join(VERDICTS)}). Mend it and give another --run_dir: a run has one reward.")
+
+
+def number_of(found: object) -> float:
+    """Read any library's number, or its True or False; NaN for anything else."""
+    with contextlib.suppress(Exception):
+        return math.nan if isinstance(found, str) else float(found)
+    return math.nan
 
 
 def told(error: BaseException) -> str:

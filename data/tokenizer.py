@@ -127,18 +127,24 @@ def added_tokens(path: Path) -> dict[str, int]:
 
 def chat_settings(path: Path, tokenizer, specials: dict[str, int]) -> tuple[str, dict[str, str], dict[str, int]]:
     """Return the model's chat template ("": none), the names that it may use for special tokens, and these."""
-    settings = read_object(path.with_name("tokenizer_config.json"), {})
-    settings = read_object(path.with_name("special_tokens_map.json"), {}) | settings
+    settings = {}
+    for name in ("special_tokens_map.json", "chat_template.json", "tokenizer_config.json"):
+        settings |= read_object(path.with_name(name), {})
     named = {f"{kind}_token": name for name, i in specials.items()
              for kind in ("bos", "eos") if i == getattr(tokenizer, f"{kind}_id")}
     for kind, token in settings.items():
         if re.fullmatch("(bos|eos|unk|pad|sep|cls|mask)_token", kind) and token:
-            named[kind] = token["content"] if isinstance(token, dict) else token
-    template = settings.get("chat_template") or ""
-    if isinstance(template, list):  # several under names
-        template = {one["name"]: one["template"] for one in template}.get("default", "")
-    if (own := path.with_name("chat_template.jinja")).is_file():
-        template = own.read_text(encoding="utf-8")
+            named[kind] = token.get("content", "") if isinstance(token, dict) else token
+    template, own = settings.get("chat_template") or "", path.with_name("chat_template.jinja")
+    try:
+        if own.is_file():
+            template = own.read_text(encoding="utf-8")
+        elif isinstance(template, list):  # several under names
+            template = {one["name"]: one["template"] for one in template}.get("default", "")
+        if not isinstance(template, str):
+            raise ValueError(f"it is {template!r}, not a text")
+    except (KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"{path.parent}: the chat template cannot be read: {error}") from None
     return template, named, specials
 
 

@@ -103,8 +103,7 @@ def open_run(config, **inputs: str) -> Path:
             elif changed := differences(read_json(run / "config.json"), values, free):
                 raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
                                  "Give another --run_dir, or remove that directory.")
-            copies = sorted((path for path in run.glob("source*") if path.suffix != ".tmp"),
-                            key=lambda path: (len(path.name), path.name))  # source, source-2, ... source-10
+            copies = source_copies(run)
             if edited := edited_files(copies[-1]) if copies else []:
                 said = f"{run} was made with other code; what differs from {copies[-1]}: {', '.join(edited)}."
                 if not config.anyway:
@@ -143,6 +142,12 @@ def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
     """List the values that have changed, a line each; "" if none has."""
     return "\n".join(f"  {name}: {before.get(name)!r} there, {now.get(name)!r} now" for name in before | now
                      if name not in free and before.get(name) != now.get(name))
+
+
+def source_copies(run: Path) -> list[Path]:
+    """The run's copies of the code, the newest last: source, source-2, ... source-10."""
+    return sorted((path for path in run.glob("source*") if path.suffix != ".tmp"),
+                  key=lambda path: (len(path.name), path.name))
 
 
 def edited_files(source: Path) -> list[str]:

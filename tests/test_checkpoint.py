@@ -19,7 +19,8 @@ from model import Llama, ModelConfig
 from tiny import LLAMA3, random_tokens, tiny_model
 
 SHAPES = {"plain": {}, "tied": dict(tie_word_embeddings=True), "llama3": dict(rope_scaling=LLAMA3),
-          "bias": dict(attention_bias=True), "wide heads": dict(head_dim=12)}
+          "bias": dict(attention_bias=True), "wide heads": dict(head_dim=12),
+          "q and k norms": dict(qk_norm=True)}
 
 
 def same_bits(a, b) -> bool:
@@ -116,6 +117,7 @@ def edit(path: Path, **fields) -> None:
     ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config is {'quant_method': 'gptq'}"),
     ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"), ({"mlp_bias": True}, "mlp_bias is True"),
     ({"attention_bias": True}, "attention_bias"),
+    ({"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "attention_bias": True}, "attention_bias"),
     ({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True},
      "use_sliding_window is True"),
     ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),

@@ -80,7 +80,7 @@ def name_faults(text: str) -> list[str]:
         elif match := re.fullmatch(r"(\w+)\(.*\)", span):
             known = any(match[1] in defined(path) for path in SOURCES)
         else:
-            known = "/" not in span or re.search(r"[^\w./-]|^(runs|downloads)\b", span) or (ROOT / span).exists()
+            known = "/" not in span or re.search(r"[^\w./-]|^(runs|downloads|models)\b", span) or (ROOT / span).exists()
         faults += [] if known else [span]
     return faults
 

@@ -299,6 +299,9 @@ def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys)
             ("33%", "unparsed"), ("100%", "unfinished"), ("100%", "empty"))]
     evaluate.print_summary("M0", summarize([replace(q, samples=q.samples[:1]) for q in hand_made()[:2]], "toy"))
     assert capsys.readouterr().out.count("\n") == 1
+    for share, warned in (0.1, False), (0.11, True):
+        evaluate.print_summary("M0", dict(n=100, accuracy=0.5, ci95=(0.4, 0.6), finished=1.0, empty=share, verdicts={}))
+        assert ("--chat own" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("eval_samples", [0, 4])

@@ -33,6 +33,8 @@ FAMILIES = {
     "mistral 0.3": ("Mistral", dict(sliding_window=None, rope_theta=1e6, head_dim=16)),
     "qwen2": ("Qwen2", dict(rope_theta=1000.0, rms_norm_eps=1e-6)),
     "qwen2.5, small": ("Qwen2", dict(rope_theta=1e6, tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(rope_theta=1e6, rms_norm_eps=1e-6, head_dim=16)),
+    "qwen3, small": ("Qwen3", dict(rope_theta=1e6, tie_word_embeddings=True, head_dim=12)),
 }
 
 
@@ -171,6 +173,15 @@ def test_mistral_refuses_what_its_window_would_change(tmp_path):
     assert load_config(tmp_path).sliding_window == transformers.AutoConfig.from_pretrained(tmp_path).sliding_window
 
 
+def test_a_qwen3_that_does_not_say_how_wide_a_head_is(tmp_path):
+    """transformers takes 128, whatever hidden_size and the number of heads are."""
+    build("qwen3").save_pretrained(tmp_path)
+    raw = read(tmp_path / "config.json")
+    del raw["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert load_config(tmp_path).head_dim == transformers.AutoConfig.from_pretrained(tmp_path).head_dim == 128
+
+
 # --- saving --------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -193,7 +204,8 @@ def test_what_is_saved_here_loads_in_transformers(family, tmp_path):
 
 
 @pytest.mark.parametrize("fields", [{}, dict(rope_scaling=LLAMA3), dict(tie_word_embeddings=True), dict(head_dim=12),
-                                    dict(attention_bias=True), dict(sliding_window=40)], ids=str)
+                                    dict(attention_bias=True), dict(qk_norm=True), dict(sliding_window=40)],
+                         ids=str)
 @torch.no_grad()
 def test_a_model_made_here_loads_in_transformers(fields, tmp_path):
     """Without a source the config.json is all ours."""

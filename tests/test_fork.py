@@ -73,12 +73,16 @@ def test_the_right_numbers_of_rft_are_exact_for_own_data():
 
 @pytest.mark.parametrize("answer, row, said", [
     ("", {"question": "q"}, "no field 'answer'"), ("", {"answer": 7}, "no field 'question'"),
-    ("", RECORD | {"answer": "So.\n#### 7 or 8"}, "answer is 'So.\\n#### 7 or 8', not a number, which --answer number"),
+    ("", RECORD | {"answer": "So.\n#### 7 or 8"}, "answer is 'So.\\n#### 7 or 8', not a number, as --answer number"),
     ("", RECORD | {"answer": "B"}, "answer is 'B', not a number"),
+    ("", RECORD | {"answer": "Apollo 11"}, "answer is 'Apollo 11', not a number"),
+    ("", CHOICES | {"answer": "B minor"}, "answer is 'B minor', not the letter of a choice"),
     ("", RECORD | {"answer": True}, "answer is True, not a number or text"),
     ("", RECORD | {"answer": ""}, "answer is '', not"), ("", RECORD | {"question": 5}, "question is 5, not text"),
+    ("", RECORD | {"solution": "3 + 4 = 8\n#### 8"}, "solution ends in '8', and answer is '7'"),
+    ("text", RECORD | {"solution": "So.\nFinal answer: eight."}, "solution ends in 'eight.', and answer is '7'"),
     ("", RECORD | {"solution": 5}, "solution is 5, not text"), ("", RECORD | {"id": [1]}, "id is [1], not a number or"),
-    ("", CHOICES | {"answer": "D"}, "answer is 'D', not the letter of a choice, which --answer letter expects"),
+    ("", CHOICES | {"answer": "D"}, "answer is 'D', not the letter of a choice, as --answer letter expects"),
     ("", CHOICES | {"answer": "seven"}, "answer is 'seven', not the letter of a choice"),
     ("", CHOICES | {"answer": 2}, "answer is '2', not the letter of a choice"),
     *(("letter", CHOICES | {"choices": choices}, "choices is ") for choices in (
@@ -207,7 +211,8 @@ PROBLEM = data.Problem("p-1", "What is 3 + 4?", "7", "3 + 4")
 
 
 def reward_file(path: Path, body: str) -> str:
-    path.write_text(f"from rewards import Grade, grade\n\n\ndef score(text, problem):\n    {body}\n")
+    path.write_text("import decimal, numpy, torch\nfrom rewards import grade\n\n"
+                    f"def score(text, problem):\n    {body}\n")
     return f"{path}:score"
 
 
@@ -216,15 +221,17 @@ def reward_file(path: Path, body: str) -> str:
     ("return -3", ("wrong", -3.0)), ("return problem.answer in text", ("correct", 1.0)),
     ("return False", ("wrong", 0.0)), ("return 'correct'", ("correct", 1.0)), ("return 'unparsed'", ("unparsed", 0.0)),
     ("return grade('#### 7', problem.answer, 'number')", ("correct", 1.0)),
-    ("return __import__('numpy').float32(2)", ("correct", 2.0))])
+    *((f"return {value}", ("correct", 1.0)) for value in (
+        "numpy.float32(1)", "numpy.bool_(True)", "torch.ones(())", "decimal.Decimal(1)"))])
 def test_what_a_reward_may_return(body, expected, tmp_path):
     assert judge_by(reward_file(tmp_path / "my.py", body), "7", PROBLEM, 0.8) == Grade(expected[0], None, expected[1])
 
 
 @pytest.mark.parametrize("body, said", [
     ("return float('nan')", "returns nan"), ("return float('-inf')", "returns -inf"), ("return None", "returns None"),
+    ("return 10**400", "returns 1000"),
     ("return 'good'", "returns 'good'"), ("return [1.0]", r"returns \[1.0\]"),
-    ("return __import__('torch').ones(2)", r"returns tensor"),
+    ("return torch.ones(2)", r"returns tensor"),
     ("return 1 / (len(text) - 5)", r"fails: ZeroDivisionError\('division by zero'\) in .*my.py, line 5")])
 def test_what_a_reward_may_not_return(body, said, tmp_path):
     """A NaN would be a wrong answer to IRPO and the end of every weight to PPO."""
@@ -346,9 +353,12 @@ def test_a_reward_takes_the_place_of_the_grader_in_training(page, writer, capsys
         assert any(s["verdict"] == "correct" for s in samples)
     paths = read_lines(Path("runs/my-rft/iter1/paths.jsonl"))
     assert len(paths) == sum(s["verdict"] == "correct" and s["finished"] for s in samples)
-    call(reft, *commands["reft"], "--partial_reward", "0.1")
-    rewards = [record["reward"] for record in read_lines(Path("runs/my-reft/iter1/train.jsonl"))]
-    assert len(rewards) == 2 and all(0.25 <= reward <= 0.75 for reward in rewards)
+    call(reft, *commands["reft"], "--eval_every", "1")
+    records = read_lines(Path("runs/my-reft/iter1/train.jsonl"))
+    assert len(records) == 2 and all(0.25 <= record["reward"] <= 0.75 for record in records)
+    assert {record["accuracy"] for record in records} == {0.0}  # 1 or more is right
+    [measured] = [sample for row in read_lines(Path("runs/my-reft/iter1/eval_dev.jsonl")) for sample in row["samples"]]
+    assert records[-1]["dev"]["verdicts"] == {measured["verdict"]: 1.0}
 
 
 def test_a_reward_that_fails_does_so_before_sampling(page, writer, capsys):
@@ -362,8 +372,9 @@ def test_a_reward_that_fails_does_so_before_sampling(page, writer, capsys):
 def test_evaluation_measures_by_a_reward_and_does_not_grade_it_again(page, writer, capsys):
     reward_file(page / "my_reward.py", "return True")
     flags = ["--task", "my.jsonl", "--prompt", "my_prompt.txt", "--model", writer, "--max_new_tokens", "40"]
-    call(evaluation, *flags, "--reward", "my_reward.py:score", "--run_dir", "a")
-    assert json.loads(Path("a/eval.json").read_text())["accuracy"] == 1
+    call(evaluation, *flags, "--reward", "my_reward.py:score", "--run_dir", "a", "--num_samples", "2")
+    found = json.loads(Path("a/eval.json").read_text())
+    assert found["accuracy"] == found["maj@2"] == 1  # votes are counted on answers, as ever
     assert "was judged by --reward my_reward.py:score" in refusal(capsys, evaluation, "--rescore",
                                                                    "a/eval_samples.jsonl")
     call(evaluation, *flags, "--run_dir", "b")

@@ -11,7 +11,7 @@ CLOSE = dict(rtol=0, atol=2e-4)  # logits here are about 1 to 5
 SHAPES = {
     "mha": dict(num_key_value_heads=4), "gqa": dict(num_key_value_heads=2), "mqa": dict(num_key_value_heads=1),
     "llama3": dict(rope_scaling=LLAMA3), "tied": dict(tie_word_embeddings=True), "bias": dict(attention_bias=True),
-    "wide heads": dict(head_dim=12), "epsilon": dict(rms_norm_eps=0.3),
+    "wide heads": dict(head_dim=12), "q and k norms": dict(qk_norm=True), "epsilon": dict(rms_norm_eps=0.3),
 }
 
 close = torch.testing.assert_close

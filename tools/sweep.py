@@ -19,7 +19,8 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from infra.run import ROOT, edited_files, source_copies
+
 ALL = json.loads((ROOT / "results" / "tables.json").read_text(encoding="utf-8"))
 TABLES = ALL["tables"]
 for tuned in sorted(ROOT.glob("results/tune/*.json")):  # what tools/tune.py has found, for cells of tables
@@ -62,6 +63,15 @@ def needs(run: str) -> list[str]:
 def done(run: str) -> bool:
     """Tell whether the last file is there: of a cell, a base model or labelled samples."""
     return any(Path(run, name).exists() for name in ("results.json", "model", "eval_samples.jsonl"))
+
+
+def edited(run: str) -> list[str]:
+    """Name the files that have been edited since a run was made, without those of other methods."""
+    import irpo  # noqa: F401 (here, since they load torch, and their files and those that they load count)
+    import reft  # noqa: F401
+    import rft  # noqa: F401
+    others = {"irpo.py", "reft.py", "rft.py"} - {command(run).split()[0]}
+    return [name for copy in source_copies(Path(run))[-1:] for name in edited_files(copy) if name not in others]
 
 
 def copy_shared(run: str) -> None:
@@ -143,6 +153,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, or processes, of a run, under torchrun")
     parser.add_argument("--list", action="store_true", help="only print the commands")
+    parser.add_argument("--anyway", action="store_true", help="keep runs that were made before the code was edited")
     args = parser.parse_args()
     table = TABLES[args.table]
     cells, seeds = args.cells or [*table["cells"]], args.seeds or table["seeds"]
@@ -156,6 +167,11 @@ def main() -> None:
         return
     if args.table == "reft-sweep":
         runs += [f"runs/reft/reft/s{seed}" for seed in seeds]
+
+    used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run) and not args.anyway]
+    if old := [f"  {run}: {', '.join(names)}" for run in used if (names := edited(run))]:
+        sys.exit("\n".join(["these runs were made before files were edited:", *old,
+                            "Remove the runs to make them again, or give --anyway to keep them."]))
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -1,7 +1,7 @@
 """Tune every method with the same budget: settings drawn at random, judged on dev, on seeds that no table uses.
 
-    python -m tools.tune toy --jobs 2     # results/tune/toy.json: every setting, its dev accuracies, and the best one
-    python -m tools.tune toy --list       # the settings, as commands
+    python -m tools.tune real --jobs 2    # results/tune/real.json: every setting, its dev accuracies, and the best one
+    python -m tools.tune real --list      # the settings, as commands
 
 What is tuned is in results/tables.json, under "tune". Cells of tables use the best settings as {BEST_NAME_METHOD}. A
 setting's score is the mean over seeds of the last iteration's dev accuracy; a run that fails, such as one whose weights
