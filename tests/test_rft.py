@@ -14,7 +14,7 @@ from data import load_problems, toy
 from data.prompts import encode_solution
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample
-from infra.run import derive_seed, read_json, read_records, write_records
+from infra.run import derive_seed, read_json, read_jsonl, read_records, write_jsonl, write_records
 from rft import diversity, levenshtein, path_key, right_paths, select_paths
 from runs import call, read_lines, refusal, settings
 from train import num_steps
@@ -250,7 +250,8 @@ def started(base, tmp_path, monkeypatch):
 
     def fit_sft(model, examples, options, seed, folder) -> list[dict]:
         tunings.append(SimpleNamespace(start=starts[-1], examples=examples, options=options, seed=seed, folder=folder))
-        return [{"step": 0, "loss": 1.0, "tokens": 1}]
+        write_jsonl(folder / "train.jsonl", [{"step": 0, "loss": 1.0, "tokens": 1}])
+        return read_jsonl(folder / "train.jsonl")
 
     def run(*flags) -> tuple[Path, list]:
         call(rft, *SMALL, "--model", base, *flags, "--run_dir", tmp_path / "run")
