@@ -236,7 +236,7 @@ def test_a_chat_model_is_sampled_and_shown_in_its_template(tmp_path, monkeypatch
     save_model(model, tmp_path / "model")
     byte_level(tmp_path / "model", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"], CHATML, "<|endoftext|>")
     (tmp_path / "test.jsonl").write_text(json.dumps(dict(question="<|im_end|>?", answer="It is 4.\n#### 4")) + "\n")
-    where = ["--model", tmp_path / "model", "--task", "gsm8k", "--path", tmp_path / "test.jsonl"]
+    where = ["--model", tmp_path / "model", "--task", "gsm8k", "--path", tmp_path]
     for flags, ended in (["--chat", "own"], True), ([], False):
         call(evaluation, *where, "--max_new_tokens", "3", "--run_dir", tmp_path / str(ended), *flags)
         said = capsys.readouterr().out

@@ -1,4 +1,5 @@
 """Tables of many runs: which commands, in which order, and what happens when one fails."""
+import math
 import os
 import sys
 from pathlib import Path
@@ -6,8 +7,8 @@ from pathlib import Path
 import pytest
 from commands import command_faults
 
-from infra.run import copy_source
-from tools import sweep
+from infra.run import copy_source, write_json
+from tools import sweep, tune
 
 
 class Process:
@@ -79,6 +80,10 @@ def test_commands(run, words):
 
 def test_every_command_parses(tmp_path, monkeypatch):
     """A flag that is renamed in a script and not in a table would be seen only after an hour of other cells."""
+    for name in sweep.ALL["tune"]:
+        monkeypatch.setitem(sweep.TABLES, f"tune-{name}", tune.table_of(name))
+        for method, [first, *_] in tune.settings(name).items():
+            monkeypatch.setitem(sweep.ALL["parts"], f"BEST_{name}_{method}", first)
     runs = [f"{table['folder']}/{cell}/s0" for table in sweep.TABLES.values() for cell in table["cells"]]
     monkeypatch.chdir(tmp_path)
     commands = {sweep.command(run) for run in sweep.missing(runs)}
@@ -186,3 +191,29 @@ def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sweep.copy_shared(f"runs/{run}")
     assert not list(tmp_path.iterdir())
+
+
+# --- tuning ----------------------------------------------------------------------------------------
+
+def test_settings_are_drawn_from_all_parts_of_their_ranges():
+    """Twelve draws at random can leave out the half of a range in which a method is at its best."""
+    space = {"lr": {"low": 1e-6, "high": 1e-2}, "epochs": [1, 2]}
+    settings = [flags.split() for flags in tune.drawn(space, 4, "irpo")]
+    assert sorted(math.floor(math.log10(float(rate))) for _, rate, _, _ in settings) == [-6, -5, -4, -3]
+    assert sorted(epochs for *_, epochs in settings) == ["1", "1", "2", "2"]
+    assert tune.drawn(space, 4, "irpo") == tune.drawn(space, 4, "irpo") != tune.drawn(space, 4, "dpo")
+
+
+def test_the_best_setting_is_that_with_the_highest_mean_dev_accuracy(tmp_path, monkeypatch):
+    """On dev, after the last iteration, over all seeds; a run that failed counts as 0."""
+    monkeypatch.chdir(tmp_path)
+    method = {"command": "{IRPO}", "space": {"lr": [1e-4, 2e-4, 3e-4]}}
+    monkeypatch.setitem(sweep.ALL, "tune", {"x": {"seeds": [8, 9], "draws": 3, "methods": {"irpo": method}}})
+    accuracies = {(0, 8): 0.9, (0, 9): 0.2, (1, 8): 0.6, (1, 9): 0.7, (2, 8): 1.0}
+    for (i, seed), accuracy in accuracies.items():
+        rows = [{"split": split, "iteration": t, "accuracy": found} for split, t, found in (
+            ("dev", 1, 1.0), ("test", 2, 1.0), ("dev", 2, accuracy))]
+        write_json(tmp_path / f"runs/tune-x/irpo-{i}/s{seed}/results.json", rows)
+    found = tune.record("x")
+    assert [one["dev"] for one in found["methods"]["irpo"]["tried"]] == [[0.9, 0.2], [0.6, 0.7], [1.0, 0.0]]
+    assert found["methods"]["irpo"]["best"] == tune.settings("x")["irpo"][1] and found["seeds"] == [8, 9]

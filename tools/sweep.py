@@ -35,8 +35,11 @@ def command(run: str) -> str:
     name, seed = re.fullmatch(r"runs/(.+)[-/]s(\d+)", run).groups()
     folder, _, cell = name.partition("/")
     text = table_of(folder)["cells"][cell] if cell else ALL["starts"][name]
-    while "{" in text:  # parts have parts
-        text = text.format(seed=seed, run=run, **ALL["parts"])
+    try:
+        while "{" in text:  # parts have parts
+            text = text.format(seed=seed, run=run, **ALL["parts"])
+    except KeyError as error:
+        raise SystemExit(f"{run} needs {error}, which tools/tune.py finds: run it first") from None
     return text
 
 
@@ -161,7 +164,7 @@ def main() -> None:
         parser.error(f"--cells {' '.join(sorted(unknown))}: choose from {' '.join(table['cells'])}")
     if min(args.jobs, args.gpus, min(seeds) + 1) < 1:
         parser.error("--jobs and --gpus start at 1, and --seeds at 0")
-    runs = [f"{table['folder']}/{cell}/s{seed}" for cell in cells for seed in seeds]
+    runs = [f"{table['folder']}/{cell}/s{seed}" for seed in seeds for cell in cells]
     if args.list:
         print(*(f"python {command(run)}" for run in runs), sep="\n")
         return
