@@ -252,7 +252,7 @@ class Pieces:
 
     def files(self) -> list[Path]:
         found = self.path.parent.glob("*.part*") if self.path else ()
-        return [file for file in found if file.name.startswith(f"{self.path.name}.part")]
+        return [file for file in found if file.stem == self.path.name]
 
     def read(self) -> list:
         """Return the pieces that all ranks had finished before this run."""

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from infra import parallel
 from infra.config import Options, option, parse_config
-from infra.run import hash_of, log, once, open_run, read_json, read_jsonl, read_records, run_script, write_json
+from infra.run import Pieces, hash_of, log, once, open_run, read_json, read_jsonl, read_records, run_script, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -258,6 +259,24 @@ def test_a_damaged_file_is_refused(tmp_path, damage, said):
     path.write_text(damage(path.read_text()))
     with pytest.raises(SystemExit, match=f"{path}.*{said}"):
         once(path, list, Record, dict(weights="x"))
+
+
+def test_pieces_of_all_ranks_count(tmp_path, monkeypatch):
+    """A rule that only rank 0 appends to files once lost those of the others. A line that a kill cut short does not
+    spoil the next."""
+    ours = Pieces(tmp_path / "a.jsonl", "seed 0")
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        ours.add([rank, "x"])
+        with open(tmp_path / f"a.jsonl.part{rank}", "a") as file:
+            file.write('0f [1, "half')
+        ours.add([rank, "y"])
+        Pieces(tmp_path / "a.jsonl", "seed 1").add("of another run")
+    monkeypatch.setattr(parallel, "rank", lambda: 0)
+    Pieces(tmp_path / "a.jsonl.part", "seed 0").add("of another file")
+    assert sorted(ours.read()) == [[0, "x"], [0, "y"], [1, "x"], [1, "y"]]
+    Pieces(tmp_path / "a.jsonl").remove()
+    assert not ours.read()
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):
