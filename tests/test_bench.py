@@ -43,6 +43,16 @@ def test_an_engine_that_samples_too_little_is_caught(job, monkeypatch):
         bench.measure(job | {"half": "sampling", "engine": "lazy"})
 
 
+def test_more_rows_are_not_tried_after_a_long_measurement(job, monkeypatch):
+    """1,024 rows of 135 million parameters would take an engine half an hour for each N."""
+    engine = bench.Engine(lambda job: lambda prompts, n, new_tokens: len(prompts) * n * new_tokens)
+    monkeypatch.setitem(bench.ENGINES["sampling"], "fast", engine)
+    work = job | {"half": "sampling", "engine": "fast", "rows": [8, 16]}
+    assert [r["rows"] for r in bench.measure(work)] == [8, 16, 8, 16]
+    monkeypatch.setattr(bench, "ENOUGH", 0)
+    assert [r["rows"] for r in bench.measure(work)] == [8, 8]
+
+
 def test_prompts_do_not_depend_on_how_many_there_are(job):
     """Engines are timed on different numbers of rows: these must be the same prompts."""
     few, many = bench.random_prompts(job, 2), bench.random_prompts(job, 100)
@@ -108,9 +118,9 @@ def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsy
     assert asked == 3 * [("ours", sys.executable, None), ("trl", "/bin/true", "sdpa"), ("trl", "/bin/true", "eager")]
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
-    assert "| toy |  | ours |  | 32 | 500 (400 to 1,000) | 125 | 70 | **1.0** |" in text
-    assert "| toy |  | trl | sdpa | 32 | 100 (90 to 800) | 25 | 70 | **5.0** |" in text
-    assert "| toy |  | trl | eager | 32 | 60 (50 to 70) | 15 | 70 | **8.3** |" in text
+    assert "| toy |  | ours |  | 32 | 3 | 500 (400 to 1,000) | 125 | 70 | **1.0** |" in text
+    assert "| toy |  | trl | sdpa | 32 | 3 | 100 (90 to 800) | 25 | 70 | **5.0** |" in text
+    assert "| toy |  | trl | eager | 32 | 3 | 60 (50 to 70) | 15 | 70 | **8.3** |" in text
     record = json.loads((tmp_path / "bench.json").read_text())
     assert len(record["training"]) == 27 and record["commit"] and record["machine"]
 
@@ -119,15 +129,14 @@ def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(mo
     monkeypatch.setitem(bench.ENGINES, "sampling", {
         "ours": bench.Engine(bench.sample_ours),
         "absent": bench.Engine(bench.sample_ours, packages=("no_such_package",))})
-    monkeypatch.setitem(bench.ROWS, "toy", (32,))
-    run_main(monkeypatch, "--halves", "sampling", "--shapes", "toy", "--rounds", 1, "--new_tokens", 2,
+    run_main(monkeypatch, "--halves", "sampling", "--shapes", "toy", "--rounds", 1, "--rows", 32, "--new_tokens", 2,
              "--out", tmp_path)
     assert "absent is left out: no Python with no_such_package" in capsys.readouterr().out
     results = json.loads((tmp_path / "bench.json").read_text())["sampling"]
     assert [(r["num_samples"], r["tokens"], r["engine"]) for r in results] == [(n, 64, "ours") for n in bench.SAMPLES]
 
 
-@pytest.mark.parametrize("flags", [["--rounds", 0], ["--threads", 0], ["--shapes", "huge"],
+@pytest.mark.parametrize("flags", [["--rows", 31], ["--rounds", 0], ["--threads", 0], ["--shapes", "huge"],
                                    ["--peers", sys.executable, "no/such/python"]], ids=str)
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, flags):
     """Before minutes of work, not after."""

@@ -45,10 +45,10 @@ SHAPES = {  # random weights
     "6.5m": ModelConfig(4096, 256, 704, 6, 8, 4, 32),
     "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),  # SmolLM2's
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's
-ROWS = {"toy": (256, 1024), "6.5m": (64, 256), "1b": (1024,)}  # responses at once; others: 64
 TRAINED = ("toy", "6.5m", "1b")
 SAMPLES = (1, 8, 16, 32)  # responses to a prompt
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ENOUGH = 5  # seconds: where sampling took longer, more rows at once are not tried
 BATCH, STEPS = 32, 4  # pairs of a training step, steps of an epoch
 WORDS = {0: "<unk>", 1: "<s>", 2: "</s>"}  # other tokens are t3, t4, ...
 BOS, EOS = 1, 2
@@ -219,6 +219,8 @@ def time_sampling(run: Callable, job: dict) -> Iterator[dict]:
             if tokens != rows * job["new_tokens"]:
                 raise SystemExit(f"{job['engine']} sampled {tokens} tokens, not what was asked for")
             yield {"num_samples": n, "rows": rows, "tokens": tokens, "cpu": cpu, "wall": wall}
+            if cpu > ENOUGH:
+                break
 
 
 def time_training(run: Callable, job: dict) -> Iterator[dict]:
@@ -359,11 +361,11 @@ def table(results: list[dict]) -> str:
         groups.setdefault(key, {}).setdefault(result["rows"], []).append(result)
     best = {key: max(by_rows.values(), key=lambda group: median(rates(group, speed)))
             for key, by_rows in groups.items()}
-    lines = ["| model | N | engine | setting | rows | tokens per CPU second (lowest to highest) | per second | peak MB "
-             "| ours is faster by |", "|---|---:|---|---|---:|---:|---:|---:|---:|"]
+    lines = ["| model | N | engine | setting | rows | rounds | tokens per CPU second (lowest to highest) | per "
+             "second | peak MB | ours is faster by |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
     for (shape, n, engine, setting), group in sorted(best.items(), key=lambda item: [*groups].index(item[0])):
         cpu, ours = rates(group, "cpu"), best[shape, n, "ours", ""]
-        lines.append(f"| {shape} | {n} | {engine} | {setting} | {group[0]['rows']} | {median(cpu):,.0f} "
+        lines.append(f"| {shape} | {n} | {engine} | {setting} | {group[0]['rows']} | {len(group)} | {median(cpu):,.0f} "
                      f"({min(cpu):,.0f} to {max(cpu):,.0f}) | {median(rates(group, 'wall')):,.0f} "
                      f"| {median(result['peak_mb'] for result in group):,.0f} "
                      f"| **{median(rates(ours, speed)) / median(rates(group, speed)):.1f}** |")
@@ -389,6 +391,7 @@ class Config(Options):
     halves: tuple[str, ...] = option(("sampling", "training", "parts"), "what is measured; parts: where the time goes",
                                      choices=("sampling", "training", "parts"))
     shapes: tuple[str, ...] = option(("toy", "6.5m", "135m"), "sizes of the random models", choices=SHAPES)
+    rows: tuple[int, ...] = option((64, 256, 1024), "responses at once; the best of each engine counts", low=32)
     prompt_tokens: int = option(65, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
     micro_batch_tokens: int = option(4096, "of our training", low=1)
@@ -400,7 +403,8 @@ class Config(Options):
     out: str = option("results/bench", "folder of bench.md and bench.json")
 
 
-PRESETS = {"gpu": dict(shapes=("1b",), prompt_tokens=512, new_tokens=512, micro_batch_tokens=16384, dtype="bf16")}
+PRESETS = {"gpu": dict(shapes=("1b",), rows=(1024,), prompt_tokens=512, new_tokens=512, micro_batch_tokens=16384,
+                       dtype="bf16")}
 
 
 def compare(config: Config, found: dict) -> Iterator[None]:
@@ -409,8 +413,8 @@ def compare(config: Config, found: dict) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         for shape in config.shapes:
             write_model(shape, Path(folder) / shape)
-            job = asdict(config) | {"shape": shape, "model": f"{folder}/{shape}", "rows": ROWS.get(shape, (64,)),
-                                    "engine": "ours", "setting": ""}
+            job = asdict(config) | {"shape": shape, "model": f"{folder}/{shape}", "engine": "ours",
+                                    "setting": ""}
             if "parts" in config.halves and shape == "toy":
                 found["parts"] = measure_elsewhere(sys.executable, job | {"half": "parts"})
             for _ in range(config.rounds):
@@ -435,8 +439,7 @@ def main() -> None:
             raise SystemExit(f"--peers {python}: there is no such program")
     record = dict(line.split(None, 1) for line in run_card().splitlines())
     text = "# Benchmark\n\n" + "".join(f"- {name}: {value}\n" for name, value in record.items())
-    text += (f"- {config.dtype}, {config.threads} threads, {config.rounds} rounds; load of the machine at the start "
-             f"{os.getloadavg()[0]:.1f}\n")
+    text += (f"- {config.dtype}, {config.threads} threads; load of the machine at the start {os.getloadavg()[0]:.1f}\n")
     found = {half: [] for half in config.halves}
     for _ in compare(config, found):
         write_json(Path(config.out) / "bench.json", record | found)
