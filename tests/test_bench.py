@@ -91,8 +91,9 @@ def test_busy_compares_what_each_run_chose(monkeypatch):
     spinning, Popen = [], subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command: spinning.append(Popen(command)) or spinning[-1])
     monkeypatch.setattr(subprocess, "run", train)
-    assert bench.busy() == ("a training step takes 0.100 s with 2 threads on the machine as it is, 0.200 s with 1 "
-                            "beside one more busy process: 2.00 times as long")
+    assert bench.busy() == (
+        "a training step takes 0.100 s on the machine as it is (threads chosen: 2), 0.200 s beside one more busy "
+        "process (threads chosen: 1), 2.00 times as long")
     assert started == [0, 1] and spinning[0].wait(10) < 0
 
 

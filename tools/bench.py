@@ -305,8 +305,8 @@ def busy() -> str:
             for process in spinning:
                 process.kill()
     (alone, threads), (beside, fewer) = found
-    return (f"a training step takes {alone:.3f} s with {threads} threads on the machine as it is, {beside:.3f} s with "
-            f"{fewer} beside one more busy process: {beside / alone:.2f} times as long")
+    return (f"a training step takes {alone:.3f} s on the machine as it is (threads chosen: {threads}), {beside:.3f} s "
+            f"beside one more busy process (threads chosen: {fewer}), {beside / alone:.2f} times as long")
 
 
 # --- all of them, in turns -------------------------------------------------------------------------
@@ -328,9 +328,9 @@ def pythons_of(half: str, peers: tuple[str, ...]) -> dict[str, str]:
     """Find for each engine a Python that has its packages; say which engines are left out."""
     found = {}
     for name, engine in ENGINES[half].items():
-        imports = f"import {', '.join(('torch', *engine.packages))}"
+        has = "import sys, importlib.util as util; sys.exit(not all(map(util.find_spec, sys.argv[1:])))"
         for python in (*peers[::-1], sys.executable):  # the last that has them
-            if subprocess.run([python, "-c", imports], capture_output=True).returncode == 0:
+            if subprocess.run([python, "-c", has, "torch", *engine.packages]).returncode == 0:
                 found[name] = python
         if name not in found:
             print(f"{name} is left out: no Python with {', '.join(engine.packages)} (see --peers)")
