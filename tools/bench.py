@@ -46,7 +46,6 @@ SHAPES = {  # random weights
     "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),  # SmolLM2's
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's
 TRAINED = ("toy", "6.5m", "1b")
-SAMPLES = (1, 8, 16, 32)  # responses to a prompt
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENOUGH = 5  # seconds: where sampling took longer, more rows at once are not tried
 BATCH, STEPS = 32, 4  # pairs of a training step, steps of an epoch
@@ -209,7 +208,7 @@ def clock() -> tuple[float, float]:
 
 def time_sampling(run: Callable, job: dict) -> Iterator[dict]:
     draw = run(job)
-    for n in SAMPLES:
+    for n in job["num_samples"]:
         for rows in job["rows"]:
             prompts = random_prompts(job, rows // n)
             draw(prompts, n, 4)
@@ -393,6 +392,7 @@ class Config(Options):
                                      choices=("sampling", "training", "parts"))
     shapes: tuple[str, ...] = option(("toy", "6.5m", "135m"), "sizes of the random models", choices=SHAPES)
     rows: tuple[int, ...] = option((64, 256, 1024), "responses at once; the best of each engine counts", low=32)
+    num_samples: tuple[int, ...] = option((1, 8, 16, 32), "responses to a prompt", low=1, high=32)
     prompt_tokens: int = option(65, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
     micro_batch_tokens: int = option(4096, "of our training", low=1)
