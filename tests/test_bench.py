@@ -127,6 +127,20 @@ def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsy
     assert len(record["training"]) == 27 and record["commit"] and record["machine"]
 
 
+def test_a_measurement_that_fails_keeps_those_before_it(monkeypatch, tmp_path):
+    """A peer that broke after hours, in the middle of a round, took all that was measured in the round with it."""
+    def fake(python: str, job: dict) -> list[dict]:
+        if job["engine"] == "trl":
+            raise SystemExit("the measurement failed")
+        return [job | {"num_samples": "", "rows": 32, "tokens": 1000, "cpu": 2, "wall": 4, "peak_mb": 70.0}]
+
+    monkeypatch.setattr(bench, "measure_elsewhere", fake)
+    monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"ours": "", "trl": ""})
+    with pytest.raises(SystemExit, match="the measurement failed"):
+        run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path)
+    assert "| toy |  | ours |  | 32 | 1 | 500 (500 to 500) | 250 |" in (tmp_path / "bench.md").read_text()
+
+
 def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(monkeypatch, tmp_path, capsys):
     """What is asked for and not there to measure, like the parts of the time of another model, is left out, too."""
     monkeypatch.setitem(bench.ENGINES, "sampling", {

@@ -409,7 +409,7 @@ PRESETS = {"gpu": dict(shapes=("1b",), rows=(1024,), prompt_tokens=512, new_toke
 
 
 def compare(config: Config, found: dict) -> Iterator[None]:
-    """Measure all engines and settings in turns, and add results to `found`; yield after each round of a shape."""
+    """Measure all engines and settings in turns, and add results to `found`; yield after each measurement."""
     pythons = {half: pythons_of(half, config.peers) for half in ENGINES}
     with tempfile.TemporaryDirectory() as folder:
         for shape in config.shapes:
@@ -425,7 +425,7 @@ def compare(config: Config, found: dict) -> Iterator[None]:
                         for setting, changes in ENGINES[half][name].settings.items():
                             found[half] += measure_elsewhere(python, job | changes | {
                                 "half": half, "engine": name, "setting": setting})
-                yield
+                            yield
 
 
 def main() -> None:
