@@ -90,7 +90,7 @@ eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k 
 
 tables: setup  ## 3 seeds of TABLE="irpo rft reft", or ablate-nll, reft-tune, reft-sweep; JOBS=2: 27 minutes for irpo
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true
-bench: .venv/development  ## our sampling and training, transformers' generate and TRL's training step (30 minutes)
+bench: .venv/development  ## our sampling and training beside other programs (2 hours; ARGS="--shapes toy": 15 minutes)
 	$(PY) -m tools.bench --out results/bench $(ARGS)
 report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
 	$(PY) -m tools.report $(RUNS)
