@@ -252,6 +252,9 @@ def test_groups_of_seeds_are_compared(tmp_path):
     assert table_cell(text, head, "difference").startswith("+60 ± 2")
     assert "− alpha 0.5, M1" not in text
     assert "alpha 0.5 has no seed and question in common with alpha 1.0, so they are not compared." in text
+    file.unlink()  # an accuracy alone is not compared with answers
+    call(report, tmp_path / "a", other)
+    assert "alpha 0.5 has no seed and question in common" in (tmp_path / "a" / "report.md").read_text()
 
 
 def test_measures_that_no_table_knows_are_shown(tmp_path):

@@ -334,7 +334,8 @@ def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
         ends = (name, other_name) if label == other else (f"{label}, {name}", f"{other}, {other_name}")
         models = pick(cells[label], name), pick(cells[other], other_name)
         right = [{seed: by_question(*one, "accuracy") for seed, one in side.items()} for side in models]
-        if not (between := difference(*right, "points")) or "" in right[0][next(iter(between["values"]))]:
+        gone = any("" in values for side in right for values in side.values())  # the answers, not their share
+        if gone or not (between := difference(*right, "points")):
             continue
         judge([between])
         changed, counts = [], []
