@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from infra import InputError
 from infra.hardware import dtype_of
 from infra.parallel import barrier, by_first, device, full_weight, rank, shard_like, split_over_ranks, world
 from infra.run import fresh_directory, hash_of, put_in_place, read_json, write_json
@@ -46,16 +47,16 @@ def load_config(directory: str | Path) -> ModelConfig:
     path = Path(directory) / "config.json"
     if not path.is_file():
         meta = (path.parent / "params.json").is_file()
-        raise SystemExit(f"{path} does not exist: give a directory with config.json and weights" + (
+        raise InputError(f"{path} does not exist: give a directory with config.json and weights" + (
             ". This one is Meta's: transformers' convert_llama_weights_to_hf writes such a directory" if meta else ""))
     raw = read_object(path)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 4 or 5
     if not isinstance(rope, dict):
-        raise SystemExit(f"{path} is not supported: rope scaling is {rope!r}, not an object")
+        raise InputError(f"{path} is not supported: rope scaling is {rope!r}, not an object")
     before_scaling = raw.get("original_max_position_embeddings") or raw.get("max_position_embeddings")
     rope = {"rope_theta": raw.get("rope_theta", 10000.0), "original_max_position_embeddings": before_scaling} | rope
     if faults := config_faults(raw, rope):
-        raise SystemExit(f"{path} is not supported: {'; '.join(faults)}")
+        raise InputError(f"{path} is not supported: {'; '.join(faults)}")
     llama3 = rope.get("rope_type", rope.get("type")) == "llama3"
     width = 128 if raw["model_type"] == "qwen3" else raw["hidden_size"] // raw["num_attention_heads"]  # as transformers
     return ModelConfig(
@@ -75,7 +76,7 @@ def read_object(path: Path, absent: dict | None = None) -> dict:
     """Read a JSON object; return `absent`, if that is given, where there is no such file."""
     value = absent if absent is not None and not path.is_file() else read_json(path)
     if not isinstance(value, dict):
-        raise SystemExit(f"{path} holds a JSON {type(value).__name__}, not an object")
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not an object")
     return value
 
 
@@ -157,7 +158,7 @@ def load_model(directory: str | Path, device: str = "cpu", dtype: torch.dtype | 
         else:
             set_weight(model, name, file.get_tensor(name).to(device, dtype))
     if spare_head is not None and not torch.equal(spare_head.to(device, dtype), model.lm_head.weight):
-        raise SystemExit(f"{directory}: tie_word_embeddings is true in config.json, and lm_head.weight differs from "
+        raise InputError(f"{directory}: tie_word_embeddings is true in config.json, and lm_head.weight differs from "
                          "model.embed_tokens.weight")
     return model
 
@@ -198,22 +199,22 @@ def weight_files(directory: Path) -> list[Path]:
     index, files = directory / INDEX, [path.name for path in sorted(directory.glob("model*.safetensors"))]
     if not index.is_file():
         if not files and list(directory.glob("*.bin")):
-            raise SystemExit(f"{directory} has only pickled weights (*.bin), which are never loaded: a pickle can run "
+            raise InputError(f"{directory} has only pickled weights (*.bin), which are never loaded: a pickle can run "
                              "code. Where you trust it, transformers writes safetensors: "
                              f"AutoModelForCausalLM.from_pretrained('{directory}').save_pretrained(NEW)")
         if len(files) != 1:
-            raise SystemExit(f"{directory} has {listed(files) or 'no model.safetensors'}, and no {INDEX} that says "
+            raise InputError(f"{directory} has {listed(files) or 'no model.safetensors'}, and no {INDEX} that says "
                              "which files belong together: fetch what is missing")
         return [directory / files[0]]
 
     weight_map = read_object(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):
-        raise SystemExit(f"{index} has no weight_map from tensors to files of its directory")
+        raise InputError(f"{index} has no weight_map from tensors to files of its directory")
     if missing := [name for name in names if not (directory / name).is_file()]:
-        raise SystemExit(f"{index} names {listed(missing)}, which do not exist: fetch the missing files")
+        raise InputError(f"{index} names {listed(missing)}, which do not exist: fetch the missing files")
     if "model.safetensors" in set(files) - set(names):
-        raise SystemExit(f"{directory} has {INDEX} and a model.safetensors that it does not name: remove one of the "
+        raise InputError(f"{directory} has {INDEX} and a model.safetensors that it does not name: remove one of the "
                          "two models")
     return [directory / name for name in names]
 
@@ -224,7 +225,7 @@ def stored(files: list[Path]) -> Iterator[tuple[str, safe_open]]:
         try:
             file = safe_open(path, framework="pt")
         except SafetensorError as error:
-            raise SystemExit(f"{path} is not a complete safetensors file: {error}. Fetch it again") from None
+            raise InputError(f"{path} is not a complete safetensors file: {error}. Fetch it again") from None
         with file:
             yield from ((name, file) for name in file.keys() if not name.endswith(ROTARY_TABLE))
 
@@ -247,7 +248,7 @@ def check_names(directory: Path, model: Llama, files: list[Path]) -> None:
         if names:
             faults.insert(0, f"{fault}: {listed(sorted(names))}")
     if faults:
-        raise SystemExit(f"{directory}: the weights are not those of its config.json: {listed(faults, '; ')}")
+        raise InputError(f"{directory}: the weights are not those of its config.json: {listed(faults, '; ')}")
 
 
 def listed(names: list[str], comma: str = ", ") -> str:
@@ -314,7 +315,7 @@ def write_weights(model: Llama, folder: Path) -> None:
             if rank() == 0:
                 save_file(full, folder / file, metadata={"format": "pt"})
         except (SafetensorError, OSError) as error:
-            raise SystemExit(f"{folder} cannot be written: {error}. Free some space and run it again") from None
+            raise InputError(f"{folder} cannot be written: {error}. Free some space and run it again") from None
     if len(parts) > 1:
         total = sum(weight.nbytes for weight in model.parameters())
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -20,6 +20,7 @@ from checkpoint import load_sampler, model_hash
 from data.own import reward_all
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
+from infra import InputError
 from infra.config import option
 from infra.hardware import ComputeOptions
 from infra.parallel import collected, dealt, gather, rank, world
@@ -150,7 +151,7 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
 
     The file begins with the settings of its samples and a SHA-256 of all that follows. If sampling is cut short, what
     was finished is kept in pieces, and the same call samples the rest. sampler: the directory's, where several files
-    share it. SystemExit if no response to train on has finished.
+    share it. InputError if no response to train on has finished.
     """
     sampler = sampler or Sampler(directory, options)
 
@@ -165,7 +166,7 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
     pieces = Pieces(path, settings, problems)
     answered = once(path, make, Answered, settings)
     if split == "train" and not any(sample.finished for question in answered for sample in question.samples):
-        raise SystemExit(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "
+        raise InputError(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "
                          f"{options.max_new_tokens}: {REMEDIES['unfinished']}")
     return answered
 
@@ -251,10 +252,10 @@ def summarize(answered: list[Answered], task: str) -> dict:
     """Count over each question's first sample (accuracy, verdicts, lengths), and over all of several (pass@k, maj@k).
 
     Samples of a question are not independent, so the interval of pass@1, the accuracy of one sample, is that of a mean
-    over questions. SystemExit without questions.
+    over questions. InputError without questions.
     """
     if not answered or not all(q.samples for q in answered):
-        raise SystemExit("nothing to measure: there is no question, or one without a sample")
+        raise InputError("nothing to measure: there is no question, or one without a sample")
     first, n, k = [q.samples[0] for q in answered], len(answered), min(len(q.samples) for q in answered)
     right, verdicts = sum(sample.right for sample in first), Counter(sample.verdict for sample in first)
     found = {"n": n, "accuracy": right / n, "ci95": wilson(right, n),

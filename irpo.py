@@ -34,11 +34,12 @@ from data.check import check_inputs
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_model, summarize
+from infra import InputError
 from infra.config import option, parse_config
 from infra.parallel import by_first, computed
 from infra.progress import iterations, summary
 from infra.run import Pieces, derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
-from losses import dpo_loss, dpo_nll_loss, nll_lengths
+from losses import dpo_loss, dpo_nll_loss
 from model import Llama
 from train import (Example, TrainOptions, autocast, fit, fit_sft, fitting, load_for_training, micro_batches, num_steps,
                    packed_logps, response_logps, train_once)
@@ -148,7 +149,7 @@ def kept_pairs(pairs: list[Pair], config: Config, t: int) -> list[Pair]:
     if not short:
         why = f"all {len(pairs)} are longer than the model's {limit} positions" if pairs else (
             "every question has only right or only wrong samples")
-        raise SystemExit(f"iteration {t} has no pairs: {why}. Change --temperature, --num_samples or --max_new_tokens, "
+        raise InputError(f"iteration {t} has no pairs: {why}. Change --temperature, --num_samples or --max_new_tokens, "
                          "or stop at fewer --iterations.")
     if config.max_pairs and len(short) > config.max_pairs:
         return random.Random(f"{config.seed} {t}").sample(short, config.max_pairs)
@@ -179,23 +180,23 @@ def with_reference(pairs: list[Pair], directory: str, config: Config, path: Path
     found |= zip(left, computed(left, scored, label="reference"))
     found = [found[number] for number in range(len(parts))]  # in the order of parts, which are sorted by length
     if not math.isfinite(sum(sum(map(sum, logps)) for logps in found)):
-        raise SystemExit(f"{directory} gives log-probabilities that are not finite: its logits are NaN or infinite, so "
+        raise InputError(f"{directory} gives log-probabilities that are not finite: its logits are NaN or infinite, so "
                          "its weights are damaged, or its training diverged")
     refs = {id(pair): ref for part, logps in zip(parts, found) for pair, *ref in zip(part, *logps)}
     return [replace(pair, ref_chosen=refs[id(pair)][0], ref_rejected=refs[id(pair)][1]) for pair in pairs]
 
 
-def preference_loss(model: Llama, pairs: list[Pair], config: Config, lengths: list[int]) -> dict[str, Tensor]:
+def preference_loss(model: Llama, pairs: list[Pair], config: Config, mean_length: float = 0) -> dict[str, Tensor]:
     """Step 5 on a micro-batch: the loss of each pair (B,), and what the paper's figures show.
 
-    lengths: of all chosen responses, for --nll_norm token.
+    mean_length: divides the NLL in place of each response's own length (--nll_norm token).
     """
     (chosen, rejected), (chosen_length, rejected_length) = pair_logps(model, pairs)
     ref_chosen = chosen.new_tensor([pair.ref_chosen for pair in pairs])
     ref_rejected = chosen.new_tensor([pair.ref_rejected for pair in pairs])
     reward_chosen, reward_rejected = config.beta * (chosen - ref_chosen), config.beta * (rejected - ref_rejected)
-    divided_by = nll_lengths(chosen_length, lengths, config.nll_norm)
-    return {"loss": dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, divided_by, config.beta, config.alpha),
+    length = mean_length or chosen_length
+    return {"loss": dpo_nll_loss(chosen, rejected, ref_chosen, ref_rejected, length, config.beta, config.alpha),
             "dpo": dpo_loss(chosen, rejected, ref_chosen, ref_rejected, config.beta), "nll": -chosen / chosen_length,
             "logps/chosen": chosen, "logps/rejected": rejected,
             "rewards/chosen": reward_chosen, "rewards/rejected": reward_rejected,
@@ -230,7 +231,8 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
         return found | after_step(model, step)
 
     if config.method == "irpo":
-        loss = partial(preference_loss, config=config, lengths=[len(pair.chosen) for pair in items])
+        mean_length = fmean(len(pair.chosen) for pair in items) if config.nll_norm == "token" else 0
+        loss = partial(preference_loss, config=config, mean_length=mean_length)
         records = fit(model, items, loss, config, seed, folder, measure)
     else:
         records = fit_sft(model, items, config, seed, folder, after_step=measure)
@@ -240,13 +242,14 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
 
 @torch.no_grad()
 def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
-    """Before its first update the policy is the reference, so the DPO loss must be ln 2."""
+    """Before its first update the policy is the reference, so the DPO loss must be that of equal log-probs, ln 2."""
     with autocast(config.precision):
-        loss = float(preference_loss(model, pairs[:8], config, [1])["dpo"].mean())
+        loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
     nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
-    print(f"check: DPO loss before the first step is {loss:.4f}, ln 2 is {math.log(2):.4f}")
-    if not abs(loss - math.log(2)) <= config.beta * nats:  # nor is NaN
-        raise SystemExit("the reference log-probabilities are not those of the model that is trained")
+    start = float(dpo_loss(*torch.zeros(4, 1), config.beta))  # ln 2
+    print(f"check: DPO loss before the first step is {loss:.4f}, where policy = reference it is {start:.4f}")
+    if not abs(loss - start) <= config.beta * nats:  # nor is NaN
+        raise InputError("the reference log-probabilities are not those of the model that is trained")
 
 
 @torch.no_grad()
@@ -270,7 +273,7 @@ def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[s
     dev_ids = {problem.id for problem in dev}
     items = [item for item in items if item.id not in dev_ids]
     if num_steps(len(items), config) < config.select_every:
-        raise SystemExit(f"--select_every {config.select_every} is more than the {num_steps(len(items), config)} steps "
+        raise InputError(f"--select_every {config.select_every} is more than the {num_steps(len(items), config)} steps "
                          "of a training run: lower it, or give 0 to train without selection")
 
     def accuracy(model: Llama, step: int) -> dict:
@@ -311,7 +314,7 @@ def main() -> None:
     dev = config.problems("dev") if config.select_every else []  # also trained on, for the chosen number of steps
     golds = {p.id: config.gold_ids(tokenizer, p) for p in problems + dev if p.solution}
     if not golds and (config.gold or config.method == "sft_gold"):
-        raise SystemExit(f"{config.task} has no gold solutions: give --no-gold and another --method than sft_gold")
+        raise InputError(f"{config.task} has no gold solutions: give --no-gold and another --method than sft_gold")
     others = config.held_out()
     check_inputs(config, tokenizer, problems + dev, others)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))

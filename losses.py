@@ -63,15 +63,6 @@ def nll_loss(logps: Tensor, mask: Tensor) -> Tensor:
     return -masked_mean(logps, mask)
 
 
-def nll_lengths(own: Tensor, all_lengths: list[int], norm: str) -> Tensor:
-    """Choose what the NLL of each response is divided by (B,): its `own` length, or the mean of all lengths.
-
-    "response" is IRPO's eq. 1: a token of a short response weighs more. With "token" every token of the data weighs
-    alike, in units of the mean response. Where all responses are equally long, they are the same.
-    """
-    return own if norm == "response" else torch.full_like(own, sum(all_lengths) / len(all_lengths), dtype=torch.float32)
-
-
 def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
              beta: float) -> Tensor:
     """(B,) summed log-probabilities of responses -> (B,): -log sigmoid(beta * margin).
@@ -83,10 +74,10 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected:
 
 
 def dpo_nll_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor,
-                 chosen_length: Tensor, beta: float, alpha: float) -> Tensor:
+                 chosen_length: Tensor | float, beta: float, alpha: float) -> Tensor:
     """IRPO (arXiv 2404.19733 v3) eq. 1, per pair (B,): DPO + alpha * length-normalised NLL of chosen.
 
-    Log-probabilities are sums over a response's tokens; chosen_length is their number (or see `nll_lengths`).
+    Log-probabilities are sums over a response's tokens; chosen_length is their number, or that of a mean response.
     """
     nll = -chosen / chosen_length
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta) + alpha * nll

@@ -39,6 +39,7 @@ from data.check import check_inputs
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, answer_once, evaluate_model, summarize
+from infra import InputError
 from infra.config import option, parse_config
 from infra.parallel import computed, device, world
 from infra.progress import mean_or_max, summary
@@ -415,7 +416,7 @@ def main() -> None:
     golds = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p))
              for p in problems if p.solution]
     if not golds and (config.warmup_epochs or config.method != "reft"):
-        raise SystemExit(f"{config.task} has no gold solutions: give a warmed-up model as --model with --warmup_epochs "
+        raise InputError(f"{config.task} has no gold solutions: give a warmed-up model as --model with --warmup_epochs "
                          "0 and --method reft")
     golds = fitting(golds, load_config(config.model).max_length) if golds else []
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, others))

@@ -32,6 +32,7 @@ from data.prompts import gold_text
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer_once, evaluate_model
+from infra import InputError
 from infra.config import option, parse_config
 from infra.parallel import computed
 from infra.progress import summary
@@ -220,33 +221,33 @@ def counted_by(config: Config, problems: list[data.Problem]) -> str:
 def check_golds(config: Config, problems: list[data.Problem]) -> None:
     """Step 3 must keep gold solutions, but for a reward of your own; one that it drops stays in D all the same."""
     if not all(problem.solution for problem in problems):
-        raise SystemExit(f"{config.task} has no gold solutions, which step 1 trains on")
+        raise InputError(f"{config.task} has no gold solutions, which step 1 trains on")
     if config.reward:
         return
     kept = sum(bool(right_paths([gold_text(p, config.marks)], p.answer, config.kind, config.marks,
                                 config.equation_filter)) for p in problems)
     print(f"check: {kept} of {len(problems)} gold solutions pass step 3")
     if not kept:
-        raise SystemExit("step 3 would drop every path: the answer format does not fit this task")
+        raise InputError("step 3 would drop every path: the answer format does not fit this task")
 
 
 def pooled_samples(folder: Path, problems: list[data.Problem], config: Config) -> list[Answered]:
     """Read the first k samples of each problem from the file of another run."""
     path, k = folder / "iter1" / "samples.jsonl", config.num_samples
     if not path.is_file():
-        raise SystemExit(f"{path} does not exist: --pool takes runs of rft.py that have sampled")
+        raise InputError(f"{path} does not exist: --pool takes runs of rft.py that have sampled")
     settings, answered = read_records(path, Answered)
     for name in ("task", "prompt", "chat", "system", "marks", "reward_hash"):
         if settings.get(name, "") != getattr(config, name):
-            raise SystemExit(f"{path} was sampled with {name} {settings.get(name)!r}, not {getattr(config, name)!r}")
+            raise InputError(f"{path} was sampled with {name} {settings.get(name)!r}, not {getattr(config, name)!r}")
     questions = {question.id: question for question in answered}
     absent = [p.id for p in problems if p.id not in questions or questions[p.id].gold != p.answer]
     if absent:
-        raise SystemExit(f"{path} lacks {len(absent)} of the questions, such as {absent[0]}, or has another right "
+        raise InputError(f"{path} lacks {len(absent)} of the questions, such as {absent[0]}, or has another right "
                          "answer to them: it is of other data, or of other --num_questions or --train_fraction")
     fewest = min(len(questions[p.id].samples) for p in problems)
     if fewest < k:
-        raise SystemExit(f"{path} has {fewest} samples per question, fewer than --num_samples {k}")
+        raise InputError(f"{path} has {fewest} samples per question, fewer than --num_samples {k}")
     return [replace(questions[p.id], samples=questions[p.id].samples[:k]) for p in problems]
 
 

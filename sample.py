@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from infra import InputError
 from model import KVCache, Llama, pad
 
 BLOCK = 64  # tokens are drawn in two steps: first a block of the vocabulary, then a token of the block
@@ -197,7 +198,7 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     At most batch_rows responses are generated at a time, and their cache holds at most cache_tokens tokens, prompts
     included (default: cache_budget), unless a single question needs more. `progress` receives numbers of responses and
     of tokens as they come. Raises ValueError for a prompt that is empty or leaves no room for max_new_tokens, and
-    SystemExit where a model's logits are not finite.
+    InputError where a model's logits are not finite.
     """
     limit = model.config.max_length - max_new_tokens
     for i, prompt in enumerate(prompts):
@@ -233,7 +234,7 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
 def require_finite(token: int) -> None:
     """Refuse the token that sample_next_token gives for logits that are not finite."""
     if token < 0:
-        raise SystemExit("the model's logits are not finite (NaN or infinity), so nothing can be sampled: its weights "
+        raise InputError("the model's logits are not finite (NaN or infinity), so nothing can be sampled: its weights "
                          "are damaged, or its training diverged. Fetch it again, or train it with a smaller --lr")
 
 

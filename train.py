@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoint import load_model, save_model
+from infra import InputError
 from infra.hardware import dtype_of
 from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
 from infra.progress import Progress, mean_or_max
@@ -30,7 +31,7 @@ from infra.run import StopAsked, append, cut_back, flush, hash_of, log
 from infra.state import drop_states, load_state, save_state
 from infra.steps import TrainOptions, batch_at, learning_rate, micro_batches, num_steps
 from infra.track import tracked
-from losses import nll_lengths, nll_loss
+from losses import nll_loss
 from model import Block, Decoder, Llama, pad
 
 WIDTH = 16  # sequences are padded to a multiple of this: on a CPU every new shape of a product costs milliseconds
@@ -116,7 +117,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
     else:
         check_weights(model)
         if not options.skip_nonfinite:
-            raise SystemExit(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
+            raise InputError(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
                              f"{[item.id for part in parts for item in part]}. Try a smaller --lr, or "
                              "--skip_nonfinite.")
     optimizer.zero_grad()
@@ -127,7 +128,7 @@ def check_weights(model: nn.Module) -> None:
     """Refuse a model with a weight that is not finite: no batch and no learning rate can help it."""
     for name, weight in model.named_parameters():
         if not full_weight(weight.detach().sum()).isfinite():
-            raise SystemExit(f"the weights {name} are not finite: the model that training began with was damaged, or "
+            raise InputError(f"the weights {name} are not finite: the model that training began with was damaged, or "
                              "--lr is too large. No model is saved.")
 
 
@@ -198,7 +199,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
             append(path, json.dumps(record) + "\n")
             track(record)
             if record.get("skipped") and (skipped := sum(r.get("skipped", 0) for r in records)) > steps / 2:
-                raise SystemExit(f"{skipped:g} of {steps} steps were skipped, since their loss or gradient was not "
+                raise InputError(f"{skipped:g} of {steps} steps were skipped, since their loss or gradient was not "
                                  "finite: that is no training, and no model is saved. Try a smaller --lr.")
             bar.advance(1, record["tokens"], **{name: record[name] for name in shown if name in record})
 
@@ -246,19 +247,19 @@ def fitting(examples: list[Example], max_length: int) -> list[Example]:
         print(f"{len(examples) - len(kept):,} of {len(examples):,} examples exceed the model's {max_length} positions "
               "and are left out")
     if not kept:
-        raise SystemExit(f"none of {len(examples):,} examples is short enough for the model's {max_length} positions")
+        raise InputError(f"none of {len(examples):,} examples is short enough for the model's {max_length} positions")
     return kept
 
 
-def sft_loss(model: Llama, batch: list[Example], lengths: list[int], norm: str,
+def sft_loss(model: Llama, batch: list[Example], mean_length: float = 0,
              prompt_weight: float = 0.0) -> dict[str, Tensor]:
-    """NLL of each response (B,), divided as `norm` says; `lengths` are those of all responses of the data."""
+    """NLL of each response (B,), divided by its length, or else by mean_length."""
     tokens, mask = padded(batch)
     prompt = mask.cumsum(-1) == 0
     logps = model.logps(tokens, mask | prompt if prompt_weight else mask)  # (B, T-1), 0 where not scored
     summed = (logps * mask).sum(-1)
     weighted = summed + prompt_weight * (logps * prompt).sum(-1)
-    return {"loss": -weighted / nll_lengths(mask.sum(-1), lengths, norm), "nll": nll_loss(logps, mask),
+    return {"loss": -weighted / (mean_length or mask.sum(-1)), "nll": nll_loss(logps, mask),
             "logps/chosen": summed}
 
 
@@ -266,8 +267,8 @@ def fit_sft(model: Llama, examples: list[Example], options: TrainOptions, seed: 
             prompt_weight: float = 0.0, after_step: Callable[[int], dict] = lambda step: {}) -> list[dict]:
     """Fine-tune on examples: the SFT of all methods."""
     examples = fitting(examples, model.config.max_length)
-    lengths = [len(example.response) for example in examples]
-    loss = partial(sft_loss, lengths=lengths, norm=options.nll_norm, prompt_weight=prompt_weight)
+    mean_length = fmean(len(example.response) for example in examples) if options.nll_norm == "token" else 0
+    loss = partial(sft_loss, mean_length=mean_length, prompt_weight=prompt_weight)
     return fit(model, examples, loss, options, seed, folder, after_step)
 
 

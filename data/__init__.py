@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data.files import ANSWERS, FILES, Problem, read_problems, records  # noqa: F401  ANSWERS for data/task.py
+from infra import InputError
 
 TASKS = ("toy", *FILES["publisher"])
 SPLITS = ("train", "dev", "test")
@@ -32,17 +33,17 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
     if answer and split in SPLITS:
         return own_problems(task, answer)[split]
     if not task:
-        raise SystemExit(f"--task is missing: choose from {', '.join(TASKS)}, or name a file or folder of your own")
+        raise InputError(f"--task is missing: choose from {', '.join(TASKS)}, or name a file or folder of your own")
     for name, value, known in (("task", task, TASKS), ("split", split, SPLITS)):
         if value not in known:
-            raise SystemExit(f"unknown {name} {value!r}: choose from {', '.join(known)}")
+            raise InputError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
     if task == "toy":
         from data import ledger, toy  # here, so that `python -m data.toy` does not import it twice
         if toy_world == "ledger":
             return [Problem(**row) for row in ledger.problems(split, toy_steps, toy_gold)]
         return [Problem(**row) for row in toy.problems(split, toy_steps, toy_world)]
     if task not in FILES[source]:
-        raise SystemExit(f"{task} has no files of source {source!r}: it has "
+        raise InputError(f"{task} has no files of source {source!r}: it has "
                          f"{', '.join(name for name in FILES if task in FILES[name])}")
 
     names = FILES[source][task]
@@ -56,7 +57,7 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
         original = "test/" if split == "test" else "train/"
         problems = [problem for problem in problems if problem.id.startswith(original)]
         if not problems:
-            raise SystemExit(f"{files[0]} has no problem whose unique_id begins with {original}")
+            raise InputError(f"{files[0]} has no problem whose unique_id begins with {original}")
     if no_dev_file and split != "test":
         problems = held_out(problems, ["dev"], files[0])[split]
     return problems
@@ -75,12 +76,12 @@ def has_choices(task: str) -> bool:
 def own_problems(task: str, answer: str) -> dict[str, list[Problem]]:
     """Read your own data: one file, or a folder with train.jsonl and, where they exist, dev.jsonl and test.jsonl.
 
-    A split that has no file is held out of train. SystemExit if a question is in two files. Ids are unique.
+    A split that has no file is held out of train. InputError if a question is in two files. Ids are unique.
     """
     files = {split: Path(task, f"{split}.jsonl") for split in SPLITS} if Path(task).is_dir() else {"train": Path(task)}
     found = {split: read_problems(file, answer) for split, file in files.items() if file.exists()}
     if not found:
-        raise SystemExit(f"{task} has no train.jsonl, no dev.jsonl and no test.jsonl")
+        raise InputError(f"{task} has no train.jsonl, no dev.jsonl and no test.jsonl")
     unique = iter(with_unique_ids([problem for problems in found.values() for problem in problems]))
     found = {split: [next(unique) for _ in problems] for split, problems in found.items()}
 
@@ -88,7 +89,7 @@ def own_problems(task: str, answer: str) -> dict[str, list[Problem]]:
     for split, problem in ((split, problem) for split, problems in found.items() for problem in problems):
         before, same = seen.setdefault(" ".join(problem.question.split()).casefold(), (split, problem))
         if before != split:
-            raise SystemExit(f"{files[split]} asks, in {problem.id}, what {files[before]} asks in {same.id}: "
+            raise InputError(f"{files[split]} asks, in {problem.id}, what {files[before]} asks in {same.id}: "
                              f"{problem.question!r:.100}. A question must be in one split only.")
 
     absent = [split for split in SPLITS if split not in found]
@@ -122,7 +123,7 @@ def held_out(problems: list[Problem], splits: list[str], file: Path) -> dict[str
                        key=lambda question: hashlib.sha256(question.encode()).digest())
     size = min(1000, len(questions) // 5)
     if not size:
-        raise SystemExit(f"{file} has {len(problems)} problems: too few to hold {' and '.join(splits)} out of train")
+        raise InputError(f"{file} has {len(problems)} problems: too few to hold {' and '.join(splits)} out of train")
     split_of = {question: split for i, split in enumerate(splits) for question in questions[i * size:(i + 1) * size]}
     return {split: [problem for problem in problems if split_of.get(problem.question, "train") == split]
             for split in ("train", *splits)}

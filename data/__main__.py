@@ -14,6 +14,7 @@ from data import SPLITS
 from data.prompts import gold_text
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer, pieces
+from infra import InputError
 from infra.config import option, parse_config
 from infra.progress import printable
 from infra.run import run_script
@@ -48,7 +49,7 @@ def main() -> None:
     config = parse_config(Config, {}, __doc__)
     problems = config.problems(config.split)
     if config.chat and not config.model:
-        raise SystemExit(f"--chat {config.chat} makes token ids: give --model DIR, whose tokenizer and template to use")
+        raise InputError(f"--chat {config.chat} makes token ids: give --model DIR, whose tokenizer and template to use")
     tokenizer = load_tokenizer(config.model) if config.model else None
     for problem in problems[:config.show]:
         prompt, gold = [config.prompt_text(problem)], [gold_text(problem, config.marks), "<EOS>"]

@@ -7,6 +7,8 @@ import functools
 import re
 from datetime import date
 
+from infra import InputError
+
 CHATS = {  # --chat: a template of these, or the model's own
     "": "", "own": "",
     "chatml": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -30,7 +32,7 @@ class Chat:
         self.tokenizer, self.name, self.system, specials = tokenizer, name, system, tokenizer.specials
         source = tokenizer.chat_template if name == "own" else CHATS[name]
         if not source:
-            raise SystemExit("--chat own: this model has no chat_template, neither in tokenizer_config.json nor as "
+            raise InputError("--chat own: this model has no chat_template, neither in tokenizer_config.json nor as "
                              f"chat_template.jinja: give one of {', '.join(filter(None, CHATS))}, or leave --chat out")
         self.template = compiled(source)
         self.special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
@@ -43,7 +45,7 @@ class Chat:
         lacking = written - specials.keys()
         # names that are all text, before an answer that a special token ends, are a way to write templates, too
         if not end or lacking and (name != "own" or written & specials.keys()):
-            raise SystemExit(f"--chat {name} does not fit this model: its tokenizer has no special token "
+            raise InputError(f"--chat {name} does not fit this model: its tokenizer has no special token "
                              f"{', '.join(sorted(lacking)) or 'that this template ends an answer with'}")
         self.begin = before[len(asked):] if before.startswith(asked) else ""
         self.tail, self.end_id = after[:end.start()], specials[end.group()]
@@ -58,7 +60,7 @@ class Chat:
         try:
             return self.template.render(messages=messages, add_generation_prompt=not answer, **self.tokenizer.named)
         except Exception as error:  # a template is a program, and may fail in any way
-            raise SystemExit(f"--chat {self.name}: the template refuses this conversation: {error}") from None
+            raise InputError(f"--chat {self.name}: the template refuses this conversation: {error}") from None
 
     def prompt_ids(self, question: str) -> list[int]:
         """Encode a question as the template asks it, up to where the answer begins."""
@@ -86,7 +88,7 @@ def compiled(source: str):
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ImportError:
-        raise SystemExit("--chat needs a package that is not installed: pip install jinja2") from None
+        raise InputError("--chat needs a package that is not installed: pip install jinja2") from None
 
     def refuse(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -98,7 +100,7 @@ def compiled(source: str):
         return environment.from_string(re.sub(r"(\{%-?\s*)(end)?generation(?=\s*-?%\})",
                                               lambda tag: tag[1] + ("endif" if tag[2] else "if true"), source))
     except jinja2.TemplateError as error:
-        raise SystemExit(f"the model's chat_template is not a template: {error}") from None
+        raise InputError(f"the model's chat_template is not a template: {error}") from None
 
 
 chat_of = functools.lru_cache(maxsize=8)(Chat)

@@ -4,6 +4,7 @@ from pathlib import Path
 import data
 from checkpoint import load_config
 from data.own import reward_all
+from infra import InputError
 from infra.run import read_json
 from rewards import grade_all
 
@@ -18,10 +19,10 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     longest = max(map(len, prompts))
     last = max(tokenizer.eos_id, *(max(ids) for ids in [*prompts, *(ids for ids, _ in golds)]))
     if longest + config.max_new_tokens > shape.max_length:
-        raise SystemExit(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
+        raise InputError(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
                          f"it exceeds the model's {shape.max_length} positions")
     if last >= shape.vocab_size:
-        raise SystemExit(f"the tokenizer gives token {last}, and the model knows {shape.vocab_size}: they do not "
+        raise InputError(f"the tokenizer gives token {last}, and the model knows {shape.vocab_size}: they do not "
                          "belong together")
     if tokenizer.eos_note:
         print(f"check: a response ends with any of the tokens {', '.join(map(str, tokenizer.eos_ids))}, since files "
@@ -29,7 +30,7 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     note_unused_chat(config, tokenizer)
     one_bos = sum(tokenizer.bos_id is None or prompt.count(tokenizer.bos_id) == 1 for prompt in prompts)
     if one_bos < len(prompts) and config.chat != "own":  # whose template says what there is
-        raise SystemExit(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "
+        raise InputError(f"only {one_bos} of {len(prompts)} prompts have exactly one BOS: the others have it in their "
                          "text, or the tokenizer adds another")
     texts = [tokenizer.decode(ids) for ids, _ in golds]
     grades = [group[0] for group in grade_all([[text] for text in texts], [gold for _, gold in golds], config.kind,
@@ -38,7 +39,7 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     print(f"check: {len(prompts)} prompts fit, and {right} of {len(golds)} gold solutions are graded correct")
     if right < len(golds):
         i = next(i for i, verdict in enumerate(grades) if verdict.verdict != "correct")
-        raise SystemExit("the tokenizer, the prompt or the answer format does not fit this task. The first gold "
+        raise InputError("the tokenizer, the prompt or the answer format does not fit this task. The first gold "
                          f"solution that fails, as the tokenizer decodes it:\n{texts[i]}\nverdict {grades[i].verdict}, "
                          f"answer {grades[i].answer}, gold answer {golds[i][1]}")
     if config.reward:

@@ -23,6 +23,7 @@ from urllib.request import HTTPRedirectHandler, build_opener
 from tqdm import tqdm
 
 from data import DOWNLOADS
+from infra import InputError
 
 WAITS = (1, 2, 4, 8)  # seconds before each further try
 TIMEOUT = 30  # seconds without a byte
@@ -64,10 +65,10 @@ SOURCES = read_sources()
 
 
 def fetch(task: str, directory: str | Path = DOWNLOADS, sources: dict = SOURCES) -> None:
-    """Bring all files of a task into directory/task, complete and checked; SystemExit names the remedy."""
+    """Bring all files of a task into directory/task, complete and checked; InputError names the remedy."""
     if task not in sources:
         what = "toy is generated and needs no download" if task == "toy" else f"unknown task {task!r}"
-        raise SystemExit(f"{what}: choose from {', '.join(sources)}, such as make data TASK=gsm8k")
+        raise InputError(f"{what}: choose from {', '.join(sources)}, such as make data TASK=gsm8k")
     licence, files = sources[task]
     folder = Path(directory) / task
     missing = {file: [part for part in file.members or [file] if not exists(part, folder)] for file in files}
@@ -83,17 +84,17 @@ def fetch(task: str, directory: str | Path = DOWNLOADS, sources: dict = SOURCES)
                 download(file, folder)
         except (*TROUBLE, ValueError, KeyError, zipfile.BadZipFile) as error:
             names = ", ".join(part.name for part in parts)
-            raise SystemExit(f"{file.source}: {error}. Check the network and run this again, or put {names} into "
+            raise InputError(f"{file.source}: {error}. Check the network and run this again, or put {names} into "
                              f"{folder} by hand, or name a folder that has the files: --path") from None
 
 
 def exists(file: File, folder: Path) -> bool:
-    """Tell whether a file exists; SystemExit if something else has its name."""
+    """Tell whether a file exists; InputError if something else has its name."""
     path = folder / file.name
     if not path.exists():
         return False
     if (found := checksum(path, file)) != file.pin:
-        raise SystemExit(f"{path} exists with checksum {found}, expected {file.pin}. Delete it and run this again; or, "
+        raise InputError(f"{path} exists with checksum {found}, expected {file.pin}. Delete it and run this again; or, "
                          "if it is data of your own, move it and name it with --task")
     print(f"{path} exists, " + ("checked" if file.pin else "unchecked: its checksum is not known"))
     return True
@@ -180,6 +181,8 @@ def main() -> None:
         fetch(args.task, args.dir)
     except KeyboardInterrupt:
         raise SystemExit("\ninterrupted: run the same command again for the files that are missing") from None
+    except InputError as error:
+        raise SystemExit(str(error)) from None
     except OSError as error:  # a full disk, a folder that may not be written
         raise SystemExit(f"{error}. Once that is solved, run the same command again") from None
 

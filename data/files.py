@@ -10,6 +10,8 @@ from dataclasses import astuple, dataclass
 from decimal import Decimal
 from pathlib import Path
 
+from infra import InputError
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -46,18 +48,18 @@ ANSWERS = {  # how answers of your own data can be compared (--answer), and what
 
 
 def read_problems(path: Path, task: str) -> list[Problem]:
-    """Read all problems of a file; SystemExit names file, place and fault of the first bad record."""
+    """Read all problems of a file; InputError names file, place and fault of the first bad record."""
     if not path.is_file():
-        raise SystemExit(f"{path} does not exist: `make data TASK={task}` downloads the files of {task}, and --path "
+        raise InputError(f"{path} does not exist: `make data TASK={task}` downloads the files of {task}, and --path "
                          "names a folder that has them; records of your own are named by --task FILE")
     problems, place, row = [], "line 1", {}
     try:
         for place, row in records(path.read_text(encoding="utf-8-sig")):  # noqa: B007 (both name a fault)
             problems.append(read_record(row, task, f"{path.stem}-{len(problems) + 1}"))
     except UnicodeDecodeError as error:
-        raise SystemExit(f"{path} is not UTF-8 text: {error}") from None
+        raise InputError(f"{path} is not UTF-8 text: {error}") from None
     except OSError as error:
-        raise SystemExit(f"{path} cannot be read: {error.strerror}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except json.JSONDecodeError as error:
         fault = f"line {error.lineno}: not JSON: {error.msg}"
     except KeyError as error:
@@ -67,7 +69,7 @@ def read_problems(path: Path, task: str) -> list[Problem]:
     else:
         fault = "" if problems else f"{place}: no records"
     if fault:
-        raise SystemExit(f"{path}, {fault}. Expected one record per line, or an array of records, like "
+        raise InputError(f"{path}, {fault}. Expected one record per line, or an array of records, like "
                          f"{reader(row, task).__doc__.splitlines()[0]}")
     return problems
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from grading.equations import arithmetic
+from infra import InputError
 
 NAMES = "Ann Ben Cat Dan Eve Gus Ivy Kim Leo Mia Ned Tom".split()
 SPLITS = {"base": (0, 55), "train": (55, 70), "dev": (70, 85), "test": (85, 100)}  # percent of hashes
@@ -180,7 +181,7 @@ def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], v
 
 @lru_cache(maxsize=4096)
 def parse(question: str) -> Ledger:
-    """Read a question back from any text that contains it. SystemExit if it is none of this world."""
+    """Read a question back from any text that contains it. InputError if it is none of this world."""
     facts = {}
     for kind, text in [("", "{x} {k}."), *((name, kind.text) for name, kind in KINDS.items())]:
         pattern = re.escape(text).replace(r"\{", "{").replace(r"\}", "}")
@@ -191,7 +192,7 @@ def parse(question: str) -> Ledger:
             facts[match.start()] = Fact(found["x"], kind, k, found.get("a", ""), found.get("b", ""))
     target = re.search(r"How many has (\w+)\?", question)
     if not target or not facts:
-        raise SystemExit(f"this is no question of the world ledger: {question!r}")
+        raise InputError(f"this is no question of the world ledger: {question!r}")
     return Ledger({fact.x: fact for _, fact in sorted(facts.items())}, target[1])
 
 
@@ -253,7 +254,7 @@ def split_of(question: str) -> str:
 def ledgers(split: str, size: int, steps: tuple[int, ...], seed: int) -> dict[str, Ledger]:
     """Draw `size` different questions of a split, each with a number of steps drawn from `steps`."""
     if not 1 <= min(steps) <= max(steps) <= MAX_STEPS:
-        raise SystemExit(f"--toy_steps {steps}: a question of the world ledger takes 1 to {MAX_STEPS} steps")
+        raise InputError(f"--toy_steps {steps}: a question of the world ledger takes 1 to {MAX_STEPS} steps")
     rng, found = random.Random(f"{split} {seed}"), {}
     while len(found) < size:
         ledger = draw_ledger(rng, rng.choice(steps))

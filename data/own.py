@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 
 from data.files import Problem
+from infra import InputError
 from infra.parallel import computed
 from rewards import Grade
 
@@ -19,7 +20,7 @@ VERDICTS = ("correct", "wrong", "unparsed", "copied", "timeout")
 
 @cache
 def load_reward(reward: str) -> Callable[[str, Problem], object]:
-    """Import FILE.py:function. SystemExit says where the file fails."""
+    """Import FILE.py:function. InputError says where the file fails."""
     file, _, name = reward.rpartition(":")
     spec = importlib.util.spec_from_file_location("own_reward", file)
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
@@ -27,7 +28,7 @@ def load_reward(reward: str) -> Callable[[str, Problem], object]:
         spec.loader.exec_module(module)
         return getattr(module, name)
     except (Exception, SystemExit) as error:
-        raise SystemExit(f"--reward {reward} cannot be imported: {told(error)}") from None
+        raise InputError(f"--reward {reward} cannot be imported: {told(error)}") from None
 
 
 def reward_all(texts: list[list[str]], problems: list[Problem], reward: str, right_at: float) -> list[list[Grade]]:
@@ -38,7 +39,7 @@ def reward_all(texts: list[list[str]], problems: list[Problem], reward: str, rig
 def judge_by(reward: str, text: str, problem: Problem, right_at: float) -> Grade:
     """A number is right from right_at on, and wrong below it. A verdict, by name or in a Grade, scores 1 if right.
 
-    SystemExit, with problem and text, for a reward that raises or returns anything else.
+    InputError, with problem and text, for a reward that raises or returns anything else.
     """
     function = load_reward(reward)
     try:
@@ -52,7 +53,7 @@ def judge_by(reward: str, text: str, problem: Problem, right_at: float) -> Grade
         if math.isfinite(number := number_of(found)):
             return Grade("correct" if number >= right_at else "wrong", None, number)
         fault = f"returns {found!r:.60}"
-    raise SystemExit(f"--reward {reward} {fault}, for the problem {problem.id} and the text {text[:100]!r}. It must "
+    raise InputError(f"--reward {reward} {fault}, for the problem {problem.id} and the text {text[:100]!r}. It must "
                      f"take any text and a problem, and return a finite number, True, False or a verdict "
                      f"({', '.join(VERDICTS)}). Mend it and give another --run_dir: a run has one reward.")
 

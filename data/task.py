@@ -8,6 +8,7 @@ from data import toy
 from data.chat import CHATS
 from data.prompts import (ANSWER_FORMATS, PROMPTS, encode_prompt, encode_solution, end_ids, gold_text, needs_examples,
                           prompt_format, prompt_text, template_of)
+from infra import InputError
 from infra.config import Options, option
 from rewards import OWN_FORMAT, require_math_verify
 
@@ -79,7 +80,7 @@ class TaskOptions(Options):
         problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps, self.toy_world,
                                       self.toy_gold, self.answer)
         if not problems:
-            raise SystemExit(f"{self.task} has no {split} problems")
+            raise InputError(f"{self.task} has no {split} problems")
         return problems[:limit or None]
 
     def held_out(self) -> list[data.Problem]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import sentencepiece
 
 from checkpoint import read_object
+from infra import InputError
 
 APART = "\ue000"  # a letter of no language: text behind it is encoded as text that follows other tokens
 
@@ -51,11 +52,11 @@ class JsonTokenizer:
         try:
             import tokenizers
         except ImportError:
-            raise SystemExit(f"{path} needs a package that is not installed: pip install tokenizers") from None
+            raise InputError(f"{path} needs a package that is not installed: pip install tokenizers") from None
         try:
             self.tokenizer = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises no narrower one
-            raise SystemExit(f"{path} is not a complete tokenizer: {error}") from None
+            raise InputError(f"{path} is not a complete tokenizer: {error}") from None
         self.tokenizer.encode_special_tokens = True  # a special token's name in a text is text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -88,7 +89,7 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
     """Collect the ids of all tokens that end a response, and a note that names the files if these disagree.
 
     The first id also ends what is written for training: it is that of the tokenizer's settings, or else its `own`.
-    config.json and generation_config.json often list more, such as the end of a turn. SystemExit for a token that the
+    config.json and generation_config.json often list more, such as the end of a turn. InputError for a token that the
     tokenizer does not have, and where none is declared.
     """
     def read(name: str) -> dict:
@@ -112,7 +113,7 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
         if not found:
             raise ValueError("no file declares an end token (eos_token)")
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path.parent}: {error}. Copy all files of the tokenizer from the model's source") from None
+        raise InputError(f"{path.parent}: {error}. Copy all files of the tokenizer from the model's source") from None
     note = "; ".join(f"{name} declares {', '.join(map(str, numbers))}" for name, numbers in found.items())
     ids = dict.fromkeys(number for numbers in found.values() for number in numbers)
     return tuple(ids), note if len({*map(frozenset, found.values())}) > 1 else ""
@@ -144,7 +145,7 @@ def chat_settings(path: Path, tokenizer, specials: dict[str, int]) -> tuple[str,
         if not isinstance(template, str):
             raise ValueError(f"it is {template!r}, not a text")
     except (KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"{path.parent}: the chat template cannot be read: {error}") from None
+        raise InputError(f"{path.parent}: the chat template cannot be read: {error}") from None
     return template, named, specials
 
 
@@ -156,11 +157,11 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokeni
             return SentencePieceTokenizer(path)
         except RuntimeError as error:  # Llama 3 ships another format under this name
             if not json_path.is_file():
-                raise SystemExit(f"{path} is not a sentencepiece model ({error}): put the model's tokenizer.json "
+                raise InputError(f"{path} is not a sentencepiece model ({error}): put the model's tokenizer.json "
                                  "next to it") from None
     if json_path.is_file():
         return JsonTokenizer(json_path)
-    raise SystemExit(f"{directory} has no tokenizer.model and no tokenizer.json: give a directory with config.json, "
+    raise InputError(f"{directory} has no tokenizer.model and no tokenizer.json: give a directory with config.json, "
                      "weights and tokenizer, such as `make base` writes")
 
 

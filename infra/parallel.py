@@ -34,6 +34,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from tqdm import tqdm
 
+from infra import InputError
+
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: the signal to get when the parent ends
 chosen = ""  # the device that --device has named, cpu or cuda (see infra/hardware.py)
@@ -103,14 +105,14 @@ def barrier() -> None:
 
 
 def by_first(act: Callable[[], Result]) -> Result:
-    """Run `act` on rank 0 and return its result (or raise its SystemExit or OSError) on every rank."""
+    """Run `act` on rank 0 and return its result (or raise its InputError or OSError) on every rank."""
     if world() == 1:
         return act()
     outcome: list = [None, None]
     if rank() == 0:
         try:
             outcome[0] = act()
-        except (SystemExit, OSError) as error:
+        except (SystemExit, InputError, OSError) as error:
             outcome[1] = error
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
@@ -211,7 +213,7 @@ def split_over_ranks(model: nn.Module, ranks: int) -> nn.Module:
     """
     config = model.config
     if world() % ranks or config.num_key_value_heads % ranks or config.intermediate_size % ranks:
-        raise SystemExit(f"--tensor_parallel {ranks} must divide the number of ranks, {world()}, the model's "
+        raise InputError(f"--tensor_parallel {ranks} must divide the number of ranks, {world()}, the model's "
                          f"{config.num_key_value_heads} key-value heads and its {config.intermediate_size} "
                          "hidden units")
     for layer in model.model.layers:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from infra import parallel
+from infra import InputError, parallel
 from infra.progress import printable
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +45,8 @@ def run_script(main: Callable[[], None]) -> None:
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         parallel.leave(0)
+    except InputError as error:
+        parallel.leave(printable(str(error)))
     except (ModuleNotFoundError, OSError) as error:  # an optional package, or a file: the message says which
         parallel.leave(f"error: {error}")
     except KeyboardInterrupt:
@@ -101,13 +103,13 @@ def open_run(config, **inputs: str) -> Path:
             if not is_run(run):
                 write_json(run / "config.json", values)
             elif changed := differences(read_json(run / "config.json"), values, free):
-                raise SystemExit(f"{run} holds a run with another config or other inputs:\n{changed}\n"
+                raise InputError(f"{run} holds a run with another config or other inputs:\n{changed}\n"
                                  "Give another --run_dir, or remove that directory.")
             copies = source_copies(run)
             if edited := edited_files(copies[-1]) if copies else []:
                 said = f"{run} was made with other code; what differs from {copies[-1]}: {', '.join(edited)}."
                 if not config.anyway:
-                    raise SystemExit(f"{said} Give another --run_dir, or --anyway to keep what is there and go on with "
+                    raise InputError(f"{said} Give another --run_dir, or --anyway to keep what is there and go on with "
                                      "the new code.")
                 print(f"warning: {said}")
                 log(run, event="edited", files=edited)
@@ -115,7 +117,7 @@ def open_run(config, **inputs: str) -> Path:
                 copy_source(run / (f"source-{len(copies) + 1}" if copies else "source"), *config.own_files().values())
             append(run / "command.txt", run_card() + "\n")
         except OSError as error:
-            raise SystemExit(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
+            raise InputError(f"cannot write to {run}: {error.strerror}. Give another --run_dir.") from None
 
     parallel.by_first(claim)
     return run
@@ -132,9 +134,9 @@ def is_run(folder: Path) -> bool:
 def refuse_foreign(run: Path) -> None:
     """Stop before a run writes over what no run made, or among the files of another run."""
     if outer := [folder for folder in run.resolve().parents if is_run(folder)]:
-        raise SystemExit(f"{run} is inside {outer[0]}, which is a run itself. Give another --run_dir.")
+        raise InputError(f"{run} is inside {outer[0]}, which is a run itself. Give another --run_dir.")
     if found := [name for name in MADE if os.path.lexists(run / name) and not is_run(run)]:
-        raise SystemExit(f"{run} has {', '.join(found)}, and no run made that: there is no config.json of a run next "
+        raise InputError(f"{run} has {', '.join(found)}, and no run made that: there is no config.json of a run next "
                          "to it. Give another --run_dir.")
 
 
@@ -183,7 +185,7 @@ def lock(run: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise SystemExit(f"{run} is in use: {file.read().strip() or 'by another process'}. Wait for it, or stop it, or "
+        raise InputError(f"{run} is in use: {file.read().strip() or 'by another process'}. Wait for it, or stop it, or "
                          "give another --run_dir.") from None
     except (OSError, ImportError) as error:
         print(f"warning: {run} cannot be locked ({error}): make sure that no other run uses it")
@@ -227,7 +229,7 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
             return read_json(path)
         before, records = read_records(path, kind)
         if changed := differences(before, json.loads(json.dumps(settings or {}))):
-            raise SystemExit(f"{path} was made with other settings:\n{changed}\nRemove it to make it again.")
+            raise InputError(f"{path} was made with other settings:\n{changed}\nRemove it to make it again.")
         return records
     began, value = time.perf_counter(), make()
     if kind:
@@ -290,15 +292,15 @@ def records_hash(settings: dict, rows: list[dict]) -> str:
 
 
 def read_records(path: Path, kind: type) -> tuple[dict, list]:
-    """Read (settings, records of the dataclass `kind`) from a file; SystemExit if it was damaged or edited."""
+    """Read (settings, records of the dataclass `kind`) from a file; InputError if it was damaged or edited."""
+    rows = read_jsonl(path)
     try:
-        rows = read_jsonl(path)
         header = rows.pop(0) if rows and "sha256" in rows[0] else {"settings": {}, "sha256": ""}
         records = [kind(**row) for row in rows]
     except (ValueError, TypeError, AttributeError) as error:
-        raise SystemExit(f"{path} does not hold records of kind {kind.__name__}: {error!r}") from None
+        raise InputError(f"{path} does not hold records of kind {kind.__name__}: {error!r}") from None
     if header["sha256"] and header["sha256"] != records_hash(header["settings"], rows):
-        raise SystemExit(f"{path} was changed after it was written: its SHA-256 is not the one in its first line")
+        raise InputError(f"{path} was changed after it was written: its SHA-256 is not the one in its first line")
     return header["settings"], records
 
 
@@ -337,8 +339,8 @@ def append(path: Path, text: str) -> None:
         raise unwritten(path, error) from None
 
 
-def unwritten(path: Path, error: OSError) -> SystemExit:
-    return SystemExit(f"{path} cannot be written: {error.strerror}. Mend that, then run the same command again to "
+def unwritten(path: Path, error: OSError) -> InputError:
+    return InputError(f"{path} cannot be written: {error.strerror}. Mend that, then run the same command again to "
                       "resume.")
 
 
@@ -354,7 +356,7 @@ def read_json(path: Path):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def read_jsonl(path: Path) -> list[dict]:
@@ -362,11 +364,11 @@ def read_jsonl(path: Path) -> list[dict]:
         with open(path, encoding="utf-8") as file:
             return [json.loads(line) for line in file]
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path} cannot be read: {error}") from None
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def cut_back(path: Path, steps: int) -> list[dict]:
-    """Keep the rows of the first steps in a file, which is made where it is missing; SystemExit if it lacks one."""
+    """Keep the rows of the first steps in a file, which is made where it is missing; InputError if it lacks one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[:steps] if path.exists() else []
         rows = [json.loads(line) for line in lines]
@@ -374,7 +376,7 @@ def cut_back(path: Path, steps: int) -> list[dict]:
     except (ValueError, TypeError, KeyError):
         complete = False
     if not complete:
-        raise SystemExit(f"{path} does not have all of the {steps} steps that were done before. Put it back as it was, "
+        raise InputError(f"{path} does not have all of the {steps} steps that were done before. Put it back as it was, "
                          f"or remove {path.parent / 'state'} to train from the beginning.")
     write_text(path, "".join(lines))
     return rows

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 
+from infra import InputError
 from infra.parallel import by_first, gather, rank, world
 from infra.run import fresh_directory, hash_of, put_in_place, read_json
 
@@ -49,7 +50,7 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     except (OSError, CheckpointException) as error:
         failures = getattr(error, "failures", {})
         reason = next((failure for failure, _ in failures.values()), error)
-        raise SystemExit(f"{target} cannot be written: {reason}. The states before it in {folder} are intact: free "
+        raise InputError(f"{target} cannot be written: {reason}. The states before it in {folder} are intact: free "
                          "some space, then run the same command again to resume from the newest.") from None
 
 
@@ -62,13 +63,13 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
                 print(f"warning: {path} is damaged and is skipped: {fault}")
             continue
         if read_json(path / "state.json")["made_of"] != made_of:
-            raise SystemExit(f"{path} is the state of another training run: its model, its data or its steps were "
+            raise InputError(f"{path} is the state of another training run: its model, its data or its steps were "
                              f"others. Remove {folder} to start this run from its beginning.")
         dcp.load(tensors(module, optimizer), no_dist=world() == 1,
                  storage_reader=HuggingFaceStorageReader(str(path)))
         return int(path.name.removeprefix("step-"))
     if found:
-        raise SystemExit(f"{folder} holds no intact state. Remove it to start this run from its beginning.")
+        raise InputError(f"{folder} holds no intact state. Remove it to start this run from its beginning.")
     return 0
 
 
@@ -88,7 +89,7 @@ def fault_of(path: Path) -> str:
     """Say what is wrong with the files of a state, or nothing; every rank checks some of them."""
     try:
         hashes = read_json(path / "state.json")["sha256"]
-    except (SystemExit, KeyError, TypeError) as error:
+    except (InputError, KeyError, TypeError) as error:
         return f"state.json: {error}"
     faults = [f"{name} is missing" if not (path / name).is_file() else f"{name} has changed"
               for name in sorted(hashes)[rank()::world()]

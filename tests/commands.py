@@ -72,8 +72,8 @@ def script_fault(module: str, arguments: list[str]) -> str:
             runpy.run_module(module, run_name="__main__")
         except Parsed:
             return ""
-        except (SystemExit, ImportError) as stop:
-            asked = isinstance(stop, SystemExit) and stop.code == 0  # --help
+        except (SystemExit, infra.InputError, ImportError) as stop:
+            asked = getattr(stop, "code", 1) == 0  # --help
             return "" if asked else f"{module}: {said.getvalue() or stop}"
     return f"{module} did not read its command line"
 

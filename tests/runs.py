@@ -11,6 +11,7 @@ from data import toy
 from data.fresh import fresh_model
 from data.prompts import encode_prompt, encode_solution
 from data.tokenizer import load_tokenizer
+from infra import InputError
 from infra.parallel import device
 from train import Example, TrainOptions, fit_sft
 
@@ -61,10 +62,11 @@ def call(module, *argv) -> None:
 def refusal(capsys, module, *argv) -> str:
     """Return what a script says as it stops; any other exception is a traceback to the user and fails here."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises((InputError, SystemExit)) as stop:
         call(module, *argv)
-    assert stop.value.code not in (None, 0)
-    return capsys.readouterr().err if isinstance(stop.value.code, int) else stop.value.code
+    said = getattr(stop.value, "code", str(stop.value))
+    assert said not in (None, 0)
+    return capsys.readouterr().err if isinstance(said, int) else said
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from infra import InputError
 from model import ModelConfig
 from tools import bench
 
@@ -40,7 +41,7 @@ def test_every_engine_does_all_of_the_work(half, engine, job):
 
 def test_an_engine_that_samples_too_little_is_caught(job, monkeypatch):
     monkeypatch.setitem(bench.ENGINES["sampling"], "lazy", bench.Engine(lambda job: lambda prompts, n, new_tokens: 39))
-    with pytest.raises(SystemExit, match="lazy sampled 39 tokens"):
+    with pytest.raises(InputError, match="lazy sampled 39 tokens"):
         bench.measure(job | {"half": "sampling", "engine": "lazy"})
 
 
@@ -131,12 +132,12 @@ def test_a_measurement_that_fails_keeps_those_before_it(monkeypatch, tmp_path):
     """A peer that broke after hours, in the middle of a round, took all that was measured in the round with it."""
     def fake(python: str, job: dict) -> list[dict]:
         if job["engine"] == "trl":
-            raise SystemExit("the measurement failed")
+            raise InputError("the measurement failed")
         return [job | {"num_samples": "", "rows": 32, "tokens": 1000, "cpu": 2, "wall": 4, "peak_mb": 70.0}]
 
     monkeypatch.setattr(bench, "measure_elsewhere", fake)
     monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"ours": "", "trl": ""})
-    with pytest.raises(SystemExit, match="the measurement failed"):
+    with pytest.raises(InputError, match="the measurement failed"):
         run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path)
     assert "| toy |  | ours |  | 32 | 1 | 500 (500 to 500) | 250 |" in (tmp_path / "bench.md").read_text()
 

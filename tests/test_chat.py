@@ -7,6 +7,7 @@ import sys
 import pytest
 import sentencepiece
 import torch
+from infra import InputError
 from tiny import tiny_model
 
 from checkpoint import load_model, save_model
@@ -37,7 +38,7 @@ def test_a_stream_ends_where_the_model_has_no_more_positions_or_no_finite_logits
     assert len([*chat.stream(tiny_model(), [5] * 120, 0, [], config)]) == 8
     broken = tiny_model()
     broken.lm_head.weight.data[9] = torch.nan
-    with pytest.raises(SystemExit, match="logits are not finite"):
+    with pytest.raises(InputError, match="logits are not finite"):
         next(chat.stream(broken, [5], 0, [], config))
 
 
@@ -207,7 +208,7 @@ TURNS = "{% for m in messages %}{{ '<|' + m.role + '|>' }}{{ m.content }}</s>{% 
     ("mistral", "", r"no special token \[/INST\], \[INST\]$")])
 def test_templates_that_do_not_fit_are_refused(name, template, said, tmp_path):
     """ChatML on a tokenizer without its tokens was eleven ordinary tokens, without a word."""
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(InputError, match=said):
         encode_prompt(load_tokenizer(byte_level(tmp_path, ["<|end|>"], template, "<|end|>")), "How many?", name)
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint
 from checkpoint import load_config, load_model, load_sampler, model_hash, num_parameters, sampler_of, save_model
+from infra import InputError
 from model import Llama, ModelConfig
 from tiny import LLAMA3, random_tokens, tiny_model
 
@@ -92,7 +93,7 @@ def rewrite(directory: Path, change) -> None:
 
 
 def refusal(directory) -> str:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError) as stop:
         load_model(directory)
     return str(stop.value)
 
@@ -319,7 +320,7 @@ def test_a_full_disk_leaves_the_old_model_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     for name in ("model", "other"):
-        with pytest.raises(SystemExit, match=f"{name}.*No space left on device.*Free some space"):
+        with pytest.raises(InputError, match=f"{name}.*No space left on device.*Free some space"):
             save_model(tiny_model(seed=1), tmp_path / name)
     assert same_bits(load_model(tmp_path / "model"), tiny_model()) and not (tmp_path / "other").exists()
 

@@ -24,6 +24,7 @@ from data.tokenizer import JsonTokenizer, load_tokenizer, pieces, train_tokenize
 from checkpoint import save_model
 from evaluate import SampleOptions
 import infra.run
+from infra import InputError
 from infra.config import option
 from infra.run import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
@@ -130,7 +131,7 @@ def test_math_is_split_by_unique_id(tmp_path):
         assert len(ids) == count and all(id.startswith(original) for id in ids)
     for name in ("train.jsonl", "test.jsonl"):
         write(tmp_path / "only" / name, rows[::4])
-    with pytest.raises(SystemExit, match="train/"):
+    with pytest.raises(InputError, match="train/"):
         data.examples("math", str(tmp_path / "only"))
 
 
@@ -159,7 +160,7 @@ def test_dev_is_a_fifth_and_at_most_a_thousand(tmp_path):
         write(tmp_path / "train.jsonl", numbered("gsm8k", count))
         assert [len(data.load_problems("gsm8k", split, tmp_path)) for split in ("train", "dev")] == [count - dev, dev]
     write(tmp_path / "train.jsonl", numbered("gsm8k", 4))
-    with pytest.raises(SystemExit, match="4 problems: too few"):
+    with pytest.raises(InputError, match="4 problems: too few"):
         data.load_problems("gsm8k", "train", tmp_path)
 
 
@@ -167,7 +168,7 @@ def test_dev_is_a_fifth_and_at_most_a_thousand(tmp_path):
     (("gsm9k", "train"), "unknown task 'gsm9k': choose from toy, gsm8k"), (("toy", "tests"), "unknown split 'tests'"),
     (("arc", "train", None, "reft"), "arc has no files of source 'reft': it has publisher")])
 def test_unknown_names_are_refused(arguments, said):
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(InputError, match=said):
         data.load_problems(*arguments)
 
 
@@ -221,7 +222,7 @@ def test_a_bad_record_is_named(task, text, place, tmp_path):
     if isinstance(text, dict):
         text, place = json.dumps(ROWS[task] | text), f"line 1: {place}"
     path.write_text(text)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError) as stop:
         read_problems(path, task)
     said = str(stop.value)
     assert said.startswith(f"{path}, {place}") and ' like {"' in said and "Traceback" not in said
@@ -233,13 +234,13 @@ def test_files_that_are_no_text_or_absent(tmp_path, monkeypatch):
     for content in (b"\xef\xbb\xbf%s\r%s\r", b"\xef\xbb\xbf[%s,\r\n%s]"):
         path.write_bytes(content % ((json.dumps(ROWS["gsm8k"]).encode(),) * 2))
         assert [p.answer for p in read_problems(path, "gsm8k")] == ["7", "7"]
-    with pytest.raises(SystemExit, match="make data TASK=gsm8k"):
+    with pytest.raises(InputError, match="make data TASK=gsm8k"):
         read_problems(tmp_path / "absent.jsonl", "gsm8k")
     path.write_bytes(b'{"question": "caf\xe9"}')
-    with pytest.raises(SystemExit, match="UTF-8"):
+    with pytest.raises(InputError, match="UTF-8"):
         read_problems(path, "gsm8k")
     monkeypatch.setattr(type(path), "read_text", lambda *args, **how: (_ for _ in ()).throw(PermissionError(13, "No")))
-    with pytest.raises(SystemExit, match="cannot be read: No"):
+    with pytest.raises(InputError, match="cannot be read: No"):
         read_problems(path, "gsm8k")
 
 
@@ -332,7 +333,7 @@ def test_seeds_that_no_generator_takes_are_refused(module, seed):
 def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
     """Not after a day of sampling, and not as zeros."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="pip install 'math-verify"):
+    with pytest.raises(InputError, match="pip install 'math-verify"):
         run_script(lambda: TaskOptions(task="math").problems("test"))
 
 
@@ -460,7 +461,7 @@ def test_broken_tokenizers_are_named(files, said, tmp_path):
     for name, content in files.items():
         if content:
             (tmp_path / name).write_text(content)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(InputError, match=said):
         load_tokenizer(tmp_path)
 
 
@@ -495,7 +496,7 @@ def test_every_declared_end_token_counts(kind, files, ends, note, tmp_path, sent
 def test_tokenizer_json_without_the_package_names_the_command(tmp_path, monkeypatch):
     folder = json_dir(tmp_path, *LLAMA3)
     monkeypatch.setitem(sys.modules, "tokenizers", None)  # what a missing package raises
-    with pytest.raises(SystemExit, match="pip install tokenizers"):
+    with pytest.raises(InputError, match="pip install tokenizers"):
         load_tokenizer(folder)
 
 
@@ -542,7 +543,7 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
     assert "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n" in said
     assert ("warning: " in said) == ("ends with any of the tokens 2, 5, since files disagree" in said) == warned
     tokenizer.eos_id = tokenizer.vocab_size  # an added end token that the embedding has no row for
-    with pytest.raises(SystemExit, match="the tokenizer gives token .*, and the model knows"):
+    with pytest.raises(InputError, match="the tokenizer gives token .*, and the model knows"):
         check_inputs(config, tokenizer, [], config.problems("test"))
 
 
@@ -561,7 +562,7 @@ def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
     other = SimpleNamespace(bos_id=own.bos_id, eos_id=own.eos_id, eos_note="", begins_with_space=True, chat_template="",
                             **methods)
     problems = [gsm8k_run.problems(split) for split in ("train", "test")]
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(InputError, match=said):
         check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)
 
 
@@ -594,7 +595,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path
         shutil.rmtree(model)
         shutil.copytree(gsm8k_run.model, model)
         change()
-        with pytest.raises(SystemExit, match="other inputs:\n  weights: "):
+        with pytest.raises(InputError, match="other inputs:\n  weights: "):
             main.main()
 
 

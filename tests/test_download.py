@@ -19,6 +19,7 @@ from urllib.error import HTTPError
 import pytest
 
 from data import TASKS, download
+from infra import InputError
 from data.download import SOURCES, File, fetch
 from data.files import FILES
 
@@ -83,10 +84,10 @@ def one(server, name="file", size=SIZE, sha256=SHA256, git="") -> dict:
 
 
 def refusal(directory, sources, task="t") -> str:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError) as stop:
         fetch(task, directory, sources)
-    assert "\n" not in stop.value.code  # one line
-    return stop.value.code
+    assert "\n" not in str(stop.value)  # one line
+    return str(stop.value)
 
 
 def tree(directory) -> dict[str, bytes]:

@@ -16,6 +16,7 @@ import evaluate
 from checkpoint import load_model, model_hash
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, majority, pass_at_k, summarize, wilson, wilson_of_mean
+from infra import InputError
 from infra.run import Pieces, read_json, read_records, write_records
 from sample import Response, generate
 
@@ -141,7 +142,7 @@ def test_counts_over_all_samples_of_a_hand_made_set():
     assert careful == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(2 / 5)}
     backwards = summarize([replace(q, samples=q.samples[::-1]) for q in hand_made()], "toy")
     assert all(backwards[name] == summary[name] for name in ("pass@1", "pass@1_ci95", "maj@4", "sampled_tags"))
-    with pytest.raises(SystemExit, match="no question"):
+    with pytest.raises(InputError, match="no question"):
         summarize([], "toy")
     greedy = [replace(question, samples=question.samples[:1]) for question in hand_made()]
     assert not {"num_samples", "pass@1", "maj@1"} & summarize(greedy, "toy").keys()
@@ -271,11 +272,11 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
                               answer_format="", marks="final_answer", max_new_tokens=512, precision="auto", reward="",
                               right_at=1.0, reward_hash="")
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
-    with pytest.raises(SystemExit, match="other settings:\n  weights: "):
+    with pytest.raises(InputError, match="other settings:\n  weights: "):
         ask({})
     (base / "generation_config.json").unlink()
     for name, value in dict(split="test", num_samples=1, temperature=1.0, seed=4).items():
-        with pytest.raises(SystemExit, match=f"other settings:\n  {name}: "):
+        with pytest.raises(InputError, match=f"other settings:\n  {name}: "):
             ask({}, **{name: value})
 
 
@@ -285,7 +286,7 @@ def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys)
     endless = [replace(q, samples=[replace(s, finished=False, text=" ") for s in q.samples]) for q in hand_made()]
     monkeypatch.setattr(evaluate, "answer", lambda *args, **how: endless)
     how = dict(num_samples=4, temperature=1.0, seed=0, label="", sampler=SimpleNamespace(weights="", loaded=()))
-    with pytest.raises(SystemExit, match="none of 12 responses ended within --max_new_tokens 512: .*eos_token_id"):
+    with pytest.raises(InputError, match="none of 12 responses ended within --max_new_tokens 512: .*eos_token_id"):
         evaluate.answer_once(tmp_path / "samples.jsonl", "", [], SampleOptions(task="toy"), split="train", **how)
     assert evaluate.answer_once(tmp_path / "eval.jsonl", "", [], SampleOptions(task="toy"), split="test",
                                 **how) == endless

@@ -3,6 +3,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ from data.own import judge_by, load_reward
 from data.prompts import prompt_text, template_of
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
+from infra import InputError
 from infra.parallel import device
 from rewards import Grade, grade
-from runs import call, read_lines, refusal, settings
+from runs import SMALL, call, read_lines, refusal, settings
 from tools import chat, evaluation, sft
 from train import Example, TrainOptions, fit_sft
 
@@ -38,6 +41,23 @@ def write(path: Path, *rows: dict) -> Path:
 
 def asked(count: int, **more) -> list[dict]:
     return [{"question": f"What is {i} + 1?", "answer": i + 1, **more} for i in range(count)]
+
+
+# --- code ------------------------------------------------------------------------------------------
+
+def test_the_loss_in_the_readme_can_be_put_in_the_code(base, tmp_path):
+    """Its diff applies, and the run that follows trains with it: IPO's loss is (1 / 2 beta)^2 where DPO's is ln 2."""
+    [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    for path in [*ROOT.glob("*.py"), *(path for room in ("data", "grading", "infra", "tools")
+                                       for path in (ROOT / room).glob("*.*"))]:
+        (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, tmp_path / path.relative_to(ROOT))
+    subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "irpo.py", *SMALL, "--iterations", "1", "--beta", "0.5", "--model", str(base),
+                           "--precision", "fp32", "--run_dir", "run"], cwd=tmp_path, capture_output=True, text=True)
+    assert "DPO loss before the first step is 1.0000" in done.stdout, done.stderr
+    first = read_lines(tmp_path / "run/iter1/train.jsonl")[0]
+    assert first["dpo"] == pytest.approx(1.0, abs=1e-3) and first["loss"] == pytest.approx(1 + first["nll"], abs=0.1)
 
 
 # --- data ------------------------------------------------------------------------------------------
@@ -95,10 +115,10 @@ def test_a_bad_record_names_file_line_and_field(answer, row, said, tmp_path, mon
     path = write(tmp_path / "my.jsonl", CHOICES if "choices" in row else RECORD, row)
     options = TaskOptions(task=str(path), answer=answer)
     monkeypatch.setattr("data.task.require_math_verify", lambda: None)
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError) as stop:
         options.problems("train")
-    assert stop.value.code.startswith(f"{path}, line 2: {said}")
-    assert ' like {"question": ..., "answer": ...}' in stop.value.code
+    assert str(stop.value).startswith(f"{path}, line 2: {said}")
+    assert ' like {"question": ..., "answer": ...}' in str(stop.value)
 
 
 def test_one_file_is_divided_by_a_hash_of_the_question(tmp_path, capsys):
@@ -115,7 +135,7 @@ def test_one_file_is_divided_by_a_hash_of_the_question(tmp_path, capsys):
     assert splits[1] == splits[0] and [len(train), len(dev), len(test)] == [12, 4, 4]
     assert dev == {f"What is {i} + 1?" for i in (7, 8, 9, 15)} and len(train | dev | test) == 20
     few = write(tmp_path / "few.jsonl", *asked(4))
-    with pytest.raises(SystemExit, match="few.jsonl has 4 problems: too few to hold dev and test out of train"):
+    with pytest.raises(InputError, match="few.jsonl has 4 problems: too few to hold dev and test out of train"):
         TaskOptions(task=str(few)).problems("test")
 
 
@@ -139,10 +159,10 @@ def test_a_folder_has_its_own_splits(tmp_path, capsys):
     write(tmp_path / "one" / "test.jsonl", *rows[12:15])
     options = TaskOptions(task=str(tmp_path / "one"))
     assert len(options.problems("test")) == 3
-    with pytest.raises(SystemExit, match="one has no train problems"):
+    with pytest.raises(InputError, match="one has no train problems"):
         options.problems("train")
     (tmp_path / "none").mkdir()
-    with pytest.raises(SystemExit, match="none has no train.jsonl, no dev.jsonl and no test.jsonl"):
+    with pytest.raises(InputError, match="none has no train.jsonl, no dev.jsonl and no test.jsonl"):
         TaskOptions(task=str(tmp_path / "none")).problems("train")
 
 
@@ -150,7 +170,7 @@ def test_a_question_in_two_splits_is_refused(tmp_path):
     """A test question that was trained on shows in no number; other case or spaces do not make it another one."""
     write(tmp_path / "train.jsonl", *asked(10))
     write(tmp_path / "test.jsonl", {"question": "what is  3 + 1?", "answer": 4})
-    with pytest.raises(SystemExit, match=r"test.jsonl asks, in test-1, what .*train.jsonl asks in train-4: 'what is"):
+    with pytest.raises(InputError, match=r"test.jsonl asks, in test-1, what .*train.jsonl asks in train-4: 'what is"):
         TaskOptions(task=str(tmp_path)).problems("train")
 
 
@@ -235,17 +255,17 @@ def test_what_a_reward_may_return(body, expected, tmp_path):
     ("return 1 / (len(text) - 5)", r"fails: ZeroDivisionError\('division by zero'\) in .*my.py, line 5")])
 def test_what_a_reward_may_not_return(body, said, tmp_path):
     """A NaN would be a wrong answer to IRPO and the end of every weight to PPO."""
-    with pytest.raises(SystemExit, match=said + r".*, for the problem p-1 and the text 'so 7\.'. It must .* --run_dir"):
+    with pytest.raises(InputError, match=said + r".*, for the problem p-1 and the text 'so 7\.'. It must .* --run_dir"):
         judge_by(reward_file(tmp_path / "my.py", body), "so 7.", PROBLEM, 1.0)
 
 
 def test_a_reward_of_another_shape_is_refused(tmp_path):
     (tmp_path / "my.py").write_text("def score(text):\n    return 1\n")
-    with pytest.raises(SystemExit, match="fails: TypeError.*2 were given"):
+    with pytest.raises(InputError, match="fails: TypeError.*2 were given"):
         judge_by(f"{tmp_path}/my.py:score", "7", PROBLEM, 1.0)
     for name, content in (("absent", "x = 1\n"), ("broken", "def score(:\n"), ("leaves", "raise SystemExit(3)\n")):
         (tmp_path / f"{name}.py").write_text(content)
-        with pytest.raises(SystemExit, match=f"{name}.py:score cannot be imported: "):
+        with pytest.raises(InputError, match=f"{name}.py:score cannot be imported: "):
             judge_by(f"{tmp_path}/{name}.py:score", "7", PROBLEM, 1.0)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from infra import hardware, parallel
+from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions, dtype_of, faster_precision, idle_cores, usable_cores
 from infra.run import ROOT, open_run
@@ -125,7 +126,7 @@ def test_a_resumed_run_keeps_its_precision_and_its_threads(monkeypatch, capsys, 
     open_run(resumed)
     open_run(settled(capsys, *here, "--threads", "1")[0])  # that is free to change
     assert torch.get_num_threads() == 1
-    with pytest.raises(SystemExit, match="precision: 'bf16' there, 'fp32' now"):
+    with pytest.raises(InputError, match="precision: 'bf16' there, 'fp32' now"):
         open_run(settled(capsys, *here, "--precision", "fp32")[0])
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"precision": "int4"}')  # not of a run

@@ -14,6 +14,7 @@ import irpo
 from checkpoint import load_model, load_sampler, model_hash, save_model
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions
+from infra import InputError
 from infra.run import derive_seed, read_json, read_records, write_jsonl
 from irpo import (TOY, Config, Pair, check_start, kept_pairs, make_pairs, minimise, preference_loss,
                   preference_pairs, probe, right_and_wrong, training_items, training_row, with_reference)
@@ -141,7 +142,7 @@ def test_a_pair_fits_if_both_of_its_sequences_do(chosen, rejected, tiny_dirs):
     if chosen + rejected == 19:
         assert kept_pairs([pair], config, 3) == [pair]
     else:
-        with pytest.raises(SystemExit, match="iteration 3 has no pairs: all 1 .* 20 positions.*--temperature"):
+        with pytest.raises(InputError, match="iteration 3 has no pairs: all 1 .* 20 positions.*--temperature"):
             kept_pairs([pair], config, 3)
 
 
@@ -216,7 +217,7 @@ def test_a_reference_that_is_not_finite_is_refused(tmp_path):
     model = tiny_model()
     model.lm_head.weight.data[5] = math.nan
     save_model(model, tmp_path / "model")
-    with pytest.raises(SystemExit, match="model gives log-probabilities that are not finite"):
+    with pytest.raises(InputError, match="model gives log-probabilities that are not finite"):
         with_reference(some_pairs(), str(tmp_path / "model"), Config(**FP32))
 
 
@@ -224,17 +225,17 @@ def test_before_the_first_step_the_policy_is_the_reference(tiny_dirs, capsys):
     """DPO loss ln 2, no reward, and nobody ahead (ties do not count). A reference of other weights is refused, where
     the loss itself would show nothing odd."""
     config, pairs = Config(beta=0.5, alpha=0.7, **FP32), with_reference(some_pairs(), str(tiny_dirs[0]), Config(**FP32))
-    got = preference_loss(load_model(tiny_dirs[0]), pairs, config, [1])
+    got = preference_loss(load_model(tiny_dirs[0]), pairs, config)
     assert got["dpo"].tolist() == pytest.approx([LN2] * 6, abs=1e-4)
     assert got["rewards/margins"].tolist() == pytest.approx([0] * 6, abs=1e-4)
     live = zip(pairs, got["logps/chosen"].tolist(), got["logps/rejected"].tolist())
     same = [replace(pair, ref_chosen=chosen, ref_rejected=rejected) for pair, chosen, rejected in live]
-    assert preference_loss(load_model(tiny_dirs[0]), same, config, [1])["rewards/accuracies"].tolist() == [0] * 6
+    assert preference_loss(load_model(tiny_dirs[0]), same, config)["rewards/accuracies"].tolist() == [0] * 6
 
     check_start(load_model(tiny_dirs[0]), pairs, config)
     assert "0.6931" in capsys.readouterr().out
     for model, compared in ((1, pairs), (0, [replace(pair, ref_chosen=math.nan) for pair in pairs])):
-        with pytest.raises(SystemExit, match="reference"):  # NaN is not above any threshold
+        with pytest.raises(InputError, match="reference"):  # NaN is not above any threshold
             check_start(load_model(tiny_dirs[model]), compared, config)
 
 
@@ -245,7 +246,8 @@ def test_preference_loss_is_equation_1_on_pairs_of_ids(norm, tiny_dirs):
     term."""
     model, config = tiny_model(1), Config(beta=0.3, alpha=0.7, nll_norm=norm, **FP32)
     pairs = with_reference(some_pairs(), str(tiny_dirs[0]), config)
-    got = {name: values.tolist() for name, values in preference_loss(model, pairs, config, [3, 4, 8]).items()}
+    mean = 5 if norm == "token" else 0
+    got = {name: values.tolist() for name, values in preference_loss(model, pairs, config, mean).items()}
     for i, pair in enumerate(pairs):
         chosen, rejected = (slow_logps(model, pair.prompt, ids) for ids in (pair.chosen, pair.rejected))
         ratio_chosen, ratio_rejected = sum(chosen) - pair.ref_chosen, sum(rejected) - pair.ref_rejected
@@ -270,7 +272,8 @@ def test_sft_on_chosen_is_the_nll_of_the_winners(norm, tmp_path):
     options = Config(method="sft_chosen", nll_norm=norm, lr=1e-9, batch_size=16, epochs=1, **FP32)
     pairs = with_reference(pairs, str(tmp_path / "start"), options)
     items = [Example(pair.id, pair.prompt, pair.chosen) for pair in pairs[:4]]
-    [record] = minimise(str(tmp_path / "start"), items, pairs, {}, options, 0, tmp_path)[1]
+    minimise(str(tmp_path / "start"), items, pairs, {}, options, 0, tmp_path)
+    [record] = read_lines(tmp_path / "train.jsonl")
     logps = [slow_logps(model, item.prompt, item.response) for item in items]
     tokens = sum(map(len, logps))
     nll = -sum(map(sum, logps)) / tokens if norm == "token" else sum(-sum(x) / len(x) for x in logps) / 4
@@ -509,7 +512,7 @@ def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_p
     """That was the advice, but its directory then held "a run with another config", and hours of work with it."""
     made, pairs = irpo.preference_pairs, iter([True, False])
     monkeypatch.setattr(irpo, "preference_pairs", lambda *args: made(*args) if next(pairs, True) else [])
-    with pytest.raises(SystemExit, match="iteration 2 has no pairs: every question has only right or only wrong"):
+    with pytest.raises(InputError, match="iteration 2 has no pairs: every question has only right or only wrong"):
         short_run(base, tmp_path / "run", "--iterations", "2")
     before = model_hash(tmp_path / "run" / "iter1" / "model")
     assert [row["name"] for row in short_run(base, tmp_path / "run")] == ["M0"] * 2 + ["M1"] * 3
@@ -518,7 +521,7 @@ def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_p
 
 def test_selection_with_too_few_steps_is_refused_before_training(base, tmp_path, small_world):
     """A measurement every 50 steps would never happen; and a schedule would differ in the second training run."""
-    with pytest.raises(SystemExit, match="--select_every 50 is more than the"):
+    with pytest.raises(InputError, match="--select_every 50 is more than the"):
         short_run(base, tmp_path / "run", "--select_every", "50", "--lr_schedule", "constant")
     assert not (tmp_path / "run" / "iter1" / "select").exists()
     with pytest.raises(ValueError, match="--lr_schedule constant"):

@@ -7,6 +7,7 @@ import pytest
 
 from data import ledger, load_problems, tags
 from grading.equations import equations_hold
+from infra import InputError
 from rewards import grade
 
 QUESTION = ("Ivy 3 more than Ben. Gus 7. Tom as many as Ivy and Gus. Ben 4. Kim half as many as Ben. "
@@ -80,9 +81,9 @@ def test_a_response_without_an_end_is_lost():
     """A truncated or empty response once would have been judged by lines that it does not have."""
     assert ledger.judge(QUESTION, "") == ledger.judge(QUESTION, PLAN) == [("answer", "lost")]
     assert ledger.judge(QUESTION, PLAN + "Ivy <<4+3=7>>7\n Tom <<7+") == [("more", "right"), ("answer", "lost")]
-    with pytest.raises(SystemExit, match="no question of the world ledger: 'How many apples"):
+    with pytest.raises(InputError, match="no question of the world ledger: 'How many apples"):
         ledger.judge("How many apples has Ann?", "#### 3")
-    with pytest.raises(SystemExit, match=r"--toy_steps \(2, 11\): a question of the world ledger takes 1 to 8 steps"):
+    with pytest.raises(InputError, match=r"--toy_steps \(2, 11\): a question of the world ledger takes 1 to 8 steps"):
         load_problems("toy", "dev", toy_steps=(2, 11), toy_world="ledger")  # it has no names for more
 
 

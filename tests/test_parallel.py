@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from infra import InputError
 import irpo
 import ranks as computed_by
 from checkpoint import model_hash, save_model
@@ -171,5 +172,5 @@ def test_a_script_with_two_ranks(base, tmp_path, capsys):
 def test_a_model_that_cannot_be_split_is_refused(monkeypatch, ranks, shape):
     """Over ranks that do not divide the others, its heads or its hidden units."""
     monkeypatch.setattr(parallel, "world", lambda: 2)
-    with pytest.raises(SystemExit, match=f"--tensor_parallel {ranks} must divide"):
+    with pytest.raises(InputError, match=f"--tensor_parallel {ranks} must divide"):
         parallel.split_over_ranks(tiny_model(**shape), ranks)

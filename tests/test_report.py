@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
+from infra import InputError
 from runs import call
 from tools import page, report
 from tools.evidence import quantile
@@ -143,7 +144,7 @@ def test_what_is_no_run_is_refused_with_the_reason(tmp_path, files, reason):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=reason):
+    with pytest.raises(InputError, match=reason):
         call(report, tmp_path)
 
 
@@ -548,9 +549,9 @@ def test_dev_accuracy_on_the_way(tmp_path):
 
 
 def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path):
-    with pytest.raises(SystemExit, match="no finished run"):
+    with pytest.raises(InputError, match="no finished run"):
         call(report, "--table", tmp_path)
     rft_run(tmp_path / "k50" / "s0", 0.6)
     reft_run(tmp_path / "reft" / "s0", 0.6)
-    with pytest.raises(SystemExit, match="runs of reft, rft"):
+    with pytest.raises(InputError, match="runs of reft, rft"):
         call(report, "--table", tmp_path)

@@ -9,6 +9,7 @@ from tiny import random_tokens, tiny_model
 from tools import rerank
 from checkpoint import save_model
 from evaluate import Answered, Sample
+from infra import InputError
 from infra.run import write_records
 from runs import call
 from tools.rerank import Config, Labelled, RewardModel, best, classification_loss, label, scores
@@ -95,7 +96,7 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path):
     write_records(tmp_path / "test.jsonl", rows, settings("test"))
     for labelled, candidates, said in (("alike", "test", "nothing to tell apart"), ("test", "train", "must be train"),
                                        ("train", "train", "the second dev or test")):
-        with pytest.raises(SystemExit, match=said):
+        with pytest.raises(InputError, match=said):
             call(rerank, "--model", tmp_path / "m", "--labelled", tmp_path / f"{labelled}.jsonl",
                  "--candidates", tmp_path / f"{candidates}.jsonl", "--run_dir", tmp_path / "run")
         assert not (tmp_path / "run").exists()

@@ -14,6 +14,7 @@ from data import load_problems, toy
 from data.prompts import encode_solution
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample
+from infra import InputError
 from infra.run import derive_seed, read_json, read_records, write_jsonl, write_records
 from rft import diversity, levenshtein, path_key, right_paths, select_paths
 from runs import call, read_lines, refusal, settings
@@ -339,7 +340,7 @@ def test_a_replaced_pool_is_refused(started, base, tmp_path, capsys):
     """Its paths would be of other samples than those that are counted."""
     started("--pool", pool_of(tmp_path / "pool", base))
     pool_of(tmp_path / "pool", base, [1, 0, 2, 3, 4, 5, 6])
-    with pytest.raises(SystemExit, match="pooled: "):
+    with pytest.raises(InputError, match="pooled: "):
         started("--pool", tmp_path / "pool")
 
 
@@ -363,7 +364,7 @@ def test_gold_solutions_must_pass_step_3(capsys):
     rft.check_golds(config, [unsound[0], *problems[1:]])
     assert "9 of 10 gold solutions pass" in capsys.readouterr().out
     for golds, said in ((unsound, "would drop every path"), ([replace(problems[0], solution="")], "no gold solutions")):
-        with pytest.raises(SystemExit, match=said):
+        with pytest.raises(InputError, match=said):
             rft.check_golds(config, golds)
     rft.check_golds(replace(config, equation_filter=False), unsound)
 

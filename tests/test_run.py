@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra import parallel
+from infra import InputError
 from infra.config import Options, option, parse_config
 from infra.run import Pieces, hash_of, log, once, open_run, read_json, read_jsonl, read_records, run_script, write_json
 
@@ -82,9 +83,9 @@ def test_a_run_directory_holds_one_config_and_one_base_model(tmp_path):
 
 
 def refused(config: Config, **inputs) -> str:
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError) as stop:
         open_run(config, **inputs)
-    return stop.value.code
+    return str(stop.value)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -175,7 +176,7 @@ def test_a_step_that_finds_the_disk_full_keeps_what_was_there(full_disk):
     full_disk(0)
     for act in (lambda: write_json(disk / "some.json", ["x" * 9999]), lambda: once(disk / "more.json", lambda: [1]),
                 lambda: log(disk, event="x" * 9999, seconds=2)):
-        with pytest.raises(SystemExit, match="json.? cannot be written: No space left on device.*same command again"):
+        with pytest.raises(InputError, match="json.? cannot be written: No space left on device.*same command again"):
             act()
     assert not list(disk.rglob("*.tmp")) and not (disk / "more.json").exists()
     assert read_json(disk / "some.json") == {"a": 1}
@@ -199,14 +200,15 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path):
     (tmp_path / "results.json").mkdir()
     for name, reason in (("iter1/x.json", "File exists|Not a directory"), ("results.json", "Is a directory"),
                          ("x" * 255, "File name too long")):
-        with pytest.raises(SystemExit, match=f"{name} cannot be written: ({reason}).*same command"):
+        with pytest.raises(InputError, match=f"{name} cannot be written: ({reason}).*same command"):
             write_json(tmp_path / name, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter1", "results.json"]
 
 
 @pytest.mark.parametrize("error, said", [
     (OSError(28, "No space left on device", "runs/a"), "No space left on device: 'runs/a'"),
-    (KeyboardInterrupt(), "run the same command again"), (ModuleNotFoundError("get x by y"), "error: get x by y")])
+    (KeyboardInterrupt(), "run the same command again"), (ModuleNotFoundError("get x by y"), "error: get x by y"),
+    (InputError("no such model"), "^no such model$")])
 def test_a_script_ends_with_a_sentence(error, said):
     """Not with twenty lines of traceback; and a second Ctrl-C, as it ends, ends it at once, without one either."""
     def failing():
@@ -241,7 +243,7 @@ def test_a_step_comes_back_from_its_file_and_its_time_is_in_the_log(tmp_path):
     for other, said in ((dict(weights="y", t=(1, 2)), "weights: 'x' there, 'y' now"),
                         (dict(weights="x"), "t: .* there, None now"),
                         (dict(weights="x", t=(1, 2), seed=0), "seed: None there, 0 now")):
-        with pytest.raises(SystemExit, match=rf"some.jsonl was made with other settings:\n  {said}"):
+        with pytest.raises(InputError, match=rf"some.jsonl was made with other settings:\n  {said}"):
             again(**other)
     assert once(tmp_path / "x.json", lambda: {"a": 1}) == once(tmp_path / "x.json", dict) == {"a": 1}
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -257,7 +259,7 @@ def test_a_damaged_file_is_refused(tmp_path, damage, said):
     path = tmp_path / "some.jsonl"
     once(path, lambda: [Record("a", 1.0)], Record, dict(weights="x"))
     path.write_text(damage(path.read_text()))
-    with pytest.raises(SystemExit, match=f"{path}.*{said}"):
+    with pytest.raises(InputError, match=f"{path}.*{said}"):
         once(path, list, Record, dict(weights="x"))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from infra import InputError
 import sample
 from model import KVCache, Llama
 from sample import Batch, Response, cache_budget, generate, recorded, sample_next_token, uniforms
@@ -197,7 +198,7 @@ def test_logits_that_are_not_finite_are_named(value, broken, drawing):
     embedding broken, other responses go on beside those that have drawn it."""
     model, prompts = tiny_model(), [[token for token in prompt if token != 7] for prompt in some_prompts()]
     model.get_submodule(broken).weight.data[7] = value
-    with pytest.raises(SystemExit, match="logits are not finite"):
+    with pytest.raises(InputError, match="logits are not finite"):
         some_responses(model, prompts, **drawing)
     rows = torch.tensor([[0.0] * 149 + [value], [-math.inf] * 150, [0.0] * 150])
     drawing = dict(temperature=1, top_p=1, top_k=0) | drawing

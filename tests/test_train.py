@@ -17,6 +17,7 @@ from torch import Tensor
 
 import train
 from checkpoint import load_config, load_model, save_model
+from infra import InputError
 from infra.progress import summary
 from infra.run import read_jsonl
 from losses import nll_loss
@@ -152,7 +153,7 @@ def test_a_loss_that_is_not_finite_stops_or_is_skipped(tmp_path, bad):
     items, model = [Item(f"question-{i}") for i in range(12)], tiny_model()
     items[5].value = bad
     options = TrainOptions(lr=1e-3, batch_size=4, micro_batch_tokens=2, precision="fp32")
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(InputError) as stop:
         fit(model, items, slope, options, 0, tmp_path)
     batches = [batch_at(step, items, 4, 0) for step in range(3)]
     [worst] = [step for step, batch in enumerate(batches) if items[5] in batch]
@@ -185,7 +186,7 @@ def test_a_run_whose_steps_are_mostly_skipped_is_no_training(tmp_path, bad, afte
     model = tiny_model()
     save_model(model, tmp_path / "source")
     if after:
-        with pytest.raises(SystemExit, match="3 of 4 steps were skipped.*no model is saved.*--lr"):
+        with pytest.raises(InputError, match="3 of 4 steps were skipped.*no model is saved.*--lr"):
             train_once(tmp_path, str(tmp_path / "source"), train)
         assert taken == [1, 2, 3] and not (tmp_path / "model").exists()
     else:
@@ -202,7 +203,7 @@ def test_weights_that_are_not_finite_are_no_model(tmp_path, skip):
     with torch.no_grad():
         damaged.model.norm.weight[3] = math.nan
     for model, rate in ((damaged, 1e-3), (last, 3.4e38)):
-        with pytest.raises(SystemExit, match="the weights .* are not finite.*No model is saved"):
+        with pytest.raises(InputError, match="the weights .* are not finite.*No model is saved"):
             fit(model, examples(1), nll, dataclasses.replace(options, lr=rate, weight_decay=3.0), 0, tmp_path)
 
 
@@ -214,7 +215,7 @@ def test_a_gradient_that_is_not_finite_stops_before_it_reaches_the_weights(tmp_p
         return {"loss": torch.stack([torch.sqrt((weight - weight.detach()).abs()) for _ in batch])}
 
     model = tiny_model()
-    with pytest.raises(SystemExit, match="question-0"):
+    with pytest.raises(InputError, match="question-0"):
         fit(model, [Item("question-0")], root, TrainOptions(batch_size=1, precision="fp32"), 0, tmp_path)
     assert all(weight.isfinite().all() for weight in model.parameters())
 
@@ -427,5 +428,5 @@ def test_sft_weighs_responses_or_tokens_alike_and_prompts_as_told(tmp_path, prom
     assert "1 of 6 examples exceed the model's 17 positions" in capsys.readouterr().out
     assert record["loss"] == pytest.approx(sum(expected) / 3, rel=1e-4)
     assert record["nll"] == pytest.approx(sum(nlls) / 3, rel=1e-4)
-    with pytest.raises(SystemExit, match="none of 1 .* 17 positions"):
+    with pytest.raises(InputError, match="none of 1 .* 17 positions"):
         fit_sft(model, [long], FP32, 0, tmp_path)

@@ -11,6 +11,7 @@ from statistics import fmean
 import data
 from data import ledger
 from evaluate import Answered, SampleOptions, Sampler, answer, summarize
+from infra import InputError
 from infra.config import option, parse_config
 from infra.run import run_script
 
@@ -21,6 +22,7 @@ RANGES = {"greedy accuracy": (0.35, 0.55), "pass@8": (0.60, 0.85), "lucky share"
 @dataclass(frozen=True)
 class Config(SampleOptions):
     model: str = option("", "model directory", required=True)
+    task: str = option("toy", "the toy world", ("toy",))
     toy_world: str = option("ledger", "the world", ("ledger",))
     toy_steps: tuple[int, ...] = option(ledger.DEPTHS, "steps that a question takes, drawn from these", low=1,
                                          high=ledger.MAX_STEPS)
@@ -65,7 +67,7 @@ def main() -> None:
     for name, value in found.items():
         print(f"{name}: {value:.1%}" + (" (out of range)" if name in outside else ""))
     if outside:
-        raise SystemExit("not accepted: " + ", ".join(outside))
+        raise InputError("not accepted: " + ", ".join(outside))
     print("accepted")
 
 

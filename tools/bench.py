@@ -33,6 +33,7 @@ import irpo
 import sample
 from checkpoint import load_config, load_model, save_model
 from data.fresh import initialize
+from infra import InputError
 from infra.config import Options, option, parse_config
 from infra.parallel import device
 from infra.run import read_json, run_card, run_script, write_json, write_text
@@ -171,7 +172,7 @@ def train_trl(job: dict, tick: Tick) -> None:
         trainer = DPOTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[Ticks()])
         for pair, row in zip(pairs, trainer.train_dataset):
             if [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] != [pair.prompt, pair.chosen, pair.rejected]:
-                raise SystemExit("TRL was given other tokens than ours")
+                raise InputError("TRL was given other tokens than ours")
         trainer.train()
 
 
@@ -216,7 +217,7 @@ def time_sampling(run: Callable, job: dict) -> Iterator[dict]:
             tokens = draw(prompts, n, job["new_tokens"])
             cpu, wall = (after - begun for begun, after in zip(before, clock()))
             if tokens != rows * job["new_tokens"]:
-                raise SystemExit(f"{job['engine']} sampled {tokens} tokens, not what was asked for")
+                raise InputError(f"{job['engine']} sampled {tokens} tokens, not what was asked for")
             yield {"num_samples": n, "rows": rows, "tokens": tokens, "cpu": cpu, "wall": wall}
             if cpu > ENOUGH:
                 break
@@ -318,7 +319,7 @@ def measure_elsewhere(python: str, job: dict) -> list[dict] | dict:
     done = subprocess.run([python, "-m", "tools.bench", "--job", json.dumps(job)], capture_output=True, text=True,
                           env=environment)
     if done.returncode:
-        raise SystemExit(f"the measurement {job} failed: {done.stderr[-2000:]}")
+        raise InputError(f"the measurement {job} failed: {done.stderr[-2000:]}")
     found = json.loads(done.stdout.rpartition("RESULT ")[2].splitlines()[0])
     print(time.strftime("%H:%M:%S"), job["half"], job["shape"], job["engine"], job["setting"], flush=True)
     return found
@@ -437,7 +438,7 @@ def main() -> None:
         return print(busy())
     for python in config.peers:
         if not shutil.which(python):
-            raise SystemExit(f"--peers {python}: there is no such program")
+            raise InputError(f"--peers {python}: there is no such program")
     record = dict(line.split(None, 1) for line in run_card().splitlines())
     text = "# Benchmark\n\n" + "".join(f"- {name}: {value}\n" for name, value in record.items())
     text += f"- {config.dtype}, {config.threads} threads; load of the machine at the start {os.getloadavg()[0]:.1f}\n"

