@@ -13,6 +13,7 @@ import pytest
 
 import infra.config
 import infra.run
+import tools.report  # noqa: F401  imports all methods, before `command_faults` patches what they import
 
 ROOT = Path(__file__).resolve().parent.parent
 OTHERS = ("pytest", "ruff", "venv", "pip")  # programs that are not ours

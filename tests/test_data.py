@@ -333,7 +333,7 @@ def test_seeds_that_no_generator_takes_are_refused(module, seed):
 def test_math_without_its_grader_is_refused_at_the_start(monkeypatch):
     """Not after a day of sampling, and not as zeros."""
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install 'math-verify"):
+    with pytest.raises(SystemExit, match="pip install 'math-verify"):
         run_script(lambda: TaskOptions(task="math").problems("test"))
 
 

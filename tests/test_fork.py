@@ -46,14 +46,14 @@ def asked(count: int, **more) -> list[dict]:
 # --- code ------------------------------------------------------------------------------------------
 
 def test_the_loss_in_the_readme_can_be_put_in_the_code(base, tmp_path):
-    """Its diff applies, and the run that follows trains with it: IPO's loss is (1 / 2 beta)^2 where DPO's is ln 2."""
+    """Its diff applies, and the run that follows trains with it: IPO begins at (1 / 2 beta)^2, DPO at ln 2."""
     [diff] = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     for path in [*ROOT.glob("*.py"), *(path for room in ("data", "grading", "infra", "tools")
                                        for path in (ROOT / room).glob("*.*"))]:
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, tmp_path / path.relative_to(ROOT))
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
-    done = subprocess.run([sys.executable, "irpo.py", *SMALL, "--iterations", "1", "--beta", "0.5", "--model", str(base),
+    done = subprocess.run([sys.executable, "irpo.py", *SMALL, "--iterations", "1", "--beta", "0.5", "--model", base,
                            "--precision", "fp32", "--run_dir", "run"], cwd=tmp_path, capture_output=True, text=True)
     assert "DPO loss before the first step is 1.0000" in done.stdout, done.stderr
     first = read_lines(tmp_path / "run/iter1/train.jsonl")[0]
