@@ -11,7 +11,10 @@ from fractions import Fraction
 import pytest
 
 from data import load_problems, tags, toy
+from data.tokenizer import load_tokenizer
 from rewards import grade
+from runs import call
+from tools import sft
 
 EQUATION = re.compile(r"(\S+)=<<([^=<>]+)=(-?\d+)>>(-?\d+)")
 SIZES = {"train": 800, "dev": 150, "test": 350}  # of the splits, which are drawn in turn: fewer take less time
@@ -234,3 +237,14 @@ def test_misread_stories_are_other_stories():
         assert differing <= 1 and all(0 <= value <= 99 for _, value in misread.steps)
         assert dataclasses.replace(misread, relations=story.relations) == story
     assert changed > 50
+
+
+def test_the_corpus_is_learnt_as_it_is_written(corpus, tmp_path, monkeypatch):
+    """Base models were taught the right answer after reasoning that leads to another: `#### 18` after 22-2=20, in a
+    fifth of all texts, since a gold solution is written with the problem's right answer."""
+    learnt = []
+    monkeypatch.setattr(toy, "corpus", lambda *args, **options: corpus[:300])
+    monkeypatch.setattr(sft, "fit_sft", lambda model, examples, config, *more: learnt.extend(examples))
+    call(sft, "--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--run_dir", tmp_path / "base")
+    tokenizer = load_tokenizer(tmp_path / "base" / "model")
+    assert [tokenizer.decode(example.response) for example in learnt] == [row["solution"] for row in corpus[:300]]

@@ -48,7 +48,9 @@ def main() -> None:
     if config.task == "toy" and not config.model:
         rows = (ledger.corpus(config.seed, steps=config.toy_steps) if config.toy_world == "ledger" else
                 toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world))
-        problems = [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution"))) for row in rows]
+        # a text of the corpus ends in the answer that its reasoning leads to, right or wrong
+        problems = [data.Problem(row["id"], row["question"], row["solution"].partition("#### ")[2], row["solution"])
+                    for row in rows]
     else:
         problems = config.problems("train")
     if not all(problem.solution for problem in problems):
