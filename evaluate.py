@@ -97,7 +97,8 @@ class SampleOptions(TaskOptions, ComputeOptions):
 
 MANY = 0.1  # of the responses: more that cannot be judged deserve a warning
 REMEDIES = {  # of what makes an accuracy say little about a model
-    "unparsed": "ask as the model was trained: --chat own for a chat model, and its --prompt or --answer_format",
+    "unparsed": "ask as the model was trained (--chat own for a chat model; its --prompt or --answer_format), and see "
+                "that responses are not cut off",
     "unfinished": "raise --max_new_tokens, or declare the token that ends this model's responses as eos_token_id in "
                   "its generation_config.json",
     "empty": "ask as the model was trained: --chat own for a chat model, and its --prompt"}
@@ -310,7 +311,8 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
                                split=split, num_samples=num_samples, temperature=temperature, seed=config.seed,
                                label=f"{name} {split}", sampler=sampler)
         found = summarize(answered, config.task)
-        print_summary(f"{name} {split}", found)
+        how = f", the first of {num_samples} samples at temperature {temperature:g}" if num_samples > 1 else ""
+        print_summary(f"{name} {split}{how}", found)
         return found
 
     rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}

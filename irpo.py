@@ -249,7 +249,8 @@ def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
     start = float(dpo_loss(*torch.zeros(4, 1), config.beta))  # ln 2
     print(f"check: DPO loss before the first step is {loss:.4f}, where policy = reference it is {start:.4f}")
     if not abs(loss - start) <= config.beta * nats:  # nor is NaN
-        raise InputError("the reference log-probabilities are not those of the model that is trained")
+        raise InputError("the reference log-probabilities are not those of the model that is trained, or the entry dpo "
+                         "of preference_loss is no longer dpo_loss")
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from fractions import Fraction
 from grading import formats, latex, letters, sandbox
 from grading.equations import equations, equations_hold, plain_equations  # noqa: F401  RFT's keys and filter
 from grading.latex import require_math_verify  # noqa: F401  for scripts to call before they start
+from infra import InputError
 from infra.parallel import computed, node_size
 
 OWN_FORMAT = {"toy": "hash", "gsm8k": "hash", "svamp": "trigger", "mathqa": "trigger", "mathqa-numeric": "trigger",
@@ -54,6 +55,9 @@ def grade(text: str, gold: str, dataset: str, answer_format: str | None = None, 
 
     dataset: a data set's name or, for data of your own, the kind of its answers (data.files.ANSWERS).
     """
+    if dataset not in READ or answer_format not in (None, *EXTRACT, "python"):
+        raise InputError(f"cannot grade {dataset!r} in the format {answer_format!r}: choose from {', '.join(READ)}; "
+                         f"{', '.join(EXTRACT)}, python")
     answer_format = answer_format or OWN_FORMAT[dataset]
     if answer_format == "python":
         return grade_programs([text], [gold], dataset, workers=1)[0]

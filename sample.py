@@ -200,6 +200,8 @@ def generate(model: Llama, prompts: list[list[int]], *, num_samples: int, max_ne
     of tokens as they come. Raises ValueError for a prompt that is empty or leaves no room for max_new_tokens, and
     InputError where a model's logits are not finite.
     """
+    if temperature < 0:
+        raise ValueError(f"temperature {temperature}: must be at least 0")
     limit = model.config.max_length - max_new_tokens
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) <= limit:

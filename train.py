@@ -120,7 +120,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
             raise InputError(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
                              f"{[item.id for part in parts for item in part]}. Try a smaller --lr, or "
                              "--skip_nonfinite.")
-    optimizer.zero_grad()
+    model.zero_grad()  # also what the optimizer was not given
     return values | {"grad_norm": [norm]} | ({"skipped": [float(not finite)]} if options.skip_nonfinite else {})
 
 

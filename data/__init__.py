@@ -88,6 +88,9 @@ def own_problems(task: str, answer: str) -> dict[str, list[Problem]]:
     seen: dict[str, tuple[str, Problem]] = {}  # case and spaces do not make another question
     for split, problem in ((split, problem) for split, problems in found.items() for problem in problems):
         before, same = seen.setdefault(" ".join(problem.question.split()).casefold(), (split, problem))
+        if before == split and same.answer != problem.answer:
+            raise InputError(f"{files[split]} asks twice, in {same.id} and {problem.id}, with the answers "
+                             f"{same.answer!r:.40} and {problem.answer!r:.40}: {problem.question!r:.100}")
         if before != split:
             raise InputError(f"{files[split]} asks, in {problem.id}, what {files[before]} asks in {same.id}: "
                              f"{problem.question!r:.100}. A question must be in one split only.")

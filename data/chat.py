@@ -33,7 +33,7 @@ class Chat:
         source = tokenizer.chat_template if name == "own" else CHATS[name]
         if not source:
             raise InputError("--chat own: this model has no chat_template, neither in tokenizer_config.json nor as "
-                             f"chat_template.jinja: give one of {', '.join(filter(None, CHATS))}, or leave --chat out")
+                             f"chat_template.jinja: give {', '.join(sorted({*CHATS} - {'', 'own'}))}, or no --chat")
         self.template = compiled(source)
         self.special = re.compile("|".join(map(re.escape, sorted(specials, key=len, reverse=True))) or "(?!)")
         self.hidden = {special: chr(FIRST_HIDDEN + i) for i, special in enumerate(specials)}

@@ -45,8 +45,12 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     if config.reward:
         first = next((problem for problem in problems if problem.solution), problems[0])
         [[verdict]] = reward_all([[*texts[:1], first.answer][:1]], [first], config.reward, config.right_at)
-        print(f"check: --reward gives the first gold {'solution' if texts else 'answer'} {verdict.score:g}, so it is "
-              f"{verdict.verdict}")
+        said = (f"--reward gives the first gold {'solution' if texts else 'answer'} {verdict.score:g}, so with "
+                f"--right_at {config.right_at:g} it is {verdict.verdict}")
+        if texts and verdict.verdict != "correct" and getattr(config, "gold", False):
+            raise InputError(f"{said}, and gold solutions would be winners all the same: give a smaller --right_at, or "
+                             "--no-gold")
+        print(f"check: {said}")
     warn_if_trained_otherwise(config)
 
 

@@ -161,6 +161,8 @@ def load_tokenizer(directory: str | Path) -> SentencePieceTokenizer | JsonTokeni
                                  "next to it") from None
     if json_path.is_file():
         return JsonTokenizer(json_path)
+    if not path.parent.is_dir():
+        raise InputError(f"{directory}: there is no such directory")
     raise InputError(f"{directory} has no tokenizer.model and no tokenizer.json: give a directory with config.json, "
                      "weights and tokenizer, such as `make base` writes")
 

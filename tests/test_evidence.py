@@ -107,3 +107,12 @@ def test_how_often_the_rule_is_wrong_and_how_much_it_sees():
     assert 0.005 <= numpy.mean(wrong) <= 0.08
     seen = [one["verdict"] for _ in range(30) for one in simulated(random, 6.0)]
     assert seen.count("shown") >= 0.9 * len(seen) and "shown the other way" not in seen
+
+
+def test_twenty_equal_answers_do_not_prove_equality():
+    """"+0 +- 0" was the interval of two models that answer the same 20 questions right; of 1,000 it is nearly that."""
+    for n, low, high in ((20, 10, 20), (1000, 0.1, 0.5)):
+        same = {0: {str(i): float(i % 2) for i in range(n)}}
+        found = [difference(same, same, "points")]
+        judge(found)
+        assert found[0]["mean"] == 0 and low < found[0]["half_width"] < high

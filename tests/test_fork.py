@@ -340,7 +340,7 @@ def test_the_page_is_true_for_every_method(module, page, writer, capsys):
     run = Path(flags[flags.index("--run_dir") + 1])
     call(module, *flags)
     said = capsys.readouterr().out
-    assert "check: --reward gives the first gold solution 1, so it is correct\n" in said
+    assert "check: --reward gives the first gold solution 1, so with --right_at 1 it is correct\n" in said
     assert {row["split"] for row in json.loads((run / "results.json").read_text())} == {"train", "dev", "test"}
     for name in ("my_prompt.txt", "my_reward.py"):
         assert (run / "source" / "own" / name).read_text() == (page / name).read_text()
@@ -411,3 +411,22 @@ def test_pooled_runs_must_have_been_judged_alike(page, writer, capsys):
     other = [*flags, "--run_dir", "runs/pooled", "--pool", "runs/my-rft"]
     assert "was sampled with reward_hash " in refusal(capsys, rft, *other, "--right_at", "0.5")
     call(rft, *other)
+
+
+def test_a_reward_that_calls_gold_wrong_is_refused_where_gold_wins(base, tmp_path, capsys):
+    """A reward below 1 called every sample wrong under the default --right_at, and IRPO trained on gold against all of
+    them, whatever the reward says. ReFT takes the score itself."""
+    (tmp_path / "short.py").write_text("def score(text, problem):\n    return 0.5\n")
+    flags = [*SMALL, "--model", base, "--reward", f"{tmp_path}/short.py:score", "--run_dir", tmp_path / "run"]
+    said = refusal(capsys, irpo, *flags)
+    assert "0.5, so with --right_at 1 it is wrong" in said and "a smaller --right_at, or --no-gold" in said
+    assert not (tmp_path / "run").exists()
+    call(irpo, *flags, "--right_at", "0.5", "--iterations", "1")
+
+
+def test_a_question_with_two_answers_in_a_file_is_refused(tmp_path):
+    """It was learnt with both; only a copy in another split was noticed."""
+    rows = asked(30)
+    path = write(tmp_path / "my.jsonl", *rows, rows[3] | {"answer": 99})
+    with pytest.raises(InputError, match="asks twice, in my-4 and my-31, with the answers '4' and '99': 'What is 3"):
+        data.load_problems(str(path), "train", answer="number")

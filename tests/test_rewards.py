@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import data
 import evaluate
+from infra import InputError
 import rewards
 import rft
 from evaluate import SampleOptions
@@ -385,9 +386,9 @@ def test_without_math_verify(monkeypatch):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="cannot grade 'gsm8k' in the format 'hashes': choose from toy, gsm8k"):
         grade("#### 5", "5", "gsm8k", "hashes")
-    with pytest.raises(KeyError):
+    with pytest.raises(InputError, match="'gsm9k'"):
         grade("#### 5", "5", "gsm9k", "hash")
 
 

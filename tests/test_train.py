@@ -23,8 +23,8 @@ from infra.run import read_jsonl
 from losses import nll_loss
 from model import Llama
 from tiny import random_tokens, slow_logps, tiny_model
-from train import (Example, TrainOptions, batch_at, fit, fit_sft, learning_rate, load_for_training, micro_batches,
-                   new_optimizer, num_steps, packed_logps, response_logps, train_once)
+from train import (Example, TrainOptions, batch_at, descend, fit, fit_sft, learning_rate, load_for_training,
+                   micro_batches, new_optimizer, num_steps, packed_logps, response_logps, train_once)
 
 FP32 = TrainOptions(lr=1.0, batch_size=7, clip_norm=1e9, precision="fp32")
 
@@ -430,3 +430,12 @@ def test_sft_weighs_responses_or_tokens_alike_and_prompts_as_told(tmp_path, prom
     assert record["nll"] == pytest.approx(sum(nlls) / 3, rel=1e-4)
     with pytest.raises(InputError, match="none of 1 .* 17 positions"):
         fit_sft(model, [long], FP32, 0, tmp_path)
+
+
+def test_weights_that_the_optimizer_lacks_do_not_gather_gradients():
+    """A fork that gave AdamW the head alone trained with steps that shrank: the other weights' gradients were never
+    cleared, added up, and all gradients are clipped by their joint norm."""
+    model = tiny_model()
+    optimizer = torch.optim.AdamW([model.lm_head.weight], lr=1e-9)
+    norms = [descend(model, optimizer, [examples(4)], nll, FP32)["grad_norm"][0] for _ in range(3)]
+    assert norms == pytest.approx([norms[0]] * 3, rel=1e-3)

@@ -158,11 +158,11 @@ def curve(records: list[list[dict]], key: str) -> list[tuple]:
 def how_made(run: Run) -> dict[str, str]:
     """Return a run's script, flags and source: all that its results follow from, except the seed.
 
-    A path that names the seed, runs/base-s0/model, is the same for every seed.
+    A path that names a seed, runs/base-s0/model, is the same for every seed.
     """
     values = {key: " ".join(map(str, value)) if isinstance(value, list) else str(value)
               for key, value in run.config.items() if key not in NO_METHOD}
-    flags = {key: re.sub(rf"(?<=[-/]s){run.config.get('seed')}\b", "SEED", value) for key, value in values.items()
+    flags = {key: re.sub(r"(?<=[-/]s)\d+\b", "SEED", value) for key, value in values.items()
              if not re.fullmatch("[0-9a-f]{64}", value)}
     source = [path for path in sorted(run.path.glob("source/**/*.py")) if path.parent.name != "tools"]
     return {"": run.kind, **flags, "source": hash_of(run.config.get("problems"), *source)}
