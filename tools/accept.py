@@ -11,6 +11,7 @@ from statistics import fmean
 import data
 from data import ledger
 from evaluate import Answered, SampleOptions, Sampler, answer, summarize
+
 from infra.config import option, parse_config
 from infra.run import run_script
 
@@ -21,10 +22,11 @@ RANGES = {"greedy accuracy": (0.35, 0.55), "pass@8": (0.60, 0.85), "lucky share"
 @dataclass(frozen=True)
 class Config(SampleOptions):
     model: str = option("", "model directory", required=True)
+    task: str = option("toy", "the toy world", ("toy",))
     toy_world: str = option("ledger", "the world", ("ledger",))
     toy_steps: tuple[int, ...] = option(ledger.DEPTHS, "steps that a question takes, drawn from these", low=1,
                                          high=ledger.MAX_STEPS)
-    max_new_tokens: int = option(96, "longest response", low=1)
+    max_new_tokens: int = option(160, "longest response", low=1)
     split: str = option("dev", "train, dev or test", data.SPLITS)
     limit: int = option(0, "use only the first N problems; 0: all", low=0)
     seed: int = option(0, "of the samples", low=0, high=2**64 - 1)

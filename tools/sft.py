@@ -28,7 +28,7 @@ class Config(TrainOptions, TaskOptions):
     vocab_size: int = option(288, "tokens of a new tokenizer", low=1)
     hidden_size: int = option(128, "width of a fresh model", low=8)
     num_layers: int = option(4, "layers of a fresh model", low=1)
-    max_positions: int = option(256, "longest sequence of a fresh model", low=1)
+    max_positions: int = option(320, "longest sequence of a fresh model", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,7 +47,9 @@ def main() -> None:
     if config.task == "toy" and not config.model:
         rows = (ledger.corpus(config.seed, steps=config.toy_steps) if config.toy_world == "ledger" else
                 toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world))
-        problems = [data.Problem(*(row[name] for name in ("id", "question", "answer", "solution"))) for row in rows]
+        # a text of the corpus ends in the answer that its reasoning leads to, right or wrong
+        problems = [data.Problem(row["id"], row["question"], row["solution"].partition("#### ")[2],
+                                 row["solution"]) for row in rows]
     else:
         problems = config.problems("train")
     if not all(problem.solution for problem in problems):
