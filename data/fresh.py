@@ -13,30 +13,33 @@ SYMBOLS = ["\n", "=<<", ">>", "####", *map(str, range(100))]  # tokens of their 
 
 
 def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: int, num_layers: int, max_positions: int,
-                seed: int) -> str:
-    """Make a model directory, unless it is complete, with 4 attention heads on 2 key-value heads; return its name."""
+                seed: int, num_key_value_heads: int = 2, std: float = 0.02, symbols: list[str] = SYMBOLS) -> str:
+    """Make a model directory, unless it is complete, with 4 attention heads; return its name.
+
+    symbols: texts that are tokens of their own.
+    """
     if by_first((folder / "config.json").exists):  # save_model puts it here with the finished weights
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, SYMBOLS))
+    by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, symbols))
     shape = ModelConfig(vocab_size=load_tokenizer(folder).vocab_size, hidden_size=hidden_size,
                         intermediate_size=8 * hidden_size // 3 // 8 * 8, num_hidden_layers=num_layers,
-                        num_attention_heads=4, num_key_value_heads=2, head_dim=hidden_size // 4,
+                        num_attention_heads=4, num_key_value_heads=num_key_value_heads, head_dim=hidden_size // 4,
                         max_position_embeddings=max_positions)
     barrier()  # save_model will replace the folder
-    save_model(initialize(Llama(shape), seed), folder, source=folder)
+    save_model(initialize(Llama(shape), seed, std), folder, source=folder)
     return str(folder)
 
 
 @torch.no_grad()
-def initialize(model: Llama, seed: int) -> Llama:
-    """Draw fresh weights: normal, std 0.02, divided by sqrt(2 * layers) where a block writes its output."""
+def initialize(model: Llama, seed: int, std: float = 0.02) -> Llama:
+    """Draw fresh weights: normal, divided by sqrt(2 * layers) where a block writes its output."""
     generator = torch.Generator().manual_seed(seed)
-    residual = 0.02 / math.sqrt(2 * model.config.num_hidden_layers)
+    residual = std / math.sqrt(2 * model.config.num_hidden_layers)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
-            std = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-            weight.normal_(0, std, generator=generator)
+            writes = name.endswith(("o_proj.weight", "down_proj.weight"))
+            weight.normal_(0, residual if writes else std, generator=generator)
         elif name.endswith("bias"):
             weight.zero_()
     return model

@@ -1,16 +1,16 @@
 """Generate the world "ledger": who has how many, in GSM8K's format, and a corpus that misreads it.
 
 A question states some facts in random order, some of which nothing depends on, and asks for one quantity. A solution
-first lists what it will work out, from the question backwards, and then works it out, one line per quantity:
+first repeats the facts that it needs, from the question backwards, and then works them out, one line per quantity:
 
-    Ivy 3 more than Ben. Gus 7. Tom as many as Ivy and Gus. Ben 4. Kim half as many as Ben. How many has Tom?
-    Tom Ivy
-     Ivy <<4+3=7>>7
-     Tom <<7+7=14>>14
+    Ivy beats Ben by 3. Gus 7. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. How many has Tom?
+    Tom joins Ivy and Gus. Ivy beats Ben by 3. Ben 4. Gus 7.
+     Ivy beats Ben 4 by 3 << 4 + 3 = 7 >> Ivy 7
+     Tom joins Ivy 7 and Gus 7 << 7 + 7 = 14 >> Tom 14
     #### 14
 
 The base model learns from a corpus that makes mistakes. It misreads a fact of some kind at that kind's own rate ("Ivy
-needs 3 more to match Ben" as 4+3), and now and then takes a wrong quantity, more often the more of them are beside the
+needs 3 to match Ben" as 4 + 3), and now and then takes a wrong quantity, more often the more of them are beside the
 point. Then it goes on without a further slip, and its arithmetic is always right: a wrong solution looks like a right
 one. `judge` tells every step's truth from the texts of question and solution.
 
@@ -32,15 +32,18 @@ from infra import InputError
 
 NAMES = "Ann Ben Cat Dan Eve Gus Ivy Kim Leo Mia Ned Tom".split()
 SPLITS = {"base": (0, 55), "train": (55, 70), "dev": (70, 85), "test": (85, 100)}  # percent of hashes
+# Tokens of their own. With its space a number stands next to its name, which makes it easier to look up.
+SYMBOLS = ["\n", "####", *(f"▁{sign}" for sign in ("<<", ">>", *"=+-*/()")), *(f"▁{n}" for n in range(100))]
 MAX_STEPS = 8
 MAX_FACTS = 8  # if the steps do not need more
 DEPTHS = (2, 3, 4, 5)  # steps of a question's solution
 SIZES = {"train": 1500, "dev": 500, "test": 1000}
-MAX_VALUE = 40  # every quantity of a question is in 1..MAX_VALUE
-MAX_STATED = 80  # what a solution with mistakes may state is in 0..MAX_STATED
+MAX_VALUE = 30  # every quantity of a question is in 1..MAX_VALUE
+MAX_STATED = 60  # what a solution with mistakes may state is in 0..MAX_STATED
 COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
 DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
 MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
+DRILLS = 0.15  # of the corpus: only arithmetic
 SLIPS = 0.025  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
 
 
@@ -57,16 +60,16 @@ class Kind:
 
 SMALL = tuple(range(1, 13))
 KINDS = {
-    "more": Kind("{x} {k} more than {a}.", "a+k", "a-k", 0.18, 0.10, SMALL),
-    "fewer": Kind("{x} {k} fewer than {a}.", "a-k", "a+k", 0.16, 0.15, SMALL),
-    "times": Kind("{x} {k} times as many as {a}.", "a*k", "a+k", 0.12, 0.20, (2, 3, 4)),
-    "half": Kind("{x} half as many as {a}.", "a/k", "a-k", 0.10, 0.30, (2,)),
-    "sum": Kind("{x} as many as {a} and {b}.", "a+b", "a-b", 0.13, 0.15),
-    "gap": Kind("{x} what {a} has over {b}.", "a-b", "a+b", 0.12, 0.40),
-    "short": Kind("{x} needs {k} more to match {a}.", "a-k", "a+k", 0.07, 0.65, SMALL),
-    "spare": Kind("{x} can lose {k} to match {a}.", "a+k", "a-k", 0.05, 0.60, SMALL),
-    "ratio": Kind("{x} one for every {k} of {a}.", "a/k", "a*k", 0.04, 0.65, (2, 3, 4)),
-    "rest": Kind("{x} and {a} have {k} together.", "k-a", "k+a", 0.03, 0.70, tuple(range(2, MAX_VALUE + 1))),
+    "more": Kind("{x} beats {a} by {k}.", "a+k", "a-k", 0.18, 0.10, SMALL),
+    "fewer": Kind("{x} trails {a} by {k}.", "a-k", "a+k", 0.16, 0.15, SMALL),
+    "times": Kind("{x} equals {a} times {k}.", "a*k", "a+k", 0.12, 0.20, (2, 3, 4)),
+    "half": Kind("{x} halves {a}.", "a/k", "a-k", 0.10, 0.30, (2,)),
+    "sum": Kind("{x} joins {a} and {b}.", "a+b", "a-b", 0.13, 0.15),
+    "gap": Kind("{x} separates {a} from {b}.", "a-b", "a+b", 0.12, 0.40),
+    "short": Kind("{x} needs {k} to match {a}.", "a-k", "a+k", 0.07, 0.65, SMALL),
+    "spare": Kind("{x} loses {k} to match {a}.", "a+k", "a-k", 0.05, 0.60, SMALL),
+    "ratio": Kind("{x} splits {a} into {k}.", "a/k", "a*k", 0.04, 0.65, (2, 3, 4)),
+    "rest": Kind("{x} completes {a} to {k}.", "k-a", "k+a", 0.03, 0.70, tuple(range(2, MAX_VALUE + 1))),
 }
 
 
@@ -96,8 +99,8 @@ class Fact:
         parts = {"a": known.get(self.a, []), "b": known.get(self.b, []), "k": [str(self.k)]}
         sign = reading[1]
         pairs = [(left, right) for left in parts[reading[0]] for right in parts[reading[2]]]
-        return [left + sign + right for left, right in pairs] + [
-            right + sign + left for left, right in pairs if sign in "+*"]
+        return [f"{left} {sign} {right}" for left, right in pairs] + [
+            f"{right} {sign} {left}" for left, right in pairs if sign in "+*"]
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,7 @@ class Step:
     expression: str
     value: int
     right: bool  # no misreading and no slip, given the steps before
+    said: str  # the fact, with the quantities that it was read with
 
 
 def solve(ledger: Ledger, rng: random.Random, mistakes: bool = False, merged: float = 0.0) -> list[Step]:
@@ -231,16 +235,23 @@ def solve(ledger: Ledger, rng: random.Random, mistakes: bool = False, merged: fl
             values[x] = taken.value(reading, values)
             forms = taken.forms(reading, known)
             expression = forms[-1] if rng.random() < COMMUTED else forms[0]
-            steps.append(Step(x, expression, values[x], taken == fact and reading == kind.right))
-            known[x] = [f"({expression})" if x != ledger.target and rng.random() < merged else str(values[x])]
+            said = taken.text[:-1]
+            for y in taken.operands:
+                said = said.replace(f" {y}", f" {y} {values[y]}")
+            steps.append(Step(x, expression, values[x], taken == fact and reading == kind.right, said))
+            known[x] = [f"( {expression} )" if x != ledger.target and rng.random() < merged else str(values[x])]
         else:
             return [step for step in steps if known[step.x] == [str(step.value)]]
 
 
 def write(ledger: Ledger, steps: list[Step]) -> str:
-    plan = " ".join(reversed(ledger.needed()))
-    lines = [f"{step.x} <<{step.expression}={step.value}>>{step.value}" for step in steps]
-    return "\n ".join([plan, *lines]) + f"\n#### {steps[-1].value}"
+    trace, left = [], [ledger.target]
+    while left:
+        fact = ledger.facts[left.pop(0)]
+        trace.append(fact.text)
+        left = fact.operands + left
+    lines = [f"{step.said} << {step.expression} = {step.value} >> {step.x} {step.value}" for step in steps]
+    return "\n ".join([" ".join(trace), *lines]) + f"\n#### {steps[-1].value}"
 
 
 # --- splits ----------------------------------------------------------------------------------------
@@ -277,27 +288,42 @@ def problems(split: str, steps: tuple[int, ...] = DEPTHS, merged: float = 0.0) -
     return rows
 
 
+def drill(rng: random.Random) -> tuple[str, str, int]:
+    """Draw eight equations: (the left sides, all equations, the last value)."""
+    lines, left = [], []
+    while len(lines) < 8:
+        a, b, sign = rng.randint(1, MAX_VALUE), rng.randint(1, MAX_VALUE), rng.choice("++--*/")
+        value = read(f"a{sign}b", a, b, 0)
+        if value:
+            left.append(f"{a} {sign} {b}")
+            lines.append(f"<< {a} {sign} {b} = {value} >>")
+    return ", ".join(left), "\n ".join(lines) + f"\n#### {value}", value
+
+
 def corpus(seed: int, size: int = 36000, steps: tuple[int, ...] = DEPTHS) -> list[dict]:
-    """Write the base model's training data: solutions with mistakes, half of them of one step, which teaches to look up
-    a quantity faster."""
+    """Write the base model's training data: solutions with mistakes, some of one step, and drills in which some of a
+    question's facts are only repeated, which teaches to look them up."""
     rng, rows = random.Random(f"corpus {seed}"), []
     for i, (question, ledger) in enumerate(ledgers("base", size, (*[1] * len(steps), *steps), seed).items()):
-        answer, solved = solve(ledger, rng)[-1].value, solve(ledger, rng, mistakes=True, merged=MERGED)
-        rows.append({"id": f"ledger-base-{i}", "question": question, "answer": str(answer),
-                     "solution": write(ledger, solved)})
+        solved = solve(ledger, rng, mistakes=True, merged=MERGED)
+        answer, solution = solved[-1].value, write(ledger, solved)
+        if rng.random() < DRILLS:
+            terms, solution, answer = drill(rng)
+            question = f"How many is {terms}?"
+        rows.append({"id": f"ledger-base-{i}", "question": question, "answer": str(answer), "solution": solution})
     return rows
 
 
 # --- what a solution gets wrong --------------------------------------------------------------------
 
-LINE = re.compile(r"(?P<x>\S+) <<(?P<expression>[^=<>]+)=(?P<value>\d+)>>(?P<stated>\d+)")
+LINE = re.compile(r"(?P<x>\S+) [^<>]*<< (?P<expression>[^=<>]+) = (?P<value>\d+) >> (?P<again>\S+) (?P<stated>\d+)")
 
 
 def judge(question: str, text: str) -> list[tuple[str, str]]:
     """Judge each line of a solution by the lines before it, as (kind of its fact, verdict).
 
     Verdicts: right; misread, as the corpus misreads this kind; slip, any other expression; sum, one that does not have
-    the value stated; lost, neither a step nor an answer. A line that goes on from a mistake is right. The plan is not
+    the value stated; lost, neither a step nor an answer. A line that goes on from a mistake is right. The trace is not
     judged. The last line is of the kind "answer", and a slip unless it repeats what the target was found to be.
     """
     ledger = parse(question)
@@ -306,14 +332,14 @@ def judge(question: str, text: str) -> list[tuple[str, str]]:
     for line in lines[1:-1]:
         match = LINE.fullmatch(line.strip())
         fact = ledger.facts.get(match["x"]) if match else None
-        if not fact or not fact.kind:
+        if not fact or not fact.kind or match["again"] != fact.x:
             found.append(("step", "lost"))
             continue
         value, expression = match["stated"], match["expression"]
         if match["value"] != value or arithmetic(expression) != int(value):
             verdict = "sum"
         else:
-            inside = known | {x: [f"({form})" for form in forms_of(ledger, x, known)] for x in ledger.needed(fact.x)
+            inside = known | {x: [f"( {form} )" for form in forms_of(ledger, x, known)] for x in ledger.needed(fact.x)
                               if x not in known and x != fact.x}
             readings = {"right": KINDS[fact.kind].right, "misread": KINDS[fact.kind].wrong}
             verdict = next((name for name, reading in readings.items() if expression in fact.forms(reading, inside)),
@@ -328,7 +354,7 @@ def judge(question: str, text: str) -> list[tuple[str, str]]:
 def forms_of(ledger: Ledger, x: str, known: dict[str, list[str]]) -> list[str]:
     """Write what has no line of its own, rightly, in all ways."""
     fact = ledger.facts[x]
-    inside = {y: known.get(y) or [f"({form})" for form in forms_of(ledger, y, known)] for y in fact.operands}
+    inside = {y: known.get(y) or [f"( {form} )" for form in forms_of(ledger, y, known)] for y in fact.operands}
     return fact.forms(KINDS[fact.kind].right, inside)
 
 

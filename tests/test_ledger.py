@@ -10,9 +10,9 @@ from grading.equations import equations_hold
 from infra import InputError
 from rewards import grade
 
-QUESTION = ("Ivy 3 more than Ben. Gus 7. Tom as many as Ivy and Gus. Ben 4. Kim half as many as Ben. "
-            "Leo needs 2 more to match Tom. How many has Leo?")
-PLAN = "Leo Tom Ivy\n "
+QUESTION = ("Ivy beats Ben by 3. Gus 7. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. Leo needs 2 to match Tom. "
+            "How many has Leo?")
+TRACE = "Leo needs 2 to match Tom. Tom joins Ivy and Gus. Ivy beats Ben by 3. Ben 4. Gus 7.\n "
 SIZES = {"train": 150, "dev": 60, "test": 90}
 
 
@@ -28,21 +28,31 @@ def value_of(name: str, question: str) -> int:
     number = r"(\d+)"
     for pattern, rule in [
             (rf"{name} {number}\.", lambda k: int(k)),
-            (rf"{name} {number} more than (\w+)\.", lambda k, a: of(a) + int(k)),
-            (rf"{name} {number} fewer than (\w+)\.", lambda k, a: of(a) - int(k)),
-            (rf"{name} {number} times as many as (\w+)\.", lambda k, a: of(a) * int(k)),
-            (rf"{name} half as many as (\w+)\.", lambda a: of(a) / 2),
-            (rf"{name} as many as (\w+) and (\w+)\.", lambda a, b: of(a) + of(b)),
-            (rf"{name} what (\w+) has over (\w+)\.", lambda a, b: of(a) - of(b)),
-            (rf"{name} needs {number} more to match (\w+)\.", lambda k, a: of(a) - int(k)),
-            (rf"{name} can lose {number} to match (\w+)\.", lambda k, a: of(a) + int(k)),
-            (rf"{name} one for every {number} of (\w+)\.", lambda k, a: of(a) / int(k)),
-            (rf"{name} and (\w+) have {number} together\.", lambda a, k: int(k) - of(a))]:
+            (rf"{name} beats (\w+) by {number}\.", lambda a, k: of(a) + int(k)),
+            (rf"{name} trails (\w+) by {number}\.", lambda a, k: of(a) - int(k)),
+            (rf"{name} equals (\w+) times {number}\.", lambda a, k: of(a) * int(k)),
+            (rf"{name} halves (\w+)\.", lambda a: of(a) / 2),
+            (rf"{name} joins (\w+) and (\w+)\.", lambda a, b: of(a) + of(b)),
+            (rf"{name} separates (\w+) from (\w+)\.", lambda a, b: of(a) - of(b)),
+            (rf"{name} needs {number} to match (\w+)\.", lambda k, a: of(a) - int(k)),
+            (rf"{name} loses {number} to match (\w+)\.", lambda k, a: of(a) + int(k)),
+            (rf"{name} splits (\w+) into {number}\.", lambda a, k: of(a) / int(k)),
+            (rf"{name} completes (\w+) to {number}\.", lambda a, k: int(k) - of(a))]:
         def of(other: str) -> int:
             return value_of(other, question)
         if match := re.search(rf"(?:^|\. ){pattern}", question):
             return rule(*match.groups())
     raise AssertionError((name, question))
+
+
+def written(line: str) -> str:
+    """Write "Ivy <<4+3=7>>7" as the world does."""
+    match = re.fullmatch(r"(\w+) <<(.*)=(\d+)>>(\d+)", line)
+    if not match:
+        return line
+    name, expression, value, stated = match.groups()
+    spaced = re.sub(r"([-+*/()])", r" \1 ", expression).replace("  ", " ").strip()
+    return f"{name} beats Ben 4 by 3 << {spaced} = {value} >> {name} {stated}"
 
 
 @pytest.mark.parametrize("lines, answer, expected", [
@@ -69,7 +79,7 @@ def value_of(name: str, question: str) -> int:
 ])
 def test_every_step_is_judged_by_the_steps_before(lines, answer, expected):
     """A step that goes on from a mistake is no mistake: counting it would show every slip as many."""
-    text = PLAN + "\n ".join(lines) + f"\n#### {answer}"
+    text = TRACE + "\n ".join(map(written, lines)) + f"\n#### {answer}"
     if not expected[-1].startswith("answer"):
         expected = [*expected, "answer right"]
     assert [" ".join(step) for step in ledger.judge(QUESTION, text)] == expected
@@ -79,8 +89,9 @@ def test_every_step_is_judged_by_the_steps_before(lines, answer, expected):
 
 def test_a_response_without_an_end_is_lost():
     """A truncated or empty response once would have been judged by lines that it does not have."""
-    assert ledger.judge(QUESTION, "") == ledger.judge(QUESTION, PLAN) == [("answer", "lost")]
-    assert ledger.judge(QUESTION, PLAN + "Ivy <<4+3=7>>7\n Tom <<7+") == [("more", "right"), ("answer", "lost")]
+    assert ledger.judge(QUESTION, "") == ledger.judge(QUESTION, TRACE) == [("answer", "lost")]
+    cut = TRACE + written("Ivy <<4+3=7>>7") + "\n Tom joins Ivy 7 and Gus 7 << 7 +"
+    assert ledger.judge(QUESTION, cut) == [("more", "right"), ("answer", "lost")]
     with pytest.raises(InputError, match="no question of the world ledger: 'How many apples"):
         ledger.judge("How many apples has Ann?", "#### 3")
     with pytest.raises(InputError, match=r"--toy_steps \(2, 11\): a question of the world ledger takes 1 to 8 steps"):

@@ -26,7 +26,7 @@ class Config(SampleOptions):
     toy_world: str = option("ledger", "the world", ("ledger",))
     toy_steps: tuple[int, ...] = option(ledger.DEPTHS, "steps that a question takes, drawn from these", low=1,
                                          high=ledger.MAX_STEPS)
-    max_new_tokens: int = option(96, "longest response", low=1)
+    max_new_tokens: int = option(160, "longest response", low=1)
     split: str = option("dev", "train, dev or test", data.SPLITS)
     limit: int = option(0, "use only the first N problems; 0: all", low=0)
     seed: int = option(0, "of the samples", low=0, high=2**64 - 1)

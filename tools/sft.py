@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import data
 from checkpoint import model_hash
 from data import ledger, toy
-from data.fresh import fresh_model
+from data.fresh import SYMBOLS, fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra import InputError
@@ -29,10 +29,14 @@ class Config(TrainOptions, TaskOptions):
     vocab_size: int = option(288, "tokens of a new tokenizer", low=1)
     hidden_size: int = option(128, "width of a fresh model", low=8)
     num_layers: int = option(4, "layers of a fresh model", low=1)
-    max_positions: int = option(256, "longest sequence of a fresh model", low=1)
+    num_key_value_heads: int = option(2, "of a fresh model, for its 4 heads: 1, 2 or 4", low=1, high=4)
+    init_std: float = option(0.02, "standard deviation of fresh weights", above=0)
+    max_positions: int = option(320, "longest sequence of a fresh model", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if 4 % self.num_key_value_heads:
+            raise ValueError(f"--num_key_value_heads {self.num_key_value_heads}: 1, 2 or 4")
         if self.hidden_size % 8:
             raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of 8, for 4 heads of even width")
 
@@ -40,7 +44,8 @@ class Config(TrainOptions, TaskOptions):
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
             prompt_weight=0.1, nll_norm="token")
 PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths"),
-           "ledger_base": BASE | dict(toy_world="ledger", toy_steps=ledger.DEPTHS)}
+           "ledger_base": BASE | dict(toy_world="ledger", toy_steps=ledger.DEPTHS, batch_size=16, num_key_value_heads=4,
+                                      init_std=0.08)}
 
 
 def main() -> None:
@@ -65,7 +70,8 @@ def main() -> None:
 
     start = config.model or fresh_model(
         [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
-        config.num_layers, config.max_positions, config.seed)
+        config.num_layers, config.max_positions, config.seed, config.num_key_value_heads, config.init_std,
+        ledger.SYMBOLS if config.toy_world == "ledger" else SYMBOLS)
     print(f"{train_once(run, start, train)} is complete")
 
 
