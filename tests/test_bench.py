@@ -158,7 +158,7 @@ def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(mo
                                    ["--peers", sys.executable, "no/such/python"]], ids=str)
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, flags):
     """Before minutes of work, not after."""
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises((InputError, SystemExit)) as error:
         run_main(monkeypatch, "--out", tmp_path / "out", *flags)
     assert flags[0] in capsys.readouterr().err + str(error.value)
     assert not (tmp_path / "out").exists()
