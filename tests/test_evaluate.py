@@ -306,7 +306,7 @@ def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys)
 
 
 @pytest.mark.parametrize("eval_samples", [0, 4])
-def test_the_record_of_a_model(tmp_path, monkeypatch, eval_samples):
+def test_the_record_of_a_model(tmp_path, monkeypatch, capsys, eval_samples):
     """Greedy on dev and test; accuracy stays the greedy one where several samples are drawn as well."""
     calls, samplers = [], set()
 
@@ -327,3 +327,6 @@ def test_the_record_of_a_model(tmp_path, monkeypatch, eval_samples):
     assert [(r["name"], r["iteration"], r["split"], r["note"], r["accuracy"], r.get("pass@4")) for r in rows] == [
         ("M1", 1, "dev", "n", 0.0, None), ("M1", 1, "test", "n", 0.0, pytest.approx(2 / 3) if eval_samples else None)]
     assert json.loads(json.dumps(rows)) == read_json(tmp_path / "eval.json")
+    said = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
+    sampled = ["M1 test, the first of 4 samples at temperature 0.7"] if eval_samples else []
+    assert said == ["M1 dev", "M1 test", *sampled]
