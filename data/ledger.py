@@ -88,8 +88,12 @@ class Fact:
 
     @property
     def text(self) -> str:
+        return self.told(self.a, self.b)
+
+    def told(self, a: str, b: str) -> str:
+        """Write the fact with these words for the quantities a and b."""
         template = KINDS[self.kind].text if self.kind else "{x} {k}."
-        return template.format(x=self.x, a=self.a, b=self.b, k=self.k)
+        return template.format(x=self.x, a=a, b=b, k=self.k)
 
     def value(self, reading: str, values: dict[str, int]) -> int | None:
         return read(reading, values.get(self.a, 0), values.get(self.b, 0), self.k)
@@ -235,9 +239,7 @@ def solve(ledger: Ledger, rng: random.Random, mistakes: bool = False, merged: fl
             values[x] = taken.value(reading, values)
             forms = taken.forms(reading, known)
             expression = forms[-1] if rng.random() < COMMUTED else forms[0]
-            said = taken.text[:-1]
-            for y in taken.operands:
-                said = said.replace(f" {y}", f" {y} {values[y]}")
+            said = taken.told(*(f"{y} {values.get(y)}" for y in (taken.a, taken.b)))[:-1]
             steps.append(Step(x, expression, values[x], taken == fact and reading == kind.right, said))
             known[x] = [f"( {expression} )" if x != ledger.target and rng.random() < merged else str(values[x])]
         else:

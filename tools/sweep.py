@@ -137,6 +137,15 @@ def work(waiting: list[str], jobs: int, gpus: int = 1) -> list[str]:
             process.wait()
 
 
+def work_on(runs: list[str], jobs: int, gpus: int = 1) -> list[str]:
+    """Run what is missing of these, as `work` does; Ctrl-C and SIGTERM end it with a sentence."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return work(missing(runs), jobs, gpus)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the same command resumes")
+
+
 def report(table: str, partial: bool) -> int:
     """Write the report; return its exit status. A part of a table does not replace the table in results/."""
     folder, out = TABLES[table]["folder"], TABLES[table]["report"]
@@ -176,12 +185,7 @@ def main() -> None:
         sys.exit("\n".join(["these runs were made before files were edited:", *old,
                             "Remove the runs to make them again, or give --anyway to keep them."]))
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        left = work(missing(runs), args.jobs, args.gpus)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command resumes")
-    if left:
+    if left := work_on(runs, args.jobs, args.gpus):
         sys.exit(f"no report, since these are missing: {' '.join(left)}")
     partial = set(cells) < set(table["cells"]) or not set(table["seeds"]) <= set(seeds)
     sys.exit(report(args.table, partial))

@@ -9,7 +9,6 @@ diverge, has 0. Ctrl-C stops the runs, and the same command resumes.
 """
 import argparse
 import random
-import signal
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -83,12 +82,7 @@ def main() -> None:
     if args.list:
         print(*(f"python {sweep.command(run)}" for run in runs), sep="\n")
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        failed = sweep.work(sweep.missing(runs), args.jobs)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command resumes")
-    if first := [run for run in failed if run not in runs]:
+    if first := [run for run in sweep.work_on(runs, args.jobs) if run not in runs]:
         sys.exit(f"no record, since these are missing: {' '.join(first)}")
     out = Path("results/tune", f"{args.name}.json")
     write_json(out, found := record(args.name))
