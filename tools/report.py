@@ -204,7 +204,7 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
     if len(kinds) > 1:
         raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
-    kind = "sweep" if names <= PAPER["sweep"]["cells"].keys() else kinds[0]
+    kind = root.name if root.name in PAPER else kinds[0]
     known = PAPER[kind]["cells"]  # all of them are expected, but not in a table that has other cells, too
     order = [cell for cell in known if cell in names or names <= known.keys()] + sorted(names - known.keys())
     seeds = sorted({int(path.name[1:]) for path in folders})
