@@ -13,7 +13,8 @@ SYMBOLS = ["\n", "=<<", ">>", "####", *map(str, range(100))]  # tokens of their 
 
 
 def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: int, num_layers: int, max_positions: int,
-                seed: int, num_key_value_heads: int = 2, std: float = 0.02, symbols: list[str] = SYMBOLS) -> str:
+                seed: int, num_key_value_heads: int = 2, std: float = 0.02, symbols: list[str] = SYMBOLS,
+                qk_norm: bool = False) -> str:
     """Make a model directory, unless it is complete, with 4 attention heads; return its name.
 
     symbols: texts that are tokens of their own.
@@ -25,7 +26,7 @@ def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: in
     shape = ModelConfig(vocab_size=load_tokenizer(folder).vocab_size, hidden_size=hidden_size,
                         intermediate_size=8 * hidden_size // 3 // 8 * 8, num_hidden_layers=num_layers,
                         num_attention_heads=4, num_key_value_heads=num_key_value_heads, head_dim=hidden_size // 4,
-                        max_position_embeddings=max_positions)
+                        max_position_embeddings=max_positions, qk_norm=qk_norm)
     barrier()  # save_model will replace the folder
     save_model(initialize(Llama(shape), seed, std), folder, source=folder)
     return str(folder)

@@ -124,6 +124,16 @@ class Ledger:
             found += [x for x in self.needed(operand) if x not in found]
         return [*found, fact.x] if fact.kind else found
 
+    def misread(self) -> set[int]:
+        """Compute what the target comes to where one fact or more are misread, in all ways."""
+        found = {fact.x: {(fact.k, False)} for fact in self.facts.values()} | {"": {(0, False)}}
+        for x in self.needed():
+            fact, kind = self.facts[x], KINDS[self.facts[x].kind]
+            found[x] = {(read(reading, a, b, fact.k), wrong_a or wrong_b or reading == kind.wrong)
+                        for a, wrong_a in found[fact.a] for b, wrong_b in found[fact.b]
+                        for reading in (kind.right, kind.wrong) if a is not None and b is not None}
+        return {value for value, wrong in found[self.target] if wrong}
+
 
 def read(reading: str, a: int, b: int, k: int) -> int | None:
     """Compute what a fact says by a reading; None unless that is a whole number from 0 to MAX_STATED."""
@@ -142,26 +152,32 @@ def read(reading: str, a: int, b: int, k: int) -> int | None:
 
 
 def draw_ledger(rng: random.Random, steps: int) -> Ledger:
-    """Draw a question of `steps` steps: each uses the result of the one before, and perhaps another quantity."""
+    """Draw a question of `steps` steps: each uses the result of the one before, and perhaps another quantity.
+
+    No kind and no value occurs twice, and no misreadings cancel: else a wrong solution would often end well.
+    """
     while True:
         given, beside = rng.choice((1, 2, 3)), rng.choice(DISTRACTORS)
         size = min(given + steps + beside, max(MAX_FACTS, given + steps))
-        names, kinds = rng.sample(NAMES, size), [""] * given
-        kinds += rng.choices([*KINDS], [kind.share for kind in KINDS.values()], k=steps)
-        kinds += [rng.choice([*KINDS]) if rng.random() < 0.5 else "" for _ in names[len(kinds):]]
+        names = rng.sample(NAMES, size)
+        order = sorted(KINDS, key=lambda kind: -rng.random() ** (1 / KINDS[kind].share))  # by share, without replacement
+        kinds, rest = [""] * given + order[:steps], iter(order[steps:])
+        kinds += [next(rest) if rng.random() < 0.5 else "" for _ in names[len(kinds):]]
         for _ in range(10):  # draws of numbers; then other kinds, since these may never fit
             facts, values = [], {}
             for x, kind in zip(names, kinds):
                 last = facts[-1].x if given < len(facts) < given + steps else rng.choice([*values] or [""])
-                unused = [y for y in names[:given] if all(y not in fact.operands for fact in facts)]
-                fact = draw_fact(rng, x, kind, last, unused, values)
+                used = {y for fact in facts for y in fact.operands}
+                fact = draw_fact(rng, x, kind, last, [y for y in names[:given] if y not in used], values)
                 if not fact:
                     break
                 facts.append(fact)
                 values[x] = fact.value(KINDS[kind].right, values) if kind else fact.k
             else:
                 shown = rng.sample(facts, len(facts))
-                return Ledger({fact.x: fact for fact in shown}, names[given + steps - 1])
+                ledger = Ledger({fact.x: fact for fact in shown}, names[given + steps - 1])
+                if values[ledger.target] not in ledger.misread():
+                    return ledger
 
 
 def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], values: dict[str, int]) -> Fact | None:
@@ -170,7 +186,7 @@ def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], v
     A second quantity that was used before could cancel it: "what Ned has over Leo", where Ned has 1 more than Leo.
     """
     if not kind:
-        return Fact(x, "", rng.randint(1, MAX_VALUE))
+        return Fact(x, "", rng.choice([k for k in range(1, MAX_VALUE + 1) if k not in values.values()]))
     relation, numbers, b, one = KINDS[kind], KINDS[kind].numbers, "", a
     if not numbers and not given:
         return None
@@ -181,7 +197,8 @@ def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], v
             a, b = (one, b) if rng.random() < 0.5 else (b, one)
         x_a, x_b = values.get(a, 0), values.get(b, 0)
         value = read(relation.right, x_a, x_b, k)
-        if a != b and value and value <= MAX_VALUE and read(relation.wrong, x_a, x_b, k) not in (None, value):
+        fits = value and value <= MAX_VALUE and value not in values.values()
+        if a != b and fits and read(relation.wrong, x_a, x_b, k) not in (None, value):
             return Fact(x, kind, k, a, b)
     return None
 
@@ -373,9 +390,10 @@ def main() -> None:
     rng, rows = random.Random(0), corpus(0, 2000, tuple(parser.parse_args().steps))
     for row in rng.sample(rows, 3):
         print(f"{row['question']}\n{row['solution']}\n")
-    first = Counter(tags(row["question"], row["solution"])["first wrong"] for row in rows)
+    solutions = [row for row in rows if not row["question"].startswith("How many is")]  # a drill
+    first = Counter(tags(row["question"], row["solution"])["first wrong"] for row in solutions)
     for name, count in first.most_common():
-        print(f"first wrong: {name}: {count / len(rows):.1%}")
+        print(f"first wrong: {name}: {count / len(solutions):.1%}")
 
 
 if __name__ == "__main__":

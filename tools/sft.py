@@ -30,6 +30,7 @@ class Config(TrainOptions, TaskOptions):
     hidden_size: int = option(128, "width of a fresh model", low=8)
     num_layers: int = option(4, "layers of a fresh model", low=1)
     num_key_value_heads: int = option(2, "of a fresh model, for its 4 heads: 1, 2 or 4", low=1, high=4)
+    qk_norm: bool = option(False, "normalise queries and keys of a fresh model, as Qwen3 does")
     init_std: float = option(0.02, "standard deviation of fresh weights", above=0)
     max_positions: int = option(320, "longest sequence of a fresh model", low=1)
 
@@ -44,8 +45,8 @@ class Config(TrainOptions, TaskOptions):
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
             prompt_weight=0.1, nll_norm="token")
 PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths"),
-           "ledger_base": BASE | dict(toy_world="ledger", toy_steps=ledger.DEPTHS, batch_size=16, num_key_value_heads=4,
-                                      init_std=0.08)}
+           "ledger_base": BASE | dict(toy_world="ledger", toy_steps=ledger.DEPTHS, warmup_steps=200, batch_size=16,
+                                      num_layers=3, num_key_value_heads=4, qk_norm=True, init_std=0.08)}
 
 
 def main() -> None:
@@ -71,7 +72,7 @@ def main() -> None:
     start = config.model or fresh_model(
         [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
         config.num_layers, config.max_positions, config.seed, config.num_key_value_heads, config.init_std,
-        ledger.SYMBOLS if config.toy_world == "ledger" else SYMBOLS)
+        ledger.SYMBOLS if config.toy_world == "ledger" else SYMBOLS, config.qk_norm)
     print(f"{train_once(run, start, train)} is complete")
 
 
