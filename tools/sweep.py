@@ -9,7 +9,6 @@ What a run prints is in its output.txt. Ctrl-C stops the runs, and the same comm
 with one thread each are faster than one with two; two base models with two threads each took ten times as long.
 """
 import argparse
-import json
 import os
 import re
 import shutil
@@ -19,12 +18,12 @@ import sys
 import time
 from pathlib import Path
 
-from infra.run import ROOT, edited_files, source_copies
+from infra.run import ROOT, edited_files, read_json, source_copies
 
-ALL = json.loads((ROOT / "results" / "tables.json").read_text(encoding="utf-8"))
+ALL = read_json(ROOT / "results" / "tables.json")
 TABLES = ALL["tables"]
 for tuned in sorted(ROOT.glob("results/tune/*.json")):  # what tools/tune.py has found, for cells of tables
-    for method, found in json.loads(tuned.read_text(encoding="utf-8"))["methods"].items():
+    for method, found in read_json(tuned)["methods"].items():
         ALL["parts"][f"BEST_{tuned.stem}_{method}"] = found["best"]
 
 
@@ -39,7 +38,8 @@ def command(run: str) -> str:
         while "{" in text:  # parts have parts
             text = text.format(seed=seed, run=run, **ALL["parts"])
     except KeyError as error:
-        raise SystemExit(f"{run} needs {error}, which tools/tune.py finds: run it first") from None
+        raise SystemExit(f"{run} needs {error}. BEST_NAME_METHOD is found by `python -m tools.tune NAME`: "
+                         "run it first") from None
     return text
 
 
