@@ -260,6 +260,14 @@ def num_parameters(directory: str | Path) -> int:
     return sum(weight.numel() for weight in without_weights(load_config(directory)).parameters())
 
 
+def flops(directory: str | Path, forward: int, trained: int) -> int:
+    """Floating-point operations of a model on this many tokens: 2 per parameter forward only, 6 where it is trained.
+
+    What a query does with its keys is not counted: it is small where a model is wider than its texts are long.
+    """
+    return num_parameters(directory) * (2 * forward + 6 * trained)
+
+
 def model_hash(directory: str | Path) -> str:
     """Tell which model a directory holds: SHA-256 over its config, its weights and the files of its tokenizer.
 

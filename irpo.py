@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import data
-from checkpoint import load_config, model_hash, num_parameters, sampler_of
+from checkpoint import flops, load_config, model_hash, sampler_of
 from data.check import check_inputs
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
@@ -297,15 +297,16 @@ def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair
     limit, found = load_config(config.model).max_length, summary(read_jsonl(folder / "train.jsonl"))
     overlong = sum(pair.longest > limit for pair in made)
     sampled = sum(len(s.ids) for q in answered for s in q.samples)
+    prompts, scored = sum(len(q.prompt_ids) for q in answered), sum(pair.tokens for pair in pairs)
+    # what the method needs: a reference only IRPO, samples not SFT on gold
+    forward = {"irpo": sampled + prompts + scored, "sft_chosen": sampled + prompts, "sft_gold": 0}[config.method]
     return {"name": f"M{t}", "iteration": t, "split": "train", "questions": len(answered),
             "all_right": fmean(share == 1 for share in shares), "all_wrong": fmean(share == 0 for share in shares),
             "mixed": fmean(0 < share < 1 for share in shares), "sample_accuracy": fmean(shares),
             "unfinished": sum(not s.finished for q in answered for s in q.samples),
             "pairs_made": len(made), "pairs_overlong": overlong, "pairs_capped": len(made) - overlong - len(pairs),
             "pairs": len(pairs), **found, "tokens_sampled": sampled,
-            # per parameter and token 2 FLOPs forward, 6 with backward; attention, prompts of samples and the reference
-            # pass are not counted
-            "flops": num_parameters(config.model) * (2 * sampled + 6 * found["tokens_trained"]),
+            "flops": flops(config.model, forward, found["tokens_trained"]),
             "probe": read_jsonl(folder / "probe.jsonl")}
 
 

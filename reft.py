@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
-from checkpoint import load_config, model_hash, sampler_of
+from checkpoint import flops, load_config, model_hash, sampler_of
 from data.check import check_inputs
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
@@ -340,7 +340,10 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
     if "ratio_error" in record:
         record["first_ratio_error"] = updates[0]["ratio_error"]
     trained_on = [item for mini_batch in mini_batches for part in mini_batch for item in part]
-    return record | {"tokens_sampled": sum(len(rollout.response) for rollout in rollouts),
+    sampled, scored = sum(len(r.response) for r in rollouts), sum(r.tokens for r in rollouts)
+    prompts = (scored - sampled) // config.num_samples  # of each question once
+    passes = 0 if config.method != "reft" else 2 + (config.critic == "separate")  # policy, reference, critic
+    return record | {"tokens_sampled": sampled, "tokens_forward": sampled + prompts + passes * scored,
                      "tokens": config.ppo_epochs * sum(item.tokens for item in trained_on)}
 
 
@@ -435,16 +438,21 @@ def main() -> None:
                                num_samples=config.offline_samples, temperature=1.0,
                                seed=derive_seed(config.seed, "offline"), label="sample", reward=True)
         paths = offline_paths(answered, config)
-        found = {"questions": len(problems), "gold": len(golds), "paths": len(paths),
-                 "tokens_sampled": sum(len(s.ids) for q in answered for s in q.samples)}
+        sampled = sum(len(s.ids) for q in answered for s in q.samples)
+        found = {"questions": len(problems), "gold": len(golds), "paths": len(paths), "tokens_sampled": sampled,
+                 "tokens_forward": sampled + sum(len(q.prompt_ids) for q in answered)}
         last = train_once(pi, start, partial(sft, config, pi, golds + paths, config.sft_epochs))
     else:
         by_id = {example.id: example for example in golds}
         last = train_once(pi, start, partial(reinforce, config, pi, start, tokenizer, problems, by_id))
 
     records = read_jsonl(pi / "train.jsonl")
-    rows.append({"name": name, "iteration": 1, "split": "train", **summary(records),
-                 "tokens_sampled": sum(record.get("tokens_sampled", 0) for record in records), **found})
+    totals = {key: sum(record.get(key, 0) for record in records) for key in ("tokens_sampled", "tokens_forward")}
+    row = {"name": name, "iteration": 1, "split": "train", **summary(records), **totals, **found}
+    trained = row["tokens_trained"] * (1 + (config.critic == "separate"))
+    if config.warmup_epochs:
+        trained += summary(read_jsonl(pi_0 / "train.jsonl"))["tokens_trained"]
+    rows.append(row | {"flops": flops(config.model, row["tokens_forward"], trained)})
     rows += measured(name, 1, last, config, pi)
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is complete; python -m tools.report {run} draws it")

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 
 import data
-from checkpoint import model_hash
+from checkpoint import flops, model_hash
 from data.check import check_inputs
 from data.prompts import gold_text
 from data.task import prompt_option
@@ -284,17 +284,25 @@ def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: li
     return paths
 
 
-def training_row(samples: list[list[Sample]], right: list[list[int]], paths: list[KeptPath],
+def training_row(samples: list[list[Sample]], right: list[list[int]], paths: list[KeptPath], gold: list[Example],
                  problems: list[data.Problem], config: Config, folder: Path) -> dict:
-    """Describe what was found, what step 5 learned from besides gold, and its steps and tokens."""
+    """Describe what was found, what step 5 learned from besides gold, its steps and tokens, and the FLOPs of all steps
+    (a pool's step 1 is not counted; matched SFT needs neither it nor samples)."""
     k, golds = config.num_samples, [gold_text(problem, config.marks) for problem in problems]
     count = partial(diversity, dedup=counted_by(config, problems))
     found = [[[(j % k, samples[i][j].text) for j in right[i] if j // k == m] for i in range(len(problems))]
              for m in range(len(samples[0]) // k)]
-    done = summary(read_jsonl(folder / "train.jsonl"))
+    done, step_1 = summary(read_jsonl(folder / "train.jsonl")), folder.parent / "iter0" / "train.jsonl"
+    sampled = sum(len(sample.ids) for group in samples for sample in group)
+    forward, trained = sampled + sum(len(example.prompt) for example in gold), done["tokens_trained"]
+    if config.steps_matched:
+        forward = 0
+    elif step_1.exists():
+        trained += summary(read_jsonl(step_1))["tokens_trained"]
     return {"name": "RFT", "iteration": 1, "split": "train", "kept": 0 if config.steps_matched else len(paths),
             **count(found, golds, k), "over_k": [{"k": n, **count(found, golds, n)} for n in COUNTS if n <= k],
-            "steps": done["steps"], "tokens_trained": done["tokens_trained"]}
+            "steps": done["steps"], "tokens_trained": done["tokens_trained"], "tokens_sampled": sampled,
+            "flops": flops(config.model, forward, trained)}
 
 
 def fine_tune(start: str, examples: list[Example], config: Config, name: str, folder: Path) -> Llama:
@@ -335,7 +343,7 @@ def main() -> None:
         steps = num_steps(len(examples), config)
         examples, options = gold, replace(config, epochs=steps, max_steps=steps)
     last = train_once(rft, start, partial(fine_tune, start, examples, options, "RFT", rft))
-    rows.append(training_row(samples, right, paths, problems, config, rft))
+    rows.append(training_row(samples, right, paths, gold, problems, config, rft))
     rows += evaluate_model("RFT", 1, last, config, rft, config.temperature)
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is complete; python -m tools.report {run} draws it")

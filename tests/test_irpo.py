@@ -116,13 +116,17 @@ def test_pairs_of_all_questions_and_what_the_row_counts(tiny_dirs, tmp_path):
     write_jsonl(tmp_path / "probe.jsonl", [{"step": 0, "chosen": -1.0}])
     row = training_row(2, tmp_path, QUESTIONS, made, pairs[:7], config)
     sampled = sum(len(s.ids) for question in QUESTIONS for s in question.samples)
+    prompts, scored = 4 * 2, sum(3 + len(p.chosen + p.rejected) for p in pairs[:7])
     parameters = sum(weight.numel() for weight in load_model(tiny_dirs[0]).parameters())
     expected = {"name": "M2", "iteration": 2, "split": "train", "questions": 4, "all_right": 0.25, "all_wrong": 0.25,
                 "mixed": 0.5, "sample_accuracy": 7 / 16, "unfinished": 1, "pairs_made": 9, "pairs_overlong": 1,
                 "pairs_capped": 1, "pairs": 7, "steps": 2, "loss": 3.0, "tokens_sampled": sampled,
-                "tokens_trained": 57, "flops": parameters * (2 * sampled + 6 * 57),
+                "tokens_trained": 57, "flops": parameters * (2 * (sampled + prompts + scored) + 6 * 57),
                 "probe": [{"step": 0, "chosen": -1.0}]}
     assert {name: row[name] for name in expected} == expected
+    for method, forward in (("sft_chosen", sampled + prompts), ("sft_gold", 0)):
+        row = training_row(2, tmp_path, QUESTIONS, made, pairs[:7], replace(config, method=method))
+        assert row["flops"] == parameters * (2 * forward + 6 * 57), "it needs no reference, and gold no samples"
 
     without = preference_pairs(QUESTIONS, golds, replace(config, gold=False))  # as for ARC
     assert [pair.id for pair in without] == ["mixed"] * 3 + ["long"] * 3

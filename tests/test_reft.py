@@ -13,7 +13,7 @@ import torch
 import evaluate
 import reft
 import train
-from checkpoint import load_model, model_hash
+from checkpoint import load_model, model_hash, num_parameters
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample
 from infra.config import parse_config
@@ -514,6 +514,10 @@ def test_a_run_writes_its_files_and_its_record(run):
     assert rows[2]["steps"] == 5 and rows[2]["reward"] == steps[-1]["reward"]
     assert rows[2]["tokens_sampled"] == sum(step["tokens_sampled"] for step in steps)
     assert rows[2]["tokens_trained"] == sum(step["tokens"] for step in steps)
+    sampled, scored = rows[2]["tokens_sampled"], rows[2]["tokens_trained"] // 2
+    forward = sampled + (scored - sampled) // 2 + 2 * scored  # samples, prompts, policy and reference
+    warm_up = sum(step["tokens"] for step in read_lines(run / "iter0" / "train.jsonl"))
+    assert rows[2]["flops"] == num_parameters(run / "iter1" / "model") * (2 * forward + 6 * (2 * scored + warm_up))
 
 
 def test_learning_rates_and_numbers_of_steps(run):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import rft
-from checkpoint import load_model, model_hash
+from checkpoint import load_model, model_hash, num_parameters
 from data import load_problems, toy
 from data.prompts import encode_solution
 from data.tokenizer import load_tokenizer
@@ -232,6 +232,11 @@ def test_the_training_row_of_a_run(run):
     steps = read_lines(run / "iter1" / "train.jsonl")
     assert (row["kept"], row["steps"]) == (20, 2 * 8) == (20, len(steps))  # 30 examples, 4 at a time
     assert row["tokens_trained"] == sum(step["tokens"] for step in steps)
+    config, tokenizer = rft.Config(model="m", **rft.TOY), load_tokenizer(run / "iter1" / "model")
+    sft = sum(step["tokens"] for step in read_lines(run / "iter0" / "train.jsonl"))
+    prompts = sum(len(config.prompt_ids(tokenizer, p)) for p in questions())
+    assert row["flops"] == num_parameters(run / "iter1" / "model") * (
+        2 * (row["tokens_sampled"] + prompts) + 6 * (row["tokens_trained"] + sft))
     by_k = [dict(correct_paths=correct, distinct_paths=distinct, distinct_paths_and_gold=distinct, solved=1.0,
                  exclusive=[1.0], histogram={str(correct): 10})
             for correct, distinct in ((1, 1), (2, 2), (3, 2), (4, 2))]
