@@ -291,8 +291,8 @@ def print_tags(name: str, tags: dict) -> None:
     values."""
     for tag, values in tags.items():
         often = sorted(values, key=lambda value: -values[value]["share"])[:8]
-        print(f"{name}, {tag}: " + ", ".join(f"{value}: {part['accuracy']:.1%} right ({part['share']:.1%} of all)"
-                                             for value, part in values.items() if value in often))
+        print(f"{name} by {tag}: " + ", ".join(f"{value} ({part['share']:.1%} of all) {part['accuracy']:.1%} right"
+                                               for value, part in values.items() if value in often))
 
 
 def by_tags(samples: list[tuple[Answered, Sample]], task: str) -> dict:

@@ -337,7 +337,8 @@ def corpus(seed: int, size: int = 36000, steps: tuple[int, ...] = DEPTHS) -> lis
 
 # --- what a solution gets wrong --------------------------------------------------------------------
 
-LINE = re.compile(r"(?P<x>\S+) [^<>]*<< (?P<expression>[^=<>]+) = (?P<value>\d+) >> (?P<again>\S+) (?P<stated>\d+)")
+LINE = re.compile(r"(?P<x>\S+) [^<>]*<< (?P<expression>[^=<>]+) = (?P<value>\d{1,9}) >> "
+                  r"(?P<again>\S+) (?P<stated>\d+)")
 
 
 def judge(question: str, text: str) -> list[tuple[str, str]]:

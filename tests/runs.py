@@ -31,7 +31,7 @@ def base(tmp_path_factory) -> Path:
     for row in rows[::2]:
         row["solution"] = f"#### {row['answer']}"
     fresh_model([f"{row['question']} {row['solution']}" for row in rows], folder, vocab_size=288, hidden_size=32,
-                num_layers=1, max_positions=192, seed=0)
+                num_layers=1, max_positions=224, seed=0)
     model, tokenizer = load_model(folder, device()), load_tokenizer(folder)
     examples = [Example(row["id"], encode_prompt(tokenizer, row["question"] + "\n"),
                         encode_solution(tokenizer, row["solution"])) for row in rows]

@@ -309,10 +309,10 @@ def test_a_missing_model_is_refused(module, kind, base, tmp_path, capsys):
 
 @pytest.mark.parametrize("module", [irpo, evaluation], ids=lambda module: module.__name__)
 def test_inputs_are_checked_before_anything_is_written(module, base, tmp_path, capsys):
-    """With the numbers and the flag: 512 new tokens do not fit 192 positions."""
+    """With the numbers and the flag: 512 new tokens do not fit 224 positions."""
     message = refusal(capsys, module, "--preset", "toy", "--max_new_tokens", "512", "--model", base, "--run_dir",
                       tmp_path / "run")
-    assert "--max_new_tokens 512" in message and "192 positions" in message
+    assert "--max_new_tokens 512" in message and "224 positions" in message
     assert not (tmp_path / "run").exists()
 
 

@@ -460,7 +460,7 @@ def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path):
     assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
     assert table_cell(text, "β=0.1: α=1 M1", "chosen change") == "+0.00 ± 6.35"
     assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1")[1:] == ["nats", "+8.5, +8.5", "1", "shown"]
-    kind, cells, _ = report.load_table(tmp_path)
+    kind, cells, _ = report.load_table(tmp_path / "sweep")
     panels = report.over_models(report.summarize(kind, cells))
     assert {name: [*lines] for name, lines in panels.items() if any(lines.values())} == {
         "β=0.05": ["α=0"], "β=0.1": ["α=0", "α=1"]}

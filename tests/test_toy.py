@@ -1,14 +1,20 @@
-"""The world ledger: facts that can be read back, a judge of steps that agrees with hand-written cases, stated rates."""
+"""The toy world: facts that can be read back, a judge of steps that agrees with hand-written cases, stated rates."""
+import hashlib
+import json
 import math
 import random
 import re
 
 import pytest
 
-from data import ledger, load_problems, tags
+from data import load_problems, tags, toy
+from data.tokenizer import load_tokenizer
+from evaluate import Answered, Sample
 from grading.equations import equations_hold
 from infra import InputError
 from rewards import grade
+from runs import call
+from tools import accept, sft
 
 QUESTION = ("Ivy beats Ben by 3. Gus 7. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. Leo needs 2 to match Tom. "
             "How many has Leo?")
@@ -19,8 +25,8 @@ SIZES = {"train": 150, "dev": 60, "test": 90}
 @pytest.fixture(scope="module")
 def problems() -> dict[str, list]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger, "SIZES", SIZES)
-        return {split: load_problems("toy", split, toy_steps=ledger.DEPTHS, toy_world="ledger") for split in SIZES}
+        patch.setattr(toy, "SIZES", SIZES)
+        return {split: load_problems("toy", split) for split in SIZES}
 
 
 def value_of(name: str, question: str) -> int:
@@ -82,20 +88,23 @@ def test_every_step_is_judged_by_the_steps_before(lines, answer, expected):
     text = TRACE + "\n ".join(map(written, lines)) + f"\n#### {answer}"
     if not expected[-1].startswith("answer"):
         expected = [*expected, "answer right"]
-    assert [" ".join(step) for step in ledger.judge(QUESTION, text)] == expected
+    assert [" ".join(step) for step in toy.judge(QUESTION, text)] == expected
     wrong = next((step for step in expected if not step.endswith("right")), "nothing")
-    assert tags("toy", "ledger-test-0", text, QUESTION + "\n") == {"depth": "3", "first wrong": wrong}
+    assert tags("toy", QUESTION, text) == {"depth": "3", "first wrong": wrong}
 
 
 def test_a_response_without_an_end_is_lost():
     """A truncated or empty response once would have been judged by lines that it does not have."""
-    assert ledger.judge(QUESTION, "") == ledger.judge(QUESTION, TRACE) == [("answer", "lost")]
+    assert toy.judge(QUESTION, "") == toy.judge(QUESTION, TRACE) == [("answer", "lost")]
     cut = TRACE + written("Ivy <<4+3=7>>7") + "\n Tom joins Ivy 7 and Gus 7 << 7 +"
-    assert ledger.judge(QUESTION, cut) == [("more", "right"), ("answer", "lost")]
-    with pytest.raises(InputError, match="no question of the world ledger: 'How many apples"):
-        ledger.judge("How many apples has Ann?", "#### 3")
-    with pytest.raises(InputError, match=r"--toy_steps \(2, 11\): a question of the world ledger takes 1 to 8 steps"):
-        load_problems("toy", "dev", toy_steps=(2, 11), toy_world="ledger")  # it has no names for more
+    assert toy.judge(QUESTION, cut) == [("more", "right"), ("answer", "lost")]
+    many = "9" * 5000  # digits, of which Python reads 4,300
+    assert toy.judge(QUESTION, f"{TRACE}Ivy << 4 + 3 = {many} >> Ivy {many}\n#### {many}") == [
+        ("step", "lost"), ("answer", "slip")]
+    with pytest.raises(InputError, match="no question of the toy world: 'How many apples"):
+        toy.judge("How many apples has Ann?", "#### 3")
+    with pytest.raises(InputError, match=r"--toy_steps \(2, 11\): a question of the toy world takes 1 to 8 steps"):
+        load_problems("toy", "dev", toy_steps=(2, 11))  # it has no names for more
 
 
 def test_gold_is_right_and_splits_are_disjoint(problems):
@@ -107,8 +116,8 @@ def test_gold_is_right_and_splits_are_disjoint(problems):
             assert value_of(target, problem.question) == int(problem.answer)
             assert grade(problem.solution, problem.answer, "toy").verdict == "correct"
             assert equations_hold(problem.solution)
-            assert {verdict for _, verdict in ledger.judge(problem.question, problem.solution)} == {"right"}
-    base = {row["question"] for row in ledger.corpus(0, 200)}
+            assert {verdict for _, verdict in toy.judge(problem.question, problem.solution)} == {"right"}
+    base = {row["question"] for row in toy.corpus(0, 200)}
     groups = [{problem.question for problem in rows} for rows in problems.values()] + [base]
     assert len(set().union(*groups)) == sum(map(len, groups)) == 500
 
@@ -118,43 +127,77 @@ def test_questions_are_read_back_and_have_the_depths_asked_for():
     rng = random.Random(1)
     for steps in (1, 2, 5, 8):
         for _ in range(40):
-            drawn = ledger.draw_ledger(rng, steps)
-            assert ledger.parse(f"Solve this. {drawn.question}\n") == drawn and len(drawn.needed()) == steps
-            values = {step.x: step.value for step in ledger.solve(drawn, rng)}
-            assert all(1 <= value <= ledger.MAX_VALUE for value in values.values())
-    assert ledger.problems("dev", (1,))[:3] == ledger.problems("dev", (1,))[:3]
+            drawn = toy.draw_ledger(rng, steps)
+            assert toy.parse(f"Solve this. {drawn.question}\n") == drawn and len(drawn.needed()) == steps
+            values = {step.x: step.value for step in toy.solve(drawn, rng)}
+            assert all(1 <= value <= toy.MAX_VALUE for value in values.values())
 
 
 def test_granularity_of_gold(monkeypatch):
     """0: a line per step; 1: one line for all; between: some. All are right, and the judge reads all."""
-    monkeypatch.setattr(ledger, "SIZES", SIZES)
+    monkeypatch.setattr(toy, "SIZES", SIZES)
     count = {}
     for merged in (0.0, 0.5, 1.0):
-        rows = ledger.problems("dev", (4,), merged)
+        rows = toy.problems("dev", (4,), merged)
         count[merged] = [row["solution"].count("<<") for row in rows]
         assert all(equations_hold(row["solution"]) for row in rows)
-        assert {verdict for row in rows for _, verdict in ledger.judge(row["question"], row["solution"])} == {"right"}
+        assert {verdict for row in rows for _, verdict in toy.judge(row["question"], row["solution"])} == {"right"}
     assert {*count[0.0]} == {4} and {*count[1.0]} == {1} and 2 < sum(count[0.5]) / 60 < 3
 
 
 def test_the_corpus_misreads_each_kind_at_its_rate():
     """Among one-step questions without a slip. What cannot be read wrongly in range is drawn again, so every misreading
     is possible and gives another value."""
-    rng, seen = random.Random(0), {kind: [] for kind in ledger.KINDS}
+    rng, seen = random.Random(0), {kind: [] for kind in toy.KINDS}
     for _ in range(6000):
-        drawn = ledger.draw_ledger(rng, 1)
-        text = ledger.write(drawn, ledger.solve(drawn, rng, mistakes=True))
-        (kind, verdict), (_, answered) = ledger.judge(drawn.question, text)
+        drawn = toy.draw_ledger(rng, 1)
+        text = toy.write(drawn, toy.solve(drawn, rng, mistakes=True))
+        (kind, verdict), (_, answered) = toy.judge(drawn.question, text)
         assert answered == "right" and verdict in ("right", "misread", "slip")
         if verdict != "slip":
             seen[kind].append(verdict == "misread")
     for kind, found in seen.items():
-        rate, n = ledger.KINDS[kind].misread, len(found)
+        rate, n = toy.KINDS[kind].misread, len(found)
         assert n > 60 and abs(sum(found) - n * rate) < 5 * math.sqrt(n * rate * (1 - rate)), kind
 
 
 def test_a_quantity_is_stated_once_where_a_slip_takes_it_twice():
     """"Eve separates Tom 18 18 from Tom 18 18" stood in one of 200 texts: each name was replaced once per operand."""
-    texts = [row["solution"] for row in ledger.corpus(0, 1500)]
+    texts = [row["solution"] for row in toy.corpus(0, 1500)]
     assert any(re.search(r"(\w+) (\d+) from \1 \2 <<", text) for text in texts)
     assert not any(re.search(r"\d \d[^<]*<<", text) for text in texts)
+
+
+def test_the_world_is_pinned(monkeypatch):
+    """M_0 and all that follows is a function of the seed, in every process: no global generator, no order of a set.
+    With another digest, the numbers in results/ are another world's."""
+    random.seed(3)
+    sizes = dict(toy.SIZES)
+    monkeypatch.setattr(toy, "SIZES", dict.fromkeys(sizes, 20))
+    rows = [toy.corpus(0, 200), [toy.problems(split) for split in sizes], toy.problems("dev", (6, 7, 8), 0.5)]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == (
+        "0b7b1b06cd864af9641b31996dcb56f8cd0d1c9bca984dee0fd3b961316fb925")
+
+
+def test_the_corpus_is_learnt_as_it_is_written(tmp_path, monkeypatch):
+    """Base models were taught the right answer after reasoning that leads to another: `#### 18` after 22-2=20, in a
+    fifth of all texts, since a gold solution is written with the problem's right answer."""
+    learnt, rows = [], toy.corpus(0, 200)
+    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
+    monkeypatch.setattr(sft, "fit_sft", lambda model, examples, config, *more: learnt.extend(examples))
+    call(sft, "--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--run_dir", tmp_path / "base")
+    tokenizer = load_tokenizer(tmp_path / "base" / "model")
+    assert [tokenizer.decode(example.response) for example in learnt] == [row["solution"] for row in rows]
+
+
+def test_a_base_model_is_measured_before_it_is_accepted(base, capsys):
+    """Lucky is who is right in spite of a wrong step. This small model is good for nothing, which each range says."""
+    lines = ["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"]
+    wrong = ["Ivy <<4+4=8>>8", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"]
+    texts = [TRACE + "\n ".join(map(written, steps)) + "\n#### 12" for steps in (lines, wrong)] + ["#### 3"]
+    samples = [Sample([5], True, text, verdict, "12") for text, verdict in zip(texts, ("correct", "correct", "wrong"))]
+    assert accept.process([Answered("q", "", [1], "12", samples, QUESTION)]) == {
+        "process accuracy": pytest.approx(6 / 9), "sound solutions": pytest.approx(1 / 3), "lucky share": 0.5}
+    with pytest.raises(InputError, match="^not accepted: greedy accuracy, pass@8"):
+        call(accept, "--model", base, "--max_new_tokens", "12")
+    assert "greedy by depth: 3 (62.5% of all) " in capsys.readouterr().out
