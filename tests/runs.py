@@ -12,14 +12,13 @@ from data.prompts import encode_prompt, encode_solution
 from data.tokenizer import load_tokenizer
 from infra import InputError
 from infra.parallel import device
+from small import SIZES
 from train import Example, TrainOptions, fit_sft
 
 SMALL = ["--preset", "smoke", "--num_questions", "10", "--num_samples", "3", "--max_new_tokens", "24",
          "--eval_questions", "6", "--eval_samples", "2", "--batch_size", "8", "--lr", "1e-3",
          "--precision", "fp32"]  # auto is measured, and on a busy machine it can differ from run to run
-SIZES = {"train": 12, "dev": 8, "test": 8}  # questions of each split
-PROCESS = [sys.executable, "-c", "import runpy, sys; from data import toy; toy.SIZES.update(%s); sys.argv = sys.argv[1:]"
-           "; runpy.run_path(sys.argv[0], run_name='__main__')" % SIZES]  # a script in a process of its own
+PROCESS = [sys.executable, str(Path(__file__).with_name("small.py"))]
 
 
 @pytest.fixture(scope="session")

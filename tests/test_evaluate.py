@@ -96,9 +96,10 @@ def test_majority_does_not_know_the_order_of_samples(answers, rng):
     assert majority(shuffled) == majority(answers) == pytest.approx(share)
 
 
-STORY, LONGER = "Ben 4. Ann beats Ben by 3. How many has Ann?", "Ben 4. Ann halves Ben. Cat halves Ann. How many has Cat?"
-SOUND, MISREAD = ("Ann beats Ben by 3. Ben 4.\n Ann beats Ben 4 by 3 << " + step + " >> Ann " + value + "\n#### " + value
-                  for step, value in (("4 + 3 = 7", "7"), ("4 - 3 = 1", "1")))
+SHORT = "Ben 4. Ann beats Ben by 3. How many has Ann?"
+LONGER = "Ben 4. Ann halves Ben. Cat halves Ann. How many has Cat?"
+SOUND, MISREAD = (f"Ann beats Ben by 3. Ben 4.\n Ann beats Ben 4 by 3 << 4 {sign} 3 = {end} >> Ann {end}\n#### {end}"
+                  for sign, end in ("+7", "-1"))
 
 
 def sample(verdict: str, answer: str | None, text: str, length: int, finished: bool = True) -> Sample:
@@ -109,10 +110,10 @@ def hand_made() -> list[Answered]:
     """Make three questions of four samples; the first samples are right, wrong, unparsed."""
     return [Answered("t-0", "p", [1, 5], "4", [
                 sample("correct", "4", SOUND, 10), sample("correct", "4", MISREAD, 4), sample("wrong", "9", MISREAD, 4),
-                sample("unparsed", None, "", 1)], STORY),
+                sample("unparsed", None, "", 1)], SHORT),
             Answered("t-1", "p", [1, 6], "3", [
                 sample("wrong", "8", MISREAD, 5), sample("wrong", "8", MISREAD, 5), sample("correct", "3", SOUND, 9),
-                sample("wrong", "7", MISREAD, 5)], STORY),
+                sample("wrong", "7", MISREAD, 5)], SHORT),
             Answered("t-2", "p", [1, 7], "0", [
                 sample("unparsed", None, "um", 12, finished=False), *[sample("wrong", "0", "#### 0", 9)] * 3], LONGER)]
 
@@ -126,7 +127,8 @@ def test_summary_of_a_hand_made_set():
     assert summary["tags"] == {
         "depth": {"1": {"share": pytest.approx(2 / 3), "accuracy": 0.5}, "2": {"share": third, "accuracy": 0.0}},
         "first wrong": {"answer lost": {"share": third, "accuracy": 0.0},
-                        "more misread": {"share": third, "accuracy": 0.0}, "nothing": {"share": third, "accuracy": 1.0}}}
+                        "more misread": {"share": third, "accuracy": 0.0},
+                        "nothing": {"share": third, "accuracy": 1.0}}}
 
 
 def test_counts_over_all_samples_of_a_hand_made_set():
