@@ -361,8 +361,10 @@ def judge(question: str, text: str) -> list[tuple[str, str]]:
         if match["value"] != value or arithmetic(expression) != int(value):
             verdict = "sum"
         else:
-            inside = known | {x: [f"( {form} )" for form in forms_of(ledger, x, known)] for x in ledger.needed(fact.x)
-                              if x not in known and x != fact.x}
+            inside = dict(known)
+            for x in ledger.needed(fact.x)[:-1]:  # what has no line of its own, rightly, in all ways
+                right = ledger.facts[x].forms(KINDS[ledger.facts[x].kind].right, inside)
+                inside.setdefault(x, [f"( {form} )" for form in right])
             readings = {"right": KINDS[fact.kind].right, "misread": KINDS[fact.kind].wrong}
             verdict = next((name for name, reading in readings.items() if expression in fact.forms(reading, inside)),
                            "slip")
@@ -371,13 +373,6 @@ def judge(question: str, text: str) -> list[tuple[str, str]]:
     if not lines[-1].startswith("#### "):
         return [*found, ("answer", "lost")]
     return [*found, ("answer", "right" if [lines[-1][5:]] == known.get(ledger.target) else "slip")]
-
-
-def forms_of(ledger: Ledger, x: str, known: dict[str, list[str]]) -> list[str]:
-    """Write what has no line of its own, rightly, in all ways."""
-    fact = ledger.facts[x]
-    inside = {y: known.get(y) or [f"( {form} )" for form in forms_of(ledger, y, known)] for y in fact.operands}
-    return fact.forms(KINDS[fact.kind].right, inside)
 
 
 def tags(question: str, text: str) -> dict[str, str]:

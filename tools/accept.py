@@ -23,7 +23,7 @@ RANGES = {"greedy accuracy": (0.35, 0.55), "pass@8": (0.60, 0.85), "lucky share"
 class Config(SampleOptions):
     model: str = option("", "model directory", required=True)
     task: str = option("toy", "the toy world", ("toy",))
-    max_new_tokens: int = option(160, "longest response", low=1)
+    max_new_tokens: int = option(200, "longest response; a solution of 8 steps has 195", low=1)
     split: str = option("dev", "train, dev or test", data.SPLITS)
     limit: int = option(0, "use only the first N problems; 0: all", low=0)
     seed: int = option(0, "of the samples", low=0, high=2**64 - 1)
