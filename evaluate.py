@@ -286,11 +286,20 @@ def print_summary(name: str, found: dict) -> None:
             print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 
+def print_tags(name: str, tags: dict) -> None:
+    """Print the accuracy of the responses that have a tag's value, and their share of all, for the eight most frequent
+    values."""
+    for tag, values in tags.items():
+        often = sorted(values, key=lambda value: -values[value]["share"])[:8]
+        print(f"{name} by {tag}: " + ", ".join(f"{value} ({part['share']:.1%} of all) {part['accuracy']:.1%} right"
+                                               for value, part in values.items() if value in often))
+
+
 def by_tags(samples: list[tuple[Answered, Sample]], task: str) -> dict:
-    """(question, sample) -> {"style": {"careful": {"share": 0.2, "accuracy": 0.97}, ...}, ...}."""
+    """(question, sample) -> {"depth": {"3": {"share": 0.2, "accuracy": 0.47}, ...}, ...}."""
     found: dict[str, dict[str, list[bool]]] = {}
     for question, sample in samples:
-        for name, value in data.tags(task, question.id, sample.text, question.prompt).items():
+        for name, value in data.tags(task, question.question, sample.text).items():
             found.setdefault(name, {}).setdefault(value, []).append(sample.right)
     return {name: {value: {"share": len(right) / len(samples), "accuracy": fmean(right)}
                    for value, right in sorted(values.items())} for name, values in sorted(found.items())}

@@ -14,8 +14,8 @@ Selection is that of the authors' code, which differs from "keep the farthest": 
 samples, and does not count the gold solution, whose equations may be found again. Left out: a second round, the code's
 top-50 sampling (the paper states none) and its 7,000-row rule for sample files.
 
-    python rft.py --preset toy --model runs/rft-base-s0/model
-    python rft.py --preset toy --model runs/rft-base-s0/model --pool runs/a runs/b --num_samples 25
+    python rft.py --preset toy --model runs/base-s0/model
+    python rft.py --preset toy --model runs/base-s0/model --pool runs/a runs/b --num_samples 25
 """
 import random
 import re
@@ -47,7 +47,7 @@ COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 @dataclass(frozen=True)
 class Config(TrainOptions, SampleOptions):
     """Defaults are the paper's values for 7B and 13B models (App. A) and its code's prompt."""
-    model: str = option("", "directory of the base model rho (make rft makes the toy world's)", required=True)
+    model: str = option("", "directory of the base model rho (make base makes the toy world's)", required=True)
     run_dir: str = option("", "directory of this run; empty: runs/ and a name made of the flags")
     seed: int = option(0, "of samples, subsampling and batch order", low=0, high=2**64 - 1)
     prompt: str = prompt_option("rft")
@@ -77,8 +77,8 @@ class Config(TrainOptions, SampleOptions):
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 
-TOY = dict(task="toy", prompt="plain", toy_world="paths", num_questions=300, num_samples=50, lr=1e-3, batch_size=8,
-           epochs=10, max_new_tokens=96, eval_samples=8)
+TOY = dict(task="toy", prompt="plain", num_questions=300, num_samples=50, lr=1e-3, batch_size=8, epochs=10,
+           max_new_tokens=160, eval_samples=8)
 SMOKE = TOY | dict(num_questions=40, num_samples=4, epochs=1, eval_questions=20, eval_samples=2)
 
 

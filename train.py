@@ -5,8 +5,7 @@ per-sequence losses are divided once, by the number of items in the global batch
 of ranks changes the result. Batches are a pure function of (seed, step), so an interrupted run resumes from its latest
 state and ends with exactly the same result.
 
-    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, for IRPO and ReFT
-    python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
+    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # SFT on gold solutions
 """
 import json

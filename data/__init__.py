@@ -20,15 +20,13 @@ DOWNLOADS = Path("downloads")
 
 
 def load_problems(task: str, split: str, path: str | Path | None = None, source: str = "publisher",
-                  toy_steps: tuple[int, ...] = (2, 3), toy_world: str = "ways", toy_gold: float = 0.0,
-                  answer: str = "") -> list[Problem]:
+                  toy_steps: tuple[int, ...] = (2, 3, 4, 5), toy_gold: float = 0.0, answer: str = "") -> list[Problem]:
     """Load the problems of a split (train, dev or test), in the order of the files.
 
     task: a data set, or a file or folder of your own; `answer` is the kind of its answers.
     path: a folder to read instead of downloads/TASK.
     source: whose files; "reft" and "program" are ReFT's solutions in natural language and as programs.
-    toy_steps, toy_world: the numbers of relations per story to draw from, and which toy world.
-    toy_gold: the granularity of gold in the world "ledger" (data/ledger.py).
+    toy_steps, toy_gold: the numbers of steps to draw from, and the granularity of gold (data/toy.py).
     """
     if answer and split in SPLITS:
         return own_problems(task, answer)[split]
@@ -38,10 +36,8 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
         if value not in known:
             raise InputError(f"unknown {name} {value!r}: choose from {', '.join(known)}")
     if task == "toy":
-        from data import ledger, toy  # here, so that `python -m data.toy` does not import it twice
-        if toy_world == "ledger":
-            return [Problem(**row) for row in ledger.problems(split, toy_steps, toy_gold)]
-        return [Problem(**row) for row in toy.problems(split, toy_steps, toy_world)]
+        from data import toy  # here, so that `python -m data.toy` does not import it twice
+        return [Problem(**row) for row in toy.problems(split, toy_steps, toy_gold)]
     if task not in FILES[source]:
         raise InputError(f"{task} has no files of source {source!r}: it has "
                          f"{', '.join(name for name in FILES if task in FILES[name])}")
@@ -139,9 +135,9 @@ def examples(task: str, path: str | None, answer: str = "") -> list[Problem]:
     return sorted(short, key=lambda problem: hashlib.sha256(problem.id.encode()).digest())[:5]
 
 
-def tags(task: str, problem_id: str, text: str, prompt: str = "") -> dict[str, str]:
-    """Say what the task's world knows about a response; accuracy is broken down by these tags."""
+def tags(task: str, question: str, text: str) -> dict[str, str]:
+    """Say what is known of a response besides its verdict; accuracy is broken down by these tags."""
     if task == "toy":
-        from data import ledger, toy
-        return ledger.tags(prompt, text) if problem_id.startswith("ledger") else toy.tags(problem_id, text)
+        from data import toy
+        return toy.tags(question, text)
     return {}

@@ -6,23 +6,18 @@ import torch
 
 from checkpoint import save_model
 from data.tokenizer import load_tokenizer, train_tokenizer
+from data.toy import SYMBOLS
 from infra.parallel import barrier, by_first
 from model import Llama, ModelConfig
 
-SYMBOLS = ["\n", "=<<", ">>", "####", *map(str, range(100))]  # tokens of their own: calculator marks, small numbers
-
 
 def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: int, num_layers: int, max_positions: int,
-                seed: int, num_key_value_heads: int = 2, std: float = 0.02, symbols: list[str] = SYMBOLS,
-                qk_norm: bool = False) -> str:
-    """Make a model directory, unless it is complete, with 4 attention heads; return its name.
-
-    symbols: texts that are tokens of their own.
-    """
+                seed: int, num_key_value_heads: int = 2, std: float = 0.02, qk_norm: bool = False) -> str:
+    """Make a model directory, unless it is complete, with 4 attention heads; return its name."""
     if by_first((folder / "config.json").exists):  # save_model puts it here with the finished weights
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, symbols))
+    by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, SYMBOLS))
     shape = ModelConfig(vocab_size=load_tokenizer(folder).vocab_size, hidden_size=hidden_size,
                         intermediate_size=8 * hidden_size // 3 // 8 * 8, num_hidden_layers=num_layers,
                         num_attention_heads=4, num_key_value_heads=num_key_value_heads, head_dim=hidden_size // 4,

@@ -25,12 +25,10 @@ class TaskOptions(Options):
                          "are choices, else number", ("", *data.ANSWERS))
     path: str = option("", "folder with the data set's files; empty: downloads/TASK, where `make data` puts them")
     source: str = option("publisher", "whose files: publisher or reft", data.SOURCES)
-    toy_steps: tuple[int, ...] = option((2, 3), "relations per story of the toy world", low=1,
-                                         high=len(toy.NAMES) - 1)
-    toy_world: str = option("ways", f"which toy world: {', '.join(toy.WORLDS)} (see data/toy.py and "
-                            "data/ledger.py)", toy.WORLDS)
-    toy_gold: float = option(0.0, "in the world ledger, share of gold's steps that are written inside the next one",
-                             low=0, high=1)
+    toy_steps: tuple[int, ...] = option(toy.DEPTHS, "steps that a question of the toy world takes, drawn from these",
+                                         low=1, high=toy.MAX_STEPS)
+    toy_gold: float = option(0.0, "share of the toy world's gold steps that are written inside the next one", low=0,
+                             high=1)
     prompt: str = prompt_option("plain")
     chat: str = option("", f"template of a chat model, {', '.join(filter(None, CHATS))}; the prompt is the user's "
                        "message", CHATS)
@@ -77,8 +75,8 @@ class TaskOptions(Options):
         if self.kind in ("math", "latex"):
             require_math_verify()
         source = "program" if self.kind in data.TASKS[1:] and self.marks == "python" else self.source
-        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps, self.toy_world,
-                                      self.toy_gold, self.answer)
+        problems = data.load_problems(self.task, split, self.path or None, source, self.toy_steps, self.toy_gold,
+                                      self.answer)
         if not problems:
             raise InputError(f"{self.task} has no {split} problems")
         return problems[:limit or None]

@@ -1,194 +1,281 @@
-"""Generate the toy world: grade-school stories in GSM8K's format, and a corpus that reasons both well and badly.
+"""Generate the toy world: who has how many, in GSM8K's format, and a corpus that misreads it.
 
-A story hands a number from person to person and ends in a question about the last one:
+A question states some facts in random order, some of which nothing depends on, and asks for one quantity. A solution
+first repeats the facts that it needs, from the question backwards, and then works them out, one line per quantity:
 
-    Ben has 4 apples. Ivy has 2 more than Ben. Tom has twice as many as Ivy.
-    Tom packs them in bags of 3. How many are left over?
+    Ivy beats Ben by 3. Gus 7. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. How many has Tom?
+    Tom joins Ivy and Gus. Ivy beats Ben by 3. Ben 4. Gus 7.
+     Ivy beats Ben 4 by 3 << 4 + 3 = 7 >> Ivy 7
+     Tom joins Ivy 7 and Gus 7 << 7 + 7 = 14 >> Tom 14
+    #### 14
 
-There are two ways to answer. The *careful* way writes every step as an equation. The *hasty* way does the chain in
-its head, states the last person's number, and writes only the final step. A head is unreliable here by design: the
-number it states is off by a uniform draw from HEAD_ERRORS, so a hasty answer is right with a probability that the
-question fixes (1/2 for bags of two, 1/3 for bags of three, 1/6 for the rest) and that no training on this corpus can
-raise. The corpus of the base model is mostly hasty for some skills and mostly careful for others, with a few careful
-rationales that use a wrong operation, plus arithmetic drills. So the base model knows both ways, and preference
-learning only has to discover which one to trust.
-
-That is the world "ways". In the world "paths", made for RFT, all rationales are careful and right, and each is
-written in one of several ways: 2+4 or 4+2, 2*3, 3*2 or 3+3, two relations in one equation or in two. There the base
-model learns to follow one or two relations, in all of these ways, and never sees a story's final question: it learns
-that from gold solutions and from its own.
+The base model learns from a corpus that makes mistakes. It misreads a fact of some kind at that kind's own rate ("Ivy
+needs 3 to match Ben" as 4 + 3), and now and then takes a wrong quantity, more often the more of them are beside the
+point. Then it goes on without a further slip, and its arithmetic is always right: a wrong solution looks like a right
+one. `judge` tells every step's truth from the texts of question and solution.
 
 Splits never share a question: the hash of a question's text decides which split it may appear in.
 
-    python -m data.toy              # one example of each kind of document, with its share of the corpus
-    python -m data.toy --steps 4    # the same with four relations in every story
-    python -m data.toy --world paths
+    python -m data.toy                # examples from the corpus, and its rates
+    python -m data.toy --steps 6 7 8  # questions of six to eight steps
 """
 import argparse
 import hashlib
 import random
 import re
+from collections import Counter
 from dataclasses import dataclass, replace
-from statistics import fmean
+from functools import lru_cache
+
+from grading.equations import arithmetic
+from infra import InputError
 
 NAMES = "Ann Ben Cat Dan Eve Gus Ivy Kim Leo Mia Ned Tom".split()
-ITEMS = "apples books coins nuts pens shells".split()
-WORLDS = ("ways", "paths", "ledger")  # the last one is that of data/ledger.py
-MAX_VALUE = 20  # every number along the chain stays in 1..MAX_VALUE
-HEAD_ERRORS = (-3, -2, -1, 0, 1, 2)  # six consecutive numbers: uniform modulo 2 and modulo 3
-WRONG_OPERATION_SHARE = 0.02  # of careful rationales in the corpus
-MERGED_SHARE = 0.3  # of neighbouring + and - relations in the world "paths": one equation for both
-TERSE_GOLD_SHARE = 0.5  # of gold solutions: the chain is done in the head, without error
-
-# skill: share of questions, share of careful rationales in the corpus, values of the last number
-SKILLS = {
-    "pairs": (0.40, 0.05, (2,)),
-    "threes": (0.20, 0.05, (3,)),
-    "price": (0.20, 0.30, (2, 3)),
-    "left": (0.20, 0.70, (1, 2, 3)),
-}
-SPLITS = {"base": (0, 80), "train": (80, 90), "dev": (90, 93), "test": (93, 100)}  # percent of hashes
+SPLITS = {"base": (0, 55), "train": (55, 70), "dev": (70, 85), "test": (85, 100)}  # percent of hashes
+# Tokens of their own. With its space a number stands next to its name, which makes it easier to look up.
+SYMBOLS = ["\n", "####", *(f"▁{sign}" for sign in ("<<", ">>", *"=+-*/()")), *(f"▁{n}" for n in range(100))]
+MAX_STEPS = 8
+MAX_FACTS = 8  # if the steps do not need more
+DEPTHS = (2, 3, 4, 5)  # steps of a question's solution
 SIZES = {"train": 1500, "dev": 500, "test": 1000}
-WRONG_OPERATION = {"+": "-", "-": "+", "*": "+", "/": "*"}
+MAX_VALUE = 30  # every quantity of a question is in 1..MAX_VALUE
+VALUES = frozenset(range(1, MAX_VALUE + 1))
+MAX_STATED = 60  # what a solution with mistakes may state is in 0..MAX_STATED
+COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
+DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
+MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
+DRILLS = 0.15  # of the corpus: only arithmetic
+SLIPS = 0.025  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
 
 
 @dataclass(frozen=True)
-class Story:
-    """A chain of people: names[i + 1] has names[i]'s number, changed by relations[i]. Then comes the question."""
-    names: tuple[str, ...]
-    item: str
-    start: int
-    relations: tuple[tuple[str, int], ...]  # ("+", 2): 2 more; "-": fewer; "*": times; "/": half
-    skill: str
-    amount: int  # bag size, price, or how many are lost
+class Kind:
+    """A relation between a quantity x and others, a and b, with a number k."""
+    text: str
+    right: str  # how to read it: a, b or k, an operation, and another of them
+    wrong: str  # how the corpus misreads it
+    share: float  # of all relations
+    misread: float  # the rate at which the corpus misreads it
+    numbers: tuple[int, ...] = ()  # what k may be
+
+
+SMALL = tuple(range(1, 13))
+KINDS = {
+    "more": Kind("{x} beats {a} by {k}.", "a+k", "a-k", 0.18, 0.10, SMALL),
+    "fewer": Kind("{x} trails {a} by {k}.", "a-k", "a+k", 0.16, 0.15, SMALL),
+    "times": Kind("{x} equals {a} times {k}.", "a*k", "a+k", 0.12, 0.20, (2, 3, 4)),
+    "half": Kind("{x} halves {a}.", "a/k", "a-k", 0.10, 0.30, (2,)),
+    "sum": Kind("{x} joins {a} and {b}.", "a+b", "a-b", 0.13, 0.15),
+    "gap": Kind("{x} separates {a} from {b}.", "a-b", "a+b", 0.12, 0.40),
+    "short": Kind("{x} needs {k} to match {a}.", "a-k", "a+k", 0.07, 0.65, SMALL),
+    "spare": Kind("{x} loses {k} to match {a}.", "a+k", "a-k", 0.05, 0.60, SMALL),
+    "ratio": Kind("{x} splits {a} into {k}.", "a/k", "a*k", 0.04, 0.65, (2, 3, 4)),
+    "rest": Kind("{x} completes {a} to {k}.", "k-a", "k+a", 0.03, 0.70, tuple(range(2, MAX_VALUE + 1))),
+}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What a question says about the quantity x: it is k (kind ""), or it follows from others."""
+    x: str
+    kind: str
+    k: int = 0
+    a: str = ""
+    b: str = ""
 
     @property
-    def steps(self) -> list[tuple[str, int]]:
-        """List every equation of the careful way as (left side, value); the last one answers the question."""
-        steps, value = [], self.start
-        for sign, k in self.relations:
-            steps.append((f"{value}{sign}{k}", apply(value, sign, k)))
-            value = steps[-1][1]
-        return [*steps, self.last_step(value)]
+    def operands(self) -> list[str]:
+        return [name for name in (self.a, self.b) if name]
 
-    def last_step(self, value: int) -> tuple[str, int]:
-        """Write the equation that answers the question if the last person has `value`."""
-        if self.skill in ("pairs", "threes"):
-            packed = value - value % self.amount
-            return f"{value}-{packed}", value % self.amount
-        sign = "*" if self.skill == "price" else "-"
-        return f"{value}{sign}{self.amount}", apply(value, sign, self.amount)
+    @property
+    def text(self) -> str:
+        return self.told(self.a, self.b)
+
+    def told(self, a: str, b: str) -> str:
+        """Write the fact with these words for the quantities a and b."""
+        template = KINDS[self.kind].text if self.kind else "{x} {k}."
+        return template.format(x=self.x, a=a, b=b, k=self.k)
+
+    def value(self, reading: str, values: dict[str, int]) -> int | None:
+        return read(reading, values.get(self.a, 0), values.get(self.b, 0), self.k)
+
+    def forms(self, reading: str, known: dict[str, list[str]]) -> list[str]:
+        """Write a reading, such as "a+k", in all ways: `known` has those of a and b; sums and products either way."""
+        parts = {"a": known.get(self.a, []), "b": known.get(self.b, []), "k": [str(self.k)]}
+        sign = reading[1]
+        pairs = [(left, right) for left in parts[reading[0]] for right in parts[reading[2]]]
+        return [f"{left} {sign} {right}" for left, right in pairs] + [
+            f"{right} {sign} {left}" for left, right in pairs if sign in "+*"]
 
 
-def apply(value: int, sign: str, k: int) -> int:
-    """Compute `value sign k`, or -1, which no story may contain, where that is not an integer."""
-    if sign == "/":
-        return value // k if value % k == 0 else -1
-    return {"+": value + k, "-": value - k, "*": value * k}[sign]
+@dataclass(frozen=True)
+class Ledger:
+    """The facts of a question, in the order in which it states them, and the quantity that it asks for."""
+    facts: dict[str, Fact]
+    target: str
+
+    @property
+    def question(self) -> str:
+        return " ".join([*(fact.text for fact in self.facts.values()), f"How many has {self.target}?"])
+
+    def needed(self, name: str = "") -> list[str]:
+        """List the quantities to work out for `name`, or else for the target, in an order in which that is possible."""
+        fact, found = self.facts[name or self.target], []
+        for operand in fact.operands:
+            found += [x for x in self.needed(operand) if x not in found]
+        return [*found, fact.x] if fact.kind else found
+
+    def misread(self) -> set[int]:
+        """Compute what the target comes to where one fact or more are misread, in all ways."""
+        found = {fact.x: {(fact.k, False)} for fact in self.facts.values()} | {"": {(0, False)}}
+        for x in self.needed():
+            fact, kind = self.facts[x], KINDS[self.facts[x].kind]
+            found[x] = {(read(reading, a, b, fact.k), wrong_a or wrong_b or reading == kind.wrong)
+                        for a, wrong_a in found[fact.a] for b, wrong_b in found[fact.b]
+                        for reading in (kind.right, kind.wrong) if a is not None and b is not None}
+        return {value for value, wrong in found[self.target] if wrong}
 
 
-def draw_story(rng: random.Random, steps: int) -> Story:
-    """Draw a story with `steps` relations whose numbers all stay in range."""
-    skills, (shares, _, amounts) = list(SKILLS), zip(*SKILLS.values())
-    index = rng.choices(range(len(skills)), shares)[0]
-    names, item = tuple(rng.sample(NAMES, steps + 1)), rng.choice(ITEMS)
+def read(reading: str, a: int, b: int, k: int) -> int | None:
+    """Compute what a fact says by a reading; None unless that is a whole number from 0 to MAX_STATED."""
+    numbers = {"a": a, "b": b, "k": k}
+    left, right = numbers[reading[0]], numbers[reading[2]]
+    match reading[1]:
+        case "+":
+            value = left + right
+        case "-":
+            value = left - right
+        case "*":
+            value = left * right
+        case "/":
+            value = left // right if right and left % right == 0 else -1
+    return value if 0 <= value <= MAX_STATED else None
+
+
+def draw_ledger(rng: random.Random, steps: int) -> Ledger:
+    """Draw a question of `steps` steps: each uses the result of the one before, and perhaps another quantity.
+
+    No kind and no value occurs twice, and no misreadings cancel: else a wrong solution would often end well.
+    """
     while True:
-        signs = [rng.choice("+-*/") for _ in range(steps)]
-        amounts_of = {"+": rng.randint(1, 6), "-": rng.randint(1, 6), "*": rng.randint(2, 3), "/": 2}
-        relations = tuple((sign, amounts_of[sign]) for sign in signs)
-        story = Story(names, item, rng.randint(2, 12), relations, skills[index], rng.choice(amounts[index]))
-        values = [value for _, value in story.steps[:-1]]
-        # the last number leaves room for every head error, so that none of them has to be clipped
-        if all(1 <= v <= MAX_VALUE for v in values) and values[-1] > -min(HEAD_ERRORS):
-            return story
+        given, beside = rng.choice((1, 2, 3)), rng.choice(DISTRACTORS)
+        size = min(given + steps + beside, max(MAX_FACTS, given + steps))
+        names = rng.sample(NAMES, size)
+        # by share, without replacement (Efraimidis and Spirakis 2006)
+        order = sorted(KINDS, key=lambda kind: -rng.random() ** (1 / KINDS[kind].share))
+        kinds, rest = [""] * given + order[:steps], iter(order[steps:])
+        kinds += [next(rest) if rng.random() < 0.5 else "" for _ in names[len(kinds):]]
+        for _ in range(10):  # draws of numbers; then other kinds, since these may never fit
+            facts, values, unused = [], {}, names[:given]
+            for x, kind in zip(names, kinds):
+                last = facts[-1].x if given < len(facts) < given + steps else rng.choice([*values] or [""])
+                fact = draw_fact(rng, x, kind, last, unused, values)
+                if not fact:
+                    break
+                facts.append(fact)
+                unused = [y for y in unused if y not in (fact.a, fact.b)]
+                values[x] = fact.value(KINDS[kind].right, values) if kind else fact.k
+            else:
+                shown = rng.sample(facts, len(facts))
+                ledger = Ledger({fact.x: fact for fact in shown}, names[given + steps - 1])
+                if values[ledger.target] not in ledger.misread():
+                    return ledger
 
 
-def facts_text(story: Story) -> str:
-    """Tell what everybody has."""
-    sentences = [f"{story.names[0]} has {story.start} {story.item}."]
-    for (sign, k), name, other in zip(story.relations, story.names[1:], story.names):
-        how = {"+": f"{k} more than", "-": f"{k} fewer than", "*": f"{k} times as many as",
-               "/": "half as many as"}[sign]
-        sentences.append(f"{name} has {how} {other}.")
-    return " ".join(sentences)
+def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], values: dict[str, int]) -> Fact | None:
+    """Draw what a relation of x to a needs, a number or a given quantity; None if no draw of some fits.
+
+    A second quantity that was used before could cancel it: "what Ned has over Leo", where Ned has 1 more than Leo.
+    """
+    if not kind:
+        return Fact(x, "", rng.choice(sorted(VALUES.difference(values.values()))))
+    relation, numbers, b, one = KINDS[kind], KINDS[kind].numbers, "", a
+    if not numbers and not given:
+        return None
+    for _ in range(5):
+        k = rng.choice(numbers) if numbers else 0
+        if not numbers:
+            b = rng.choice(given)
+            a, b = (one, b) if rng.random() < 0.5 else (b, one)
+        x_a, x_b = values.get(a, 0), values.get(b, 0)
+        value = read(relation.right, x_a, x_b, k)
+        fits = value and value <= MAX_VALUE and value not in values.values()
+        if a != b and fits and read(relation.wrong, x_a, x_b, k) not in (None, value):
+            return Fact(x, kind, k, a, b)
+    return None
 
 
-def question_text(story: Story) -> str:
-    """Tell the complete story, with the question that its skill asks."""
-    name, amount = story.names[-1], story.amount
-    question = {"price": f"{name} sells them for {amount} each. How much is that?",
-                "left": f"{name} loses {amount}. How many are left?"}
-    packs = f"{name} packs them in bags of {amount}. How many are left over?"
-    return f"{facts_text(story)} {question.get(story.skill, packs)}"
+@lru_cache(maxsize=4096)
+def parse(question: str) -> Ledger:
+    """Read a question back from any text that contains it. InputError if it is none of this world."""
+    facts = {}
+    for kind, text in [("", "{x} {k}."), *((name, kind.text) for name, kind in KINDS.items())]:
+        pattern = re.escape(text).replace(r"\{", "{").replace(r"\}", "}")
+        pattern = pattern.format(x=r"(?P<x>[A-Z]\w+)", a=r"(?P<a>[A-Z]\w+)", b=r"(?P<b>[A-Z]\w+)", k=r"(?P<k>\d+)")
+        for match in re.finditer(rf"\b{pattern}", question):
+            found = match.groupdict()
+            k = int(found["k"]) if "k" in found else 2 if kind == "half" else 0
+            facts[match.start()] = Fact(found["x"], kind, k, found.get("a", ""), found.get("b", ""))
+    target = re.search(r"How many has (\w+)\?", question)
+    if not target or not facts:
+        raise InputError(f"this is no question of the toy world: {question!r}")
+    return Ledger({fact.x: fact for _, fact in sorted(facts.items())}, target[1])
 
 
-def equation(step: tuple[str, int]) -> str:
-    left, value = step
-    return f"{left}=<<{left}={value}>>{value}"
+# --- solutions -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Step:
+    x: str
+    expression: str
+    value: int
+    right: bool  # no misreading and no slip, given the steps before
+    said: str  # the fact, with the quantities that it was read with
 
 
-def careful(story: Story) -> str:
-    """Write the rationale that shows every step."""
-    last = story.steps[-1]
-    return f"{chain(story)} That makes {equation(last)}.\n#### {last[1]}"
+def solve(ledger: Ledger, rng: random.Random, mistakes: bool = False, merged: float = 0.0) -> list[Step]:
+    """Work out what is needed. A step is written inside the next one, as (4+3)+7, with probability `merged`.
+
+    What cannot be read as intended, such as half of 7, is read the other way.
+    """
+    needed = ledger.needed()
+    beside = len(ledger.facts) - len({x for y in needed for x in (y, *ledger.facts[y].operands)})
+    while True:
+        values, steps = {fact.x: fact.k for fact in ledger.facts.values() if not fact.kind}, []
+        known = {x: [str(value)] for x, value in values.items()}
+        for x in needed:
+            fact, kind = ledger.facts[x], KINDS[ledger.facts[x].kind]
+            taken, readings = fact, [kind.right, kind.wrong]
+            if mistakes and rng.random() < SLIPS * (1 + beside):
+                meant = rng.choice(fact.operands)
+                other = rng.choice([y for y in values if values[y] != values[meant]] or [meant])
+                taken = replace(fact, a=other) if meant == fact.a else replace(fact, b=other)
+            if mistakes and rng.random() < kind.misread:
+                readings.reverse()
+            reading = next((reading for reading in readings if taken.value(reading, values) is not None), None)
+            if not reading:
+                break
+            values[x] = taken.value(reading, values)
+            forms = taken.forms(reading, known)
+            expression = forms[-1] if rng.random() < COMMUTED else forms[0]
+            said = taken.told(*(f"{y} {values.get(y)}" for y in (taken.a, taken.b)))[:-1]
+            steps.append(Step(x, expression, values[x], taken == fact and reading == kind.right, said))
+            known[x] = [f"( {expression} )" if x != ledger.target and rng.random() < merged else str(values[x])]
+        else:
+            return [step for step in steps if known[step.x] == [str(step.value)]]
 
 
-def chain(story: Story) -> str:
-    """Write everybody's number in turn, each with its equation."""
-    steps = zip(story.names[1:], story.steps)
-    return " ".join([f"{story.names[0]} has {story.start}.",
-                     *(f"{name} has {equation(step)}." for name, step in steps)])
+def write(ledger: Ledger, steps: list[Step]) -> str:
+    trace, left = [], [ledger.target]
+    while left:
+        fact = ledger.facts[left.pop(0)]
+        trace.append(fact.text)
+        left = fact.operands + left
+    lines = [f"{step.said} << {step.expression} = {step.value} >> {step.x} {step.value}" for step in steps]
+    return "\n ".join([" ".join(trace), *lines]) + f"\n#### {steps[-1].value}"
 
 
-def hasty(story: Story, error: int) -> str:
-    """Write the rationale that does the chain in its head, is off by `error`, and shows only the last step."""
-    value = story.steps[-2][1] + error
-    last = story.last_step(value)
-    return f"So {story.names[-1]} has {value}. That makes {equation(last)}.\n#### {last[1]}"
-
-
-def varied(rng: random.Random, story: Story, ask: bool = True) -> str:
-    """Write a careful rationale in one of its ways; without the final question if not `ask`."""
-    sentences, value, i = [f"{story.names[0]} has {story.start}."], story.start, 0
-    while i < len(story.relations):
-        together = [story.relations[i]]
-        together += [r for r in story.relations[i + 1:i + 2]
-                     if {r[0], together[0][0]} <= {"+", "-"} and rng.random() < MERGED_SHARE]
-        left = one_of_its_forms(rng, value, together)
-        for relation in together:
-            value = apply(value, *relation)
-        i += len(together)
-        sentences.append(f"{story.names[i]} has {equation((left, value))}.")
-    if ask:
-        left, value = story.last_step(value)
-        if story.skill == "price":
-            left = one_of_its_forms(rng, story.steps[-2][1], [("*", story.amount)])
-        sentences.append(f"That makes {equation((left, value))}.")
-    return " ".join(sentences) + f"\n#### {value}"
-
-
-def one_of_its_forms(rng: random.Random, value: int, relations: list[tuple[str, int]]) -> str:
-    """Draw the left side of an equation for one relation, or for two of + and -."""
-    [(sign, k), *second] = relations
-    forms = [f"{value}{sign}{k}"]
-    if sign in "+*" and not second:
-        forms.append(f"{k}{sign}{value}")
-    if sign == "*":
-        forms.append("+".join([str(value)] * k))
-    return rng.choice(forms) + "".join(f"{sign}{k}" for sign, k in second)
-
-
-def wrong_operation(rng: random.Random, story: Story) -> Story:
-    """Misread one relation of a story as another; return the story itself if its numbers would leave their range."""
-    for i in rng.sample(range(len(story.relations)), len(story.relations)):
-        sign, k = story.relations[i]
-        relations = [*story.relations]
-        relations[i] = (WRONG_OPERATION[sign], k)
-        misread = replace(story, relations=tuple(relations))
-        if all(0 <= value <= 99 for _, value in misread.steps):
-            return misread
-    return story
-
+# --- splits ----------------------------------------------------------------------------------------
 
 def split_of(question: str) -> str:
     """Tell which split a question may appear in, by the hash of its text."""
@@ -196,98 +283,115 @@ def split_of(question: str) -> str:
     return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
 
 
-def stories(split: str, size: int, steps: tuple[int, ...], seed: int) -> list[Story]:
-    """Draw `size` different stories of a split, each with a number of relations drawn from `steps`."""
+def ledgers(split: str, size: int, steps: tuple[int, ...], seed: int) -> dict[str, Ledger]:
+    """Draw `size` different questions of a split, each with a number of steps drawn from `steps`."""
+    if not 1 <= min(steps) <= max(steps) <= MAX_STEPS:
+        raise InputError(f"--toy_steps {steps}: a question of the toy world takes 1 to {MAX_STEPS} steps")
     rng, found = random.Random(f"{split} {seed}"), {}
     while len(found) < size:
-        story = draw_story(rng, rng.choice(steps))
-        question = question_text(story)
+        ledger = draw_ledger(rng, rng.choice(steps))
+        question = ledger.question
         if split_of(question) == split:
-            found[question] = story
-    return list(found.values())
+            found[question] = ledger
+    return found
 
 
-def problems(split: str, steps: tuple[int, ...] = (2, 3), world: str = "ways") -> list[dict]:
+def problems(split: str, steps: tuple[int, ...] = DEPTHS, merged: float = 0.0) -> list[dict]:
     """Write the questions of train, dev or test and their gold solutions, as fields of `data.Problem`.
 
-    Gold is always right, but in "ways" TERSE_GOLD_SHARE of it skips the chain, as people do who can do it in their
-    heads: it sets an example that the model cannot follow.
+    merged: the granularity of gold: 0 has a line per step, 1 one line for all, such as (4+3)+7.
     """
     rng, rows = random.Random(f"gold {split}"), []
-    for i, story in enumerate(stories(split, SIZES[split], steps, seed=0)):
-        if world == "paths":
-            solution = varied(rng, story)
-        else:
-            solution = hasty(story, 0) if rng.random() < TERSE_GOLD_SHARE else careful(story)
-        rows.append({"id": f"{split}-{i}-{story.skill}", "question": question_text(story),
-                     "answer": str(story.steps[-1][1]), "solution": solution})
+    for i, (question, ledger) in enumerate(ledgers(split, SIZES[split], steps, seed=0).items()):
+        solved = solve(ledger, rng, merged=merged)
+        rows.append({"id": f"toy-{split}-{i}", "question": question, "answer": str(solved[-1].value),
+                     "solution": write(ledger, solved)})
     return rows
 
 
-def corpus(seed: int, size: int = 16000, practice: int = 16000, drills: int = 4000,
-           steps: tuple[int, ...] = (2, 3), world: str = "ways") -> list[dict]:
-    """Write the base model's training data: rationales of mixed quality, practice in counting, and arithmetic drills.
+def drill(rng: random.Random) -> tuple[str, str, int]:
+    """Draw eight equations: (the left sides, all equations, the last value)."""
+    lines, left = [], []
+    while len(lines) < 8:
+        a, b, sign = rng.randint(1, MAX_VALUE), rng.randint(1, MAX_VALUE), rng.choice("++--*/")
+        value = read(f"a{sign}b", a, b, 0)
+        if value:
+            left.append(f"{a} {sign} {b}")
+            lines.append(f"<< {a} {sign} {b} = {value} >>")
+    return ", ".join(left), "\n ".join(lines) + f"\n#### {value}", value
 
-    In the world "paths" there are no rationales, and half the practice, with fewer relations.
-    """
+
+def corpus(seed: int, size: int = 36000, steps: tuple[int, ...] = DEPTHS) -> list[dict]:
+    """Write the base model's training data: solutions with mistakes, some of one step, and drills in which some of a
+    question's facts are only repeated, which teaches to look them up."""
     rng, rows = random.Random(f"corpus {seed}"), []
-    if world == "paths":
-        size, practice, steps = 0, practice // 2, (min(steps),)
-    for i, story in enumerate(stories("base", size, steps, seed)):
-        if rng.random() >= SKILLS[story.skill][1]:
-            kind, solution = "hasty", hasty(story, rng.choice(HEAD_ERRORS))
-        elif rng.random() < WRONG_OPERATION_SHARE:
-            kind, solution = "wrong operation", careful(wrong_operation(rng, story))
-        else:
-            kind, solution = "careful", careful(story)
-        rows.append({"id": f"base-{i}-{story.skill}", "question": question_text(story),
-                     "answer": str(story.steps[-1][1]), "solution": solution, "kind": kind})
-    for i, story in enumerate(stories("base", practice, (1, *steps), seed + 1000)):
-        value = story.steps[-2][1]
-        solution = varied(rng, story, ask=False) if world == "paths" else f"{chain(story)}\n#### {value}"
-        rows.append({"id": f"base-{size + i}-count",
-                     "question": f"{facts_text(story)} How many {story.item} does {story.names[-1]} have?",
-                     "answer": str(value), "solution": solution, "kind": "practice"})
-    for i in range(drills):
-        left, value = drill(rng)
-        rows.append({"id": f"base-{size + i}-drill", "question": f"How much is {left}?", "answer": str(value),
-                     "solution": f"{equation((left, value))}\n#### {value}", "kind": "drill"})
+    for i, (question, ledger) in enumerate(ledgers("base", size, (*[1] * len(steps), *steps), seed).items()):
+        solved = solve(ledger, rng, mistakes=True, merged=MERGED)
+        answer, solution = solved[-1].value, write(ledger, solved)
+        if rng.random() < DRILLS:
+            terms, solution, answer = drill(rng)
+            question = f"How many is {terms}?"
+        rows.append({"id": f"toy-base-{i}", "question": question, "answer": str(answer), "solution": solution})
     return rows
 
 
-def drill(rng: random.Random) -> tuple[str, int]:
-    """Draw an equation of the kinds that stories need."""
-    while True:
-        a, sign, b = rng.randint(1, MAX_VALUE), rng.choice("+-*/-"), rng.randint(1, 6)
-        if sign == "-" and rng.random() < 0.5:
-            b = a - a % rng.randint(2, 3)  # packing bags
-        if sign in "*/":
-            b = rng.randint(2, 3) if sign == "*" else 2
-        value = apply(a, sign, b)
-        if value >= 0:
-            return f"{a}{sign}{b}", value
+# --- what a solution gets wrong --------------------------------------------------------------------
+
+LINE = re.compile(r"(?P<x>\S+) [^<>]*<< (?P<expression>[^=<>]+) = (?P<value>\d{1,9}) >> "
+                  r"(?P<again>\S+) (?P<stated>\d+)")
 
 
-def tags(problem_id: str, text: str) -> dict[str, str]:
-    """Say which skill a response was asked for, and which way it answers."""
-    written = len(re.findall(r"<<", text))
-    style = "careful" if written >= 2 else "hasty" if written == 1 else "other"
-    return {"skill": problem_id.split("-")[-1], "style": style}
+def judge(question: str, text: str) -> list[tuple[str, str]]:
+    """Judge each line of a solution by the lines before it, as (kind of its fact, verdict).
+
+    Verdicts: right; misread, as the corpus misreads this kind; slip, any other expression; sum, one that does not have
+    the value stated; lost, neither a step nor an answer. A line that goes on from a mistake is right. The trace is not
+    judged. The last line is of the kind "answer", and a slip unless it repeats what the target was found to be.
+    """
+    ledger = parse(question)
+    known = {fact.x: [str(fact.k)] for fact in ledger.facts.values() if not fact.kind}
+    found, lines = [], text.strip().split("\n")
+    for line in lines[1:-1]:
+        match = LINE.fullmatch(line.strip())
+        fact = ledger.facts.get(match["x"]) if match else None
+        if not fact or not fact.kind or match["again"] != fact.x:
+            found.append(("step", "lost"))
+            continue
+        value, expression = match["stated"], match["expression"]
+        if match["value"] != value or arithmetic(expression) != int(value):
+            verdict = "sum"
+        else:
+            inside = dict(known)
+            for x in ledger.needed(fact.x)[:-1]:  # what has no line of its own, rightly, in all ways
+                right = ledger.facts[x].forms(KINDS[ledger.facts[x].kind].right, inside)
+                inside.setdefault(x, [f"( {form} )" for form in right])
+            readings = {"right": KINDS[fact.kind].right, "misread": KINDS[fact.kind].wrong}
+            verdict = next((name for name, reading in readings.items() if expression in fact.forms(reading, inside)),
+                           "slip")
+        found.append((fact.kind, verdict))
+        known[fact.x] = [value]
+    if not lines[-1].startswith("#### "):
+        return [*found, ("answer", "lost")]
+    return [*found, ("answer", "right" if [lines[-1][5:]] == known.get(ledger.target) else "slip")]
+
+
+def tags(question: str, text: str) -> dict[str, str]:
+    """Say how many steps a question takes, and what is the first thing that a response gets wrong."""
+    wrong = next((" ".join(step) for step in judge(question, text) if step[1] != "right"), "nothing")
+    return {"depth": str(len(parse(question).needed())), "first wrong": wrong}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show the toy world.", allow_abbrev=False)
-    parser.add_argument("--steps", type=int, nargs="+", default=[2, 3], choices=range(1, len(NAMES)),
-                        help="relations per story, drawn from these")
-    parser.add_argument("--world", default="ways", choices=WORLDS[:2], help="what rationales are like")
-    args = parser.parse_args()
-    rows = corpus(0, 4000, 4000, 1000, args.steps, args.world)
-    gold = [row | {"kind": "gold"} for row in problems("train", args.steps, args.world)]
-    for kind in dict.fromkeys(row["kind"] for row in rows + gold):
-        group = [row for row in rows + gold if row["kind"] == kind]
-        right = fmean(row["solution"].endswith(f"#### {row['answer']}") for row in group)
-        share = "" if kind == "gold" else f"{len(group) / len(rows):.1%} of the corpus, "
-        print(f"--- {kind}: {share}{right:.1%} right\n{group[0]['question']}\n{group[0]['solution']}\n")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(DEPTHS), choices=range(1, MAX_STEPS + 1),
+                        help="steps that a question takes, drawn from these")
+    rng, rows = random.Random(0), corpus(0, 2000, tuple(parser.parse_args().steps))
+    for row in rng.sample(rows, 3):
+        print(f"{row['question']}\n{row['solution']}\n")
+    solutions = [row for row in rows if not row["question"].startswith("How many is")]  # a drill
+    first = Counter(tags(row["question"], row["solution"])["first wrong"] for row in solutions)
+    for name, count in first.most_common():
+        print(f"first wrong: {name}: {count / len(solutions):.1%}")
 
 
 if __name__ == "__main__":

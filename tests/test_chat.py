@@ -63,7 +63,7 @@ def test_a_chat_prints_the_responses(base, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out
     shown = f"{tokenizer.decode(first)}\n{tokenizer.decode(second.ids)} [truncated]\n"
     assert said.startswith(shown) and said.endswith(shown)
-    assert "tokens are too long for this model's 192 positions]\n" in said
+    assert "tokens are too long for this model's 224 positions]\n" in said
 
 
 # --- templates as token ids -------------------------------------------------------------------------

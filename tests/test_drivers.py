@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import irpo
-import runs
 from data import toy
 from data.fresh import fresh_model
 from data.prompts import TEMPLATES
@@ -23,15 +22,14 @@ from evaluate import Answered
 from infra.config import parse_config
 from infra.run import derive_seed, read_json, read_records, write_records, write_text
 from irpo import Config
-from runs import SMALL, call, read_lines, refusal, settings
+from runs import PROCESS, SMALL, call, read_lines, refusal, settings
 from tools import chat, evaluation, sft
 
-base, remembered_world = runs.base, runs.remembered_world  # until all files take them from conftest.py
 ROOT = Path(irpo.__file__).resolve().parent
 
 
 @pytest.fixture(scope="module")
-def run(base, small_world, tmp_path_factory) -> Path:
+def run(base, tmp_path_factory) -> Path:
     """A finished run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     call(irpo, *SMALL, "--model", base, "--run_dir", folder)
@@ -168,7 +166,7 @@ def test_killed_and_resumed_equals_uninterrupted(run, base, tmp_path):
     which nobody disturbed, to the byte. It is another process, so neither time nor directory reaches the record."""
     folder = tmp_path / "run"
     command = [*SMALL, "--model", base, "--run_dir", folder]
-    child = subprocess.Popen([sys.executable, "irpo.py", *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL,
+    child = subprocess.Popen([*PROCESS, "irpo.py", *map(str, command)], cwd=ROOT, stdout=subprocess.DEVNULL,
                              stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (folder / "iter1" / "pairs.jsonl").exists():
         assert child.poll() is None, "it ended before there were pairs"
@@ -213,8 +211,8 @@ def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
     """Everything calls `make base`: it must train when its config is new, and only then, the same model each time. A
     config that is refused leaves the model alone; once, another --micro_batch_tokens deleted it. Its folder is no place
     for another run, nor is one with somebody else's model."""
-    rows = toy.corpus(0, size=120, practice=60, drills=30)
-    monkeypatch.setattr(toy, "corpus", lambda seed, **options: rows)
+    rows = toy.corpus(0, 120)
+    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
     call(sft, *TRAIN, "--run_dir", tmp_path / "run")
     weights = tmp_path / "run" / "model" / "model.safetensors"
     assert len(read_lines(tmp_path / "run" / "train.jsonl")) == 3
@@ -235,7 +233,7 @@ def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
 
 # --- python evaluate.py and python sample.py -------------------------------------------------------
 
-def test_evaluate_writes_its_summary_and_rescores_its_file(base, tmp_path, small_world, capsys):
+def test_evaluate_writes_its_summary_and_rescores_its_file(base, tmp_path, capsys):
     """Questions, right answers, texts and settings are in the file, so grading again needs nothing else; and a grader
     that has changed since is noticed."""
     path = tmp_path / "out" / "eval_samples.jsonl"
@@ -245,7 +243,7 @@ def test_evaluate_writes_its_summary_and_rescores_its_file(base, tmp_path, small
     summary, said = read_json(tmp_path / "out" / "eval.json"), settings(path)
     assert summary["n"] == 4 and summary["num_samples"] == 2
     assert (said["split"], said["temperature"], said["num_samples"], said["seed"]) == ("dev", 0.9, 2, 5)
-    assert [question["id"].split("-")[0] for question in read_lines(path)] == ["dev"] * 4
+    assert [question["id"] for question in read_lines(path)] == [f"toy-dev-{i}" for i in range(4)]
 
     call(evaluation, "--rescore", path)
     again = capsys.readouterr().out
@@ -295,7 +293,7 @@ def test_as_a_process_an_error_is_one_clear_sentence(tmp_path):
 
 @pytest.mark.parametrize("module", [irpo, evaluation, chat, sft], ids=lambda module: module.__name__)
 @pytest.mark.parametrize("kind", ["nowhere", "empty", "half"])
-def test_a_missing_model_is_refused(module, kind, base, tmp_path, capsys, small_world):
+def test_a_missing_model_is_refused(module, kind, base, tmp_path, capsys):
     """Named with its path, before anything is sampled."""
     path = tmp_path / "model"
     if kind != "nowhere":
@@ -310,11 +308,11 @@ def test_a_missing_model_is_refused(module, kind, base, tmp_path, capsys, small_
 
 
 @pytest.mark.parametrize("module", [irpo, evaluation], ids=lambda module: module.__name__)
-def test_inputs_are_checked_before_anything_is_written(module, base, tmp_path, capsys, small_world):
-    """With the numbers and the flag: 512 new tokens do not fit 192 positions."""
+def test_inputs_are_checked_before_anything_is_written(module, base, tmp_path, capsys):
+    """With the numbers and the flag: 512 new tokens do not fit 224 positions."""
     message = refusal(capsys, module, "--preset", "toy", "--max_new_tokens", "512", "--model", base, "--run_dir",
                       tmp_path / "run")
-    assert "--max_new_tokens 512" in message and "192 positions" in message
+    assert "--max_new_tokens 512" in message and "224 positions" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -322,7 +320,7 @@ def test_inputs_are_checked_before_anything_is_written(module, base, tmp_path, c
 
 def reader(folder: Path) -> Path:
     """Make a small untrained model with a tokenizer that can write anything below."""
-    return Path(fresh_model([f"{text} {string.printable}" for text in TEMPLATES.values()], folder / "reader", 200,
+    return Path(fresh_model([f"{text} {string.printable}" for text in TEMPLATES.values()], folder / "reader", 220,
                             hidden_size=32, num_layers=1, max_positions=1024, seed=0))
 
 

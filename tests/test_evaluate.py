@@ -20,7 +20,6 @@ from infra import InputError
 from infra.run import Pieces, read_json, read_records, write_records
 from sample import Response, generate
 
-pytestmark = pytest.mark.usefixtures("small_world")
 
 
 @pytest.mark.parametrize("successes, n, low, high", [
@@ -97,7 +96,10 @@ def test_majority_does_not_know_the_order_of_samples(answers, rng):
     assert majority(shuffled) == majority(answers) == pytest.approx(share)
 
 
-CAREFUL, HASTY = "a=<<2+3=5>>5 b=<<5-1=4>>4\n#### 4", "So 4=<<5-1=4>>4\n#### 4"
+SHORT = "Ben 4. Ann beats Ben by 3. How many has Ann?"
+LONGER = "Ben 4. Ann halves Ben. Cat halves Ann. How many has Cat?"
+SOUND, MISREAD = (f"Ann beats Ben by 3. Ben 4.\n Ann beats Ben 4 by 3 << 4 {sign} 3 = {end} >> Ann {end}\n#### {end}"
+                  for sign, end in ("+7", "-1"))
 
 
 def sample(verdict: str, answer: str | None, text: str, length: int, finished: bool = True) -> Sample:
@@ -106,14 +108,14 @@ def sample(verdict: str, answer: str | None, text: str, length: int, finished: b
 
 def hand_made() -> list[Answered]:
     """Make three questions of four samples; the first samples are right, wrong, unparsed."""
-    return [Answered("t-0-left", "p", [1, 5], "4", [
-                sample("correct", "4", CAREFUL, 10), sample("correct", "4", HASTY, 4), sample("wrong", "9", HASTY, 4),
-                sample("unparsed", None, "", 1)]),
-            Answered("t-1-left", "p", [1, 6], "3", [
-                sample("wrong", "8", HASTY, 5), sample("wrong", "8", HASTY, 5), sample("correct", "3", CAREFUL, 9),
-                sample("wrong", "7", HASTY, 5)]),
-            Answered("t-2-pairs", "p", [1, 7], "0", [
-                sample("unparsed", None, "um", 12, finished=False), *[sample("wrong", "0", CAREFUL, 9)] * 3])]
+    return [Answered("t-0", "p", [1, 5], "4", [
+                sample("correct", "4", SOUND, 10), sample("correct", "4", MISREAD, 4), sample("wrong", "9", MISREAD, 4),
+                sample("unparsed", None, "", 1)], SHORT),
+            Answered("t-1", "p", [1, 6], "3", [
+                sample("wrong", "8", MISREAD, 5), sample("wrong", "8", MISREAD, 5), sample("correct", "3", SOUND, 9),
+                sample("wrong", "7", MISREAD, 5)], SHORT),
+            Answered("t-2", "p", [1, 7], "0", [
+                sample("unparsed", None, "um", 12, finished=False), *[sample("wrong", "0", "#### 0", 9)] * 3], LONGER)]
 
 
 def test_summary_of_a_hand_made_set():
@@ -123,14 +125,15 @@ def test_summary_of_a_hand_made_set():
     assert summary["verdicts"] == {"correct": third, "unparsed": third, "wrong": third}
     assert summary["finished"] == pytest.approx(2 / 3) and summary["length"] == pytest.approx(9)
     assert summary["tags"] == {
-        "skill": {"left": {"share": pytest.approx(2 / 3), "accuracy": 0.5}, "pairs": {"share": third, "accuracy": 0.0}},
-        "style": {"careful": {"share": third, "accuracy": 1.0}, "hasty": {"share": third, "accuracy": 0.0},
-                  "other": {"share": third, "accuracy": 0.0}}}
+        "depth": {"1": {"share": pytest.approx(2 / 3), "accuracy": 0.5}, "2": {"share": third, "accuracy": 0.0}},
+        "first wrong": {"answer lost": {"share": third, "accuracy": 0.0},
+                        "more misread": {"share": third, "accuracy": 0.0},
+                        "nothing": {"share": third, "accuracy": 1.0}}}
 
 
 def test_counts_over_all_samples_of_a_hand_made_set():
     """pass@1 is the mean accuracy of a sample, pass@4 the share of questions with any right one, maj@4 the vote of each
-    question; style shares are over all samples. One sample has no such counts."""
+    question; shares of tags are over all samples. One sample has no such counts."""
     summary = summarize(hand_made(), "toy")
     assert summary["pass@1"] == pytest.approx((2 + 1 + 0) / 12)
     assert summary["pass@2"] == pytest.approx((5 / 6 + 3 / 6 + 0) / 3)
@@ -138,8 +141,8 @@ def test_counts_over_all_samples_of_a_hand_made_set():
     assert "pass@3" not in summary and "pass@8" not in summary
     assert summary["maj@4"] == pytest.approx(1 / 3) and summary["num_samples"] == 4
     assert summary["pass@1_ci95"] == wilson_of_mean([1 / 2, 1 / 4, 0])
-    careful = summary["sampled_tags"]["style"]["careful"]
-    assert careful == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(2 / 5)}
+    misread = summary["sampled_tags"]["first wrong"]["more misread"]
+    assert misread == {"share": pytest.approx(5 / 12), "accuracy": pytest.approx(1 / 5)}
     backwards = summarize([replace(q, samples=q.samples[::-1]) for q in hand_made()], "toy")
     assert all(backwards[name] == summary[name] for name in ("pass@1", "pass@1_ci95", "maj@4", "sampled_tags"))
     with pytest.raises(InputError, match="no question"):
@@ -268,7 +271,7 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
     assert asked.pop("pieces") and asked == dict(num_samples=4, temperature=0.7, seed=3, label="x", reward=False)
     said, _ = read_records(path, Answered)
     assert said == how | dict(weights=model_hash(base), task="toy", answer="", path="", source="publisher",
-                              toy_steps=[2, 3], toy_world="ways", toy_gold=0.0, prompt="irpo", chat="", system="",
+                              toy_steps=[2, 3, 4, 5], toy_gold=0.0, prompt="irpo", chat="", system="",
                               answer_format="", marks="final_answer", max_new_tokens=512, precision="auto", reward="",
                               right_at=1.0, reward_hash="")
     (base / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')

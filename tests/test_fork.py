@@ -4,7 +4,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +23,7 @@ from data.tokenizer import load_tokenizer
 from infra import InputError
 from infra.parallel import device
 from rewards import Grade, grade
-from runs import SMALL, call, read_lines, refusal, settings
+from runs import PROCESS, SMALL, call, read_lines, refusal, settings
 from tools import chat, evaluation, sft
 from train import Example, TrainOptions, fit_sft
 
@@ -53,7 +52,7 @@ def test_the_loss_in_the_readme_can_be_put_in_the_code(base, tmp_path):
         (tmp_path / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
         shutil.copyfile(path, tmp_path / path.relative_to(ROOT))
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
-    done = subprocess.run([sys.executable, "irpo.py", *SMALL, "--iterations", "1", "--beta", "0.5", "--model", base,
+    done = subprocess.run([*PROCESS, "irpo.py", *SMALL, "--iterations", "1", "--beta", "0.5", "--model", base,
                            "--precision", "fp32", "--run_dir", "run"], cwd=tmp_path, capture_output=True, text=True)
     assert "DPO loss before the first step is 1.0000" in done.stdout, done.stderr
     first = read_lines(tmp_path / "run/iter1/train.jsonl")[0]
@@ -293,7 +292,7 @@ def writer(tmp_path_factory) -> Path:
     (folder / "my_prompt.txt").write_text(files["my_prompt.txt"])
     options = TaskOptions(task=str(write(folder / "train" / "test.jsonl", *rows).parent),
                           prompt=str(folder / "my_prompt.txt"))
-    fresh_model([*files.values(), "Final answer: 1 2 3 4 5 6 7 8 9 0"] * 3, folder / "model", 200, hidden_size=32,
+    fresh_model([*files.values(), "Final answer: 1 2 3 4 5 6 7 8 9 0"] * 3, folder / "model", 220, hidden_size=32,
                 num_layers=1, max_positions=256, seed=0)
     model, tokenizer = load_model(folder / "model", device()), load_tokenizer(folder / "model")
     examples = [Example(p.id, options.prompt_ids(tokenizer, p), options.gold_ids(tokenizer, p))

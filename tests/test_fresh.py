@@ -15,7 +15,7 @@ from model import Llama
 from tiny import tiny_model
 from tools import sft
 
-ROWS = toy.corpus(0, size=120, practice=60, drills=30)
+ROWS = toy.corpus(0, 200)
 SMALL = ["--preset", "base", "--hidden_size", 32, "--num_layers", 1, "--max_steps", 25, "--lr", 1e-2,
          "--batch_size", 8, "--warmup_steps", 2, "--max_positions", 200, "--vocab_size", 260]
 
@@ -23,7 +23,7 @@ SMALL = ["--preset", "base", "--hidden_size", 32, "--num_layers", 1, "--max_step
 def call(run: Path, *flags) -> Path:
     """Run tools.sft on a small corpus; return the model directory."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "corpus", lambda seed, steps, world: ROWS)
+        patch.setattr(toy, "corpus", lambda seed, steps: ROWS)
         patch.setattr("sys.argv", ["train.py", *map(str, flags), "--run_dir", str(run)])
         sft.main()
     return run / "model"
@@ -79,8 +79,7 @@ def test_a_kill_while_the_fresh_model_is_made_does_not_end_the_run(tmp_path, mon
     assert weights_of(call(tmp_path / "run", *SMALL)) == weights_of(base)
 
 
-@pytest.mark.parametrize("preset, world", [("base", "ways"), ("rft_base", "paths")])
-def test_the_flags_of_the_corpus_reach_it(preset, world, tmp_path, monkeypatch):
+def test_the_flags_of_the_corpus_reach_it(tmp_path, monkeypatch):
     asked = []
 
     def corpus(seed: int, **flags) -> list[dict]:
@@ -88,22 +87,22 @@ def test_the_flags_of_the_corpus_reach_it(preset, world, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(toy, "corpus", corpus)
-    monkeypatch.setattr("sys.argv", ["train.py", "--preset", preset, "--seed", "7", "--toy_steps", "2",
+    monkeypatch.setattr("sys.argv", ["train.py", "--preset", "base", "--seed", "7", "--toy_steps", "2",
                                      "--run_dir", str(tmp_path)])
     with pytest.raises(KeyboardInterrupt):
         sft.main()
-    assert asked == [{"seed": 7, "steps": (2,), "world": world}]
+    assert asked == [{"seed": 7, "steps": (2,)}]
 
 
 def test_a_given_model_is_tuned_on_the_training_questions(base, tmp_path, monkeypatch):
     """It starts from that model (its weights at a learning rate of almost nothing, its tokenizer), not from a fresh
     one, and learns the task's own solutions, not the corpus, with the seed and the weights that were asked for."""
     asked, given, load, fit = [], [], sft.Config.problems, sft.fit_sft
-    monkeypatch.setattr(sft.Config, "problems", lambda *args: asked.append(args[1:]) or load(*args)[:20])
+    monkeypatch.setattr(sft.Config, "problems", lambda *args: asked.append(args[1:]) or load(*args))
     monkeypatch.setattr(sft, "fit_sft", lambda *args: given.extend(args) or fit(*args))
     tuned = call(tmp_path / "run", "--task", "toy", "--model", base, "--max_steps", 1, "--lr", 1e-9, "--seed", 5,
                  "--prompt_weight", 0.3)
-    assert asked == [("train",)] and len(given[1]) == 20
+    assert asked == [("train",)] and len(given[1]) == 12
     assert given[3:] == [5, tmp_path / "run", 0.3]
     for weight, before in zip(load_model(tuned).parameters(), load_model(base).parameters(), strict=True):
         torch.testing.assert_close(weight, before, rtol=0, atol=1e-6)

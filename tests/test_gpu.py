@@ -105,7 +105,7 @@ def test_the_cache_holds_what_is_free():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_runs(precision, base, small_world, tmp_path):
+def test_runs(precision, base, tmp_path):
     """IRPO, and ReFT with both of its critics, from the base model to results.json."""
     for module, name, flags in ((irpo, "irpo", SMALL), (reft, "shared", REFT),
                                 (reft, "separate", [*REFT, "--critic", "separate"])):

@@ -324,7 +324,7 @@ TEMPERATURES = {1: 0.9, 2: 1.2, 3: 1.2}  # the last one repeats
 
 
 @pytest.fixture(scope="module")
-def run(base, small_world, tmp_path_factory) -> Path:
+def run(base, tmp_path_factory) -> Path:
     """A finished run that nothing interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     call(irpo, *FLAGS, "--model", base, "--run_dir", folder)
@@ -477,7 +477,7 @@ def test_start_from_another_model(method, base, run, tmp_path):
             assert sum(step["tokens"] for step in steps) == sum(len(pair.prompt + pair.chosen) for pair in pairs)
 
 
-def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path, small_world, monkeypatch):
+def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path, monkeypatch):
     """The paper's way: a trial run that has not seen the dev questions is measured on them. Were they in it, later
     steps would always look better. The first of the best numbers of steps counts, with the dev questions' pairs."""
     trials, measured, accuracy = [], [], {2: 0.3, 4: 0.8, 6: 0.5, 8: 0.8}
@@ -512,7 +512,7 @@ def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path,
     assert [row.get("dev_was_trained_on", False) for row in rows] == [False, False, False, True, True]
 
 
-def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_path, small_world, monkeypatch):
+def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_path, monkeypatch):
     """That was the advice, but its directory then held "a run with another config", and hours of work with it."""
     made, pairs = irpo.preference_pairs, iter([True, False])
     monkeypatch.setattr(irpo, "preference_pairs", lambda *args: made(*args) if next(pairs, True) else [])
@@ -523,7 +523,7 @@ def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_p
     assert model_hash(tmp_path / "run" / "iter1" / "model") == before
 
 
-def test_selection_with_too_few_steps_is_refused_before_training(base, tmp_path, small_world):
+def test_selection_with_too_few_steps_is_refused_before_training(base, tmp_path):
     """A measurement every 50 steps would never happen; and a schedule would differ in the second training run."""
     with pytest.raises(InputError, match="--select_every 50 is more than the"):
         short_run(base, tmp_path / "run", "--select_every", "50", "--lr_schedule", "constant")

@@ -151,7 +151,7 @@ def test_a_script_with_two_ranks(base, tmp_path, capsys):
     arguments = [*SMALL, "--batch_rows", "6", "--precision", "fp32", "--model", base, "--iterations", "1"]
     one, two = tmp_path / "1", tmp_path / "2"
     call(irpo, *arguments, "--run_dir", one)
-    done = two_ranks("irpo.py", *arguments, "--run_dir", two)
+    done = two_ranks("tests/small.py", "irpo.py", *arguments, "--run_dir", two)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout == capsys.readouterr().out.replace(str(one), str(two))
     for name in ("iter0/eval_samples.jsonl", "iter1/samples.jsonl"):

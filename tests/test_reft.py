@@ -20,11 +20,10 @@ from infra.config import parse_config
 from infra.run import derive_seed, hash_of, read_json, read_records, write_records
 from reft import (Config, Policy, Rollout, add_advantages, diagnose, measure, measured, offline_paths, ppo_loss,
                   roll_out, score, train_on)
-from runs import call, read_lines, refusal, remembered_world, settings  # noqa: F401 (one is a fixture)
+from runs import call, read_lines, refusal, settings
 from tiny import random_tokens, slow_logps, tiny_model
 from train import Example, autocast, batch_at, micro_batches, new_optimizer
 
-pytestmark = pytest.mark.usefixtures("small_world")
 EVERY = torch.ones(2, 5, dtype=torch.bool)  # mask: all of (2, 6) tokens but the first
 SCORES = (1.0, 0.1, 0.0, 1.0, 0.0, 0.1, 1.0)
 
@@ -482,7 +481,7 @@ def ids_of(split: str, count: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def watched(base, small_world, tmp_path_factory) -> tuple[Path, SimpleNamespace]:
+def watched(base, tmp_path_factory) -> tuple[Path, SimpleNamespace]:
     """A finished run that nothing interrupted, and what was seen of it."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     with pytest.MonkeyPatch.context() as patch:

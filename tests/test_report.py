@@ -24,7 +24,9 @@ def measured(name: str, t: int, accuracy: float, dev: float | None = None) -> li
     """What evaluate writes of 100 questions; intervals are simply 0.05 to both sides."""
     rows = [{"name": name, "iteration": t, "split": split, "n": 100, "accuracy": value,
              "ci95": [value - 0.05, value + 0.05], "finished": 1.0, "length": 30.0,
-             "tags": {"style": {"careful": {"share": 0.25, "accuracy": 0.9}}}}
+             "tags": {"depth": {"3": {"share": 0.25, "accuracy": 0.9}},
+                      "first wrong": {"gap misread": {"share": 0.6, "accuracy": 0.1},
+                                      "nothing": {"share": 0.4, "accuracy": 1.0}}}}
             for split, value in (("dev", accuracy if dev is None else dev), ("test", accuracy))]
     rows[1] |= {"pass@1": accuracy - 0.1, "pass@2": accuracy, "pass@1_ci95": [0.1, 0.2], "maj@8": accuracy + 0.01}
     return rows
@@ -114,8 +116,8 @@ def test_report_shows_the_numbers_of_the_run(tmp_path, capsys):
     text, screen = (run / "report.md").read_text(), capsys.readouterr().out
     for row, column, shown in [
             ("M2", "accuracy", "90.0% (85.0% to 95.0%)"), ("M2", "pass@1", "80.0% (10.0% to 20.0%)"),
-            ("M2", "dev accuracy", "33.0% (28.0% to 38.0%)"), ("M1", "style=careful", "90.0%"),
-            ("M1", "share of style=careful", "25.0%"), ("M1", "all wrong", "10.0%"), ("M1", "pairs", "140"),
+            ("M2", "dev accuracy", "33.0% (28.0% to 38.0%)"), ("M1", "depth=3", "90.0%"),
+            ("M1", "sound", "40.0%"), ("M1", "all wrong", "10.0%"), ("M1", "pairs", "140"),
             ("M1", "chosen change", "-1.00"), ("M1", "flops", "1.00e+12"), ("M1", "seconds train", "60.0")]:
         assert table_cell(text, f"{run} {row}", column) == shown, (row, column)
     assert "commit abc123; minutes 1.5" in text and "a second start" not in text and "unfinished" not in screen
@@ -452,13 +454,13 @@ def test_table_has_means_the_paper_and_what_is_missing(tmp_path, capsys):
 def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path):
     for alpha, beta, fall in (("0", "0.1", 8.0), ("1", "0.1", -0.5), ("0", "0.05", 2.0)):
         for seed in (0, 1):
-            irpo_run(tmp_path / f"alpha{alpha}-beta{beta}" / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
-    text, record = table(tmp_path, "sweep")
+            irpo_run(tmp_path / "sweep" / f"alpha{alpha}-beta{beta}" / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
+    text, record = table(tmp_path / "sweep", "sweep")
     assert "alpha1-beta0.05" in record["missing"] and len(record["missing"]) == 17
     assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
     assert table_cell(text, "β=0.1: α=1 M1", "chosen change") == "+0.00 ± 6.35"
     assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1")[1:] == ["nats", "+8.5, +8.5", "1", "shown"]
-    kind, cells, _ = report.load_table(tmp_path)
+    kind, cells, _ = report.load_table(tmp_path / "sweep")
     panels = report.over_models(report.summarize(kind, cells))
     assert {name: [*lines] for name, lines in panels.items() if any(lines.values())} == {
         "β=0.05": ["α=0"], "β=0.1": ["α=0", "α=1"]}

@@ -174,22 +174,21 @@ def by_hand(question: Answered, problem, order=SAMPLES) -> Answered:
 
 @pytest.fixture(scope="module", autouse=True)
 def no_luck():
-    """A few questions of the world "paths"; what a tiny model answers to training questions is replaced."""
-    whole, answer_once = toy.problems, rft.answer_once
-    rows = {split: whole(split, world="paths")[:40] for split in toy.SIZES}
+    """What a tiny model answers to training questions is replaced."""
+    answer_once = rft.answer_once
 
     def answered(path, directory, problems, options, **how) -> list[Answered]:
         return [by_hand(*pair, SAMPLES[:how["num_samples"]])
                 for pair in zip(answer_once(path, directory, problems, options, **how), problems)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy, "problems", lambda split, steps=(2, 3), world="paths": rows[split])
+        patch.setitem(toy.SIZES, "train", 40)
         patch.setattr(rft, "answer_once", answered)
         yield
 
 
 def questions() -> list:
-    return load_problems("toy", "train", toy_world="paths")[:10]
+    return load_problems("toy", "train")[:10]
 
 
 def training_row(run: Path) -> dict:
@@ -212,9 +211,9 @@ def test_each_file_of_samples_is_made_as_it_must(run, file, model, split, count,
     """Which model answers which questions, at which temperature: maj@k is sampled like the paths."""
     said, rows = settings(run / f"{file}.jsonl"), read_lines(run / f"{file}.jsonl")
     expected = dict(weights=model_hash(run / model / "model"), split=split, num_samples=num_samples,
-                    temperature=temperature, seed=seed, toy_world="paths", max_new_tokens=24)
+                    temperature=temperature, seed=seed, max_new_tokens=24)
     assert {name: said[name] for name in expected} == expected
-    assert [row["id"] for row in rows] == [p.id for p in load_problems("toy", split, toy_world="paths")[:count]]
+    assert [row["id"] for row in rows] == [p.id for p in load_problems("toy", split)[:count]]
     assert {len(row["samples"]) for row in rows} == {num_samples}
 
 

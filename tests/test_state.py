@@ -276,10 +276,11 @@ def test_bars_say_the_iteration_and_the_time_left(capsys):
 
 # --- make torture ----------------------------------------------------------------------------------
 
-def test_a_script_killed_at_a_random_moment(tmp_path, capsys, monkeypatch):
+def test_a_script_killed_at_a_random_moment(base, tmp_path, capsys, monkeypatch):
     """One of the kills of `make torture`; and it sees what differs or is left over."""
     monkeypatch.setattr(sys, "argv", ["torture.py", "--out", str(tmp_path / "out"), "--kills", "1", "--methods", "sft"])
-    monkeypatch.setitem(torture.RUNS, "sft", ["train.py", *torture.TINY, "--max_steps", "20", "--save_every", "3"])
+    monkeypatch.setitem(torture.RUNS, "sft", ["train.py", "--task", "toy", "--toy_steps", "1", "--model", str(base),
+                                               "--max_steps", "20", "--save_every", "3"])
     with pytest.raises(SystemExit) as ended:
         torture.main()
     printed = capsys.readouterr().out

@@ -66,10 +66,10 @@ def call(monkeypatch, *arguments: str):
 
 
 @pytest.mark.parametrize("run, words", [
-    ("runs/rft-base-w96-s2", "train.py --preset rft_base --hidden_size 96 --seed 12 --run_dir runs/rft-base-w96-s2"),
+    ("runs/base-w96-s2", "train.py --preset base --hidden_size 96 --seed 12 --run_dir runs/base-w96-s2"),
     ("runs/table/dpo_from_sft_chosen/s0", "irpo.py --preset toy --model runs/base-s0/model --seed 0 --run_dir "
      "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --iterations 1 --start_from runs/table/sft_chosen/s0/iter1/model"),
-    ("runs/rft/pool/s1", "rft.py --preset toy --model runs/rft-base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
+    ("runs/rft/pool/s1", "rft.py --preset toy --model runs/base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
      "--pool runs/rft/k50/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
     ("runs/reft/rerank-sft/s2", "-m tools.rerank --preset toy --model runs/reft/sft/s2/iter1/model --labelled "
      "runs/labelled-s2/eval_samples.jsonl --candidates runs/reft/sft/s2/iter1/eval_sampled.jsonl --seed 2 "
@@ -91,7 +91,7 @@ def test_every_command_parses(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("run, others", [
-    ("rft/pool/s2", {"rft-base-s2", "rft-base-w96-s2", "rft-base-w160-s2", "rft/k50/s2", "rft/w96/s2", "rft/w160/s2"}),
+    ("rft/pool/s2", {"base-s2", "base-w96-s2", "base-w160-s2", "rft/k50/s2", "rft/w96/s2", "rft/w160/s2"}),
     ("table/irpo_from_sft_chosen/s0", {"base-s0", "table/irpo/s0", "table/sft_chosen/s0"}),
     ("reft/rerank-sft/s1", {"base-s1", "reft/reft/s1", "reft/sft/s1", "labelled-s1"}),
     ("reft-sweep/reft+gae_lambda@0/s0", {"base-s0", "reft/reft/s0"}),
@@ -113,7 +113,7 @@ def test_a_failing_run_stops_only_those_that_need_it(log, monkeypatch, capsys):
     status = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k50", "k1", "pool", "half")
     assert status == "no report, since these are missing: runs/rft/k50/s0 runs/rft/k1/s0 runs/rft/pool/s0"
     assert {run for what, run in log if what == "start"} == {f"runs/{name}" for name in (
-        "rft-base-s0", "rft/k50/s0", "rft/half/s0", "rft-base-w96-s0", "rft/w96/s0", "rft-base-w160-s0", "rft/w160/s0")}
+        "base-s0", "rft/k50/s0", "rft/half/s0", "base-w96-s0", "rft/w96/s0", "base-w160-s0", "rft/w160/s0")}
     assert "FAILED  runs/rft/k50/s0, 0.0 minutes, see runs/rft/k50/s0/output.txt\n" in capsys.readouterr().out
 
 

@@ -1,29 +1,25 @@
-"""The toy world is what its docstring says: right gold, hopeless heads, stated rates, disjoint splits."""
-import collections
-import dataclasses
+"""The toy world: facts that can be read back, a judge of steps that agrees with hand-written cases, stated rates."""
 import hashlib
 import json
 import math
 import random
 import re
-from fractions import Fraction
 
 import pytest
 
 from data import load_problems, tags, toy
 from data.tokenizer import load_tokenizer
+from evaluate import Answered, Sample
+from grading.equations import equations_hold
+from infra import InputError
 from rewards import grade
 from runs import call
-from tools import sft
+from tools import accept, sft
 
-EQUATION = re.compile(r"(\S+)=<<([^=<>]+)=(-?\d+)>>(-?\d+)")
-SIZES = {"train": 800, "dev": 150, "test": 350}  # of the splits, which are drawn in turn: fewer take less time
-SIGMAS = 5  # binomial bounds: each check of a rate fails by chance once in two million
-
-
-@pytest.fixture(scope="module")
-def corpus() -> list[dict]:
-    return toy.corpus(7, size=3000, practice=600, drills=400)
+QUESTION = ("Ivy beats Ben by 3. Gus 7. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. Leo needs 2 to match Tom. "
+            "How many has Leo?")
+TRACE = "Leo needs 2 to match Tom. Tom joins Ivy and Gus. Ivy beats Ben by 3. Ben 4. Gus 7.\n "
+SIZES = {"train": 150, "dev": 60, "test": 90}
 
 
 @pytest.fixture(scope="module")
@@ -33,218 +29,175 @@ def problems() -> dict[str, list]:
         return {split: load_problems("toy", split) for split in SIZES}
 
 
-def some_stories(skill: str, count: int = 100) -> list[toy.Story]:
-    rng, found = random.Random(5), []
-    while len(found) < count:
-        story = toy.draw_story(rng, rng.choice((1, 2, 3, 4)))
-        found += [story] if story.skill == skill else []
-    return found
+def value_of(name: str, question: str) -> int:
+    """Work out a quantity from the text alone, by other rules than the world's own tables."""
+    number = r"(\d+)"
+    for pattern, rule in [
+            (rf"{name} {number}\.", lambda k: int(k)),
+            (rf"{name} beats (\w+) by {number}\.", lambda a, k: of(a) + int(k)),
+            (rf"{name} trails (\w+) by {number}\.", lambda a, k: of(a) - int(k)),
+            (rf"{name} equals (\w+) times {number}\.", lambda a, k: of(a) * int(k)),
+            (rf"{name} halves (\w+)\.", lambda a: of(a) / 2),
+            (rf"{name} joins (\w+) and (\w+)\.", lambda a, b: of(a) + of(b)),
+            (rf"{name} separates (\w+) from (\w+)\.", lambda a, b: of(a) - of(b)),
+            (rf"{name} needs {number} to match (\w+)\.", lambda k, a: of(a) - int(k)),
+            (rf"{name} loses {number} to match (\w+)\.", lambda k, a: of(a) + int(k)),
+            (rf"{name} splits (\w+) into {number}\.", lambda a, k: of(a) / int(k)),
+            (rf"{name} completes (\w+) to {number}\.", lambda a, k: int(k) - of(a))]:
+        def of(other: str) -> int:
+            return value_of(other, question)
+        if match := re.search(rf"(?:^|\. ){pattern}", question):
+            return rule(*match.groups())
+    raise AssertionError((name, question))
 
 
-def value_of(expression: str) -> Fraction:
-    """A chain of + and -, or a product or quotient of two whole numbers, as a reader computes it."""
-    if match := re.fullmatch(r"(-?\d+)([*/])(\d+)", expression):
-        a, b = Fraction(match[1]), Fraction(match[3])
-        return a * b if match[2] == "*" else a / b
-    assert re.fullmatch(r"-?\d+([+-]\d+)+", expression), expression
-    return Fraction(sum(map(int, re.findall(r"[+-]?\d+", expression))))
+def written(line: str) -> str:
+    """Write "Ivy <<4+3=7>>7" as the world does."""
+    match = re.fullmatch(r"(\w+) <<(.*)=(\d+)>>(\d+)", line)
+    if not match:
+        return line
+    name, expression, value, stated = match.groups()
+    spaced = re.sub(r"([-+*/()])", r" \1 ", expression).replace("  ", " ").strip()
+    return f"{name} beats Ben 4 by 3 << {spaced} = {value} >> {name} {stated}"
 
 
-def within_bound(hits: int, n: int, p: float) -> bool:
-    return abs(hits - n * p) < SIGMAS * math.sqrt(n * p * (1 - p)) + 1e-9
+@pytest.mark.parametrize("lines, answer, expected", [
+    (["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "12", ["more right", "sum right", "short right"]),
+    (["Ivy <<3+4=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "12", ["more right", "sum right", "short right"]),
+    # a wrong reading, and the same again consistently: only the first is a mistake
+    (["Ivy <<4-3=1>>1", "Tom <<1+7=8>>8", "Leo <<8-2=6>>6"], "6", ["more misread", "sum right", "short right"]),
+    (["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14+2=16>>16"], "16", ["more right", "sum right", "short misread"]),
+    # a wrong quantity; a wrong sum; 4/2 is right but beside the point
+    (["Ivy <<7+3=10>>10", "Tom <<10+7=17>>17", "Leo <<17-2=15>>15"], "15", ["more slip", "sum right", "short right"]),
+    (["Ivy <<4+3=8>>8", "Tom <<8+7=15>>15", "Leo <<15-2=13>>13"], "13", ["more sum", "sum right", "short right"]),
+    (["Ivy <<4+3=7>>8"], "8", ["more sum", "answer slip"]),
+    (["Kim <<4/2=2>>2", "Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "12",
+     ["half right", "more right", "sum right", "short right"]),
+    # steps inside another: right, and with a wrong reading inside
+    (["Leo <<((4+3)+7)-2=12>>12"], "12", ["short right"]),
+    (["Tom <<7+(3+4)=14>>14", "Leo <<14-2=12>>12"], "12", ["sum right", "short right"]),
+    (["Leo <<((4-3)+7)-2=6>>6"], "6", ["short slip"]),
+    # before its time; a quantity that is given; not in the question; no step; another answer; none
+    (["Tom <<7+7=14>>14"], "14", ["sum slip", "answer slip"]),
+    (["Ben <<4+0=4>>4", "Zoe <<4+3=7>>7", "so it is"], "4", ["step lost"] * 3 + ["answer slip"]),
+    (["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"], "14",
+     ["more right", "sum right", "short right", "answer slip"]),
+])
+def test_every_step_is_judged_by_the_steps_before(lines, answer, expected):
+    """A step that goes on from a mistake is no mistake: counting it would show every slip as many."""
+    text = TRACE + "\n ".join(map(written, lines)) + f"\n#### {answer}"
+    if not expected[-1].startswith("answer"):
+        expected = [*expected, "answer right"]
+    assert [" ".join(step) for step in toy.judge(QUESTION, text)] == expected
+    wrong = next((step for step in expected if not step.endswith("right")), "nothing")
+    assert tags("toy", QUESTION, text) == {"depth": "3", "first wrong": wrong}
 
 
-def story_values(question: str) -> list[int]:
-    """Everybody's number, read from the question's text alone."""
-    values, rules = [], [(r"has (\d+) more than", lambda v, k: v + k),
-                         (r"has (\d+) fewer than", lambda v, k: v - k),
-                         (r"has (\d+) times as many as", lambda v, k: v * k),
-                         (r"has half as many as", lambda v, k: {0: v // 2}[v % 2])]
-    for sentence in question.split(". "):
-        for pattern, rule in rules:
-            if match := re.search(pattern, sentence):
-                values.append(rule(values[-1], *(int(g) for g in match.groups() or ("0",))))
-        if not values:
-            values.append(int(re.search(r"has (\d+) ", sentence).group(1)))
-    return values
+def test_a_response_without_an_end_is_lost():
+    """A truncated or empty response once would have been judged by lines that it does not have."""
+    assert toy.judge(QUESTION, "") == toy.judge(QUESTION, TRACE) == [("answer", "lost")]
+    cut = TRACE + written("Ivy <<4+3=7>>7") + "\n Tom joins Ivy 7 and Gus 7 << 7 +"
+    assert toy.judge(QUESTION, cut) == [("more", "right"), ("answer", "lost")]
+    many = "9" * 5000  # digits, of which Python reads 4,300
+    assert toy.judge(QUESTION, f"{TRACE}Ivy << 4 + 3 = {many} >> Ivy {many}\n#### {many}") == [
+        ("step", "lost"), ("answer", "slip")]
+    with pytest.raises(InputError, match="no question of the toy world: 'How many apples"):
+        toy.judge("How many apples has Ann?", "#### 3")
+    with pytest.raises(InputError, match=r"--toy_steps \(2, 11\): a question of the toy world takes 1 to 8 steps"):
+        load_problems("toy", "dev", toy_steps=(2, 11))  # it has no names for more
 
 
-def answer_of(question: str) -> int:
-    """The right answer, read from the question's text alone."""
-    last = story_values(question)[-1]
-    for pattern, rule in [(r"bags of (\d+)\. How many are left over", lambda v, k: v % k),
-                          (r"for (\d+) each\. How much is that", lambda v, k: v * k),
-                          (r"loses (\d+)\. How many are left", lambda v, k: v - k)]:
-        if match := re.search(pattern, question):
-            return rule(last, int(match.group(1)))
-    raise AssertionError(question)
+def test_gold_is_right_and_splits_are_disjoint(problems):
+    """A wrong gold punishes right responses; a question in two splits measures memory."""
+    for split, rows in problems.items():
+        assert len({problem.question for problem in rows}) == len({problem.id for problem in rows}) == SIZES[split]
+        for problem in rows:
+            target = re.search(r"How many has (\w+)\?", problem.question)[1]
+            assert value_of(target, problem.question) == int(problem.answer)
+            assert grade(problem.solution, problem.answer, "toy").verdict == "correct"
+            assert equations_hold(problem.solution)
+            assert {verdict for _, verdict in toy.judge(problem.question, problem.solution)} == {"right"}
+    base = {row["question"] for row in toy.corpus(0, 200)}
+    groups = [{problem.question for problem in rows} for rows in problems.values()] + [base]
+    assert len(set().union(*groups)) == sum(map(len, groups)) == 500
 
 
-def test_gold_is_right_by_the_question_and_by_its_own_text(problems):
-    """A wrong gold answer punishes right responses; a gold text that is graded wrong teaches another answer. The terse
-    share, stated in the docstring of `problems`, shows a way that the model cannot follow."""
-    for problem in (problem for rows in problems.values() for problem in rows):
-        assert str(answer_of(problem.question)) == problem.answer, problem
-        assert grade(problem.solution, problem.answer, "toy").verdict == "correct"
-    terse = sum(problem.solution.count("<<") == 1 for problem in problems["train"])
-    assert within_bound(terse, len(problems["train"]), toy.TERSE_GOLD_SHARE)
+def test_questions_are_read_back_and_have_the_depths_asked_for():
+    """All measures of a response rest on its question's text."""
+    rng = random.Random(1)
+    for steps in (1, 2, 5, 8):
+        for _ in range(40):
+            drawn = toy.draw_ledger(rng, steps)
+            assert toy.parse(f"Solve this. {drawn.question}\n") == drawn and len(drawn.needed()) == steps
+            values = {step.x: step.value for step in toy.solve(drawn, rng)}
+            assert all(1 <= value <= toy.MAX_VALUE for value in values.values())
 
 
-def test_splits_are_disjoint_and_the_corpus_is_of_another(corpus, problems):
-    """A test question seen in training, or in the corpus of the base model, measures memory. Practice questions end
-    otherwise, but their facts must not be those of a test question either."""
-    questions = {split: [p.question for p in rows] for split, rows in problems.items()}
-    for split, size in SIZES.items():
-        assert len(questions[split]) == len({*questions[split]}) == len({p.id for p in problems[split]}) == size
-    base = {row["question"] for row in corpus if row["kind"] not in ("practice", "drill")}
-    assert {*map(toy.split_of, base)} == {"base"}
-    groups = [{*group} for group in questions.values()] + [base]
-    assert len(set().union(*groups)) == sum(map(len, groups))
-
-    facts = {question.rsplit(". ", 2)[0] for rows in questions.values() for question in rows}
-    practice = {row["question"].rsplit(". ", 1)[0] for row in corpus if row["kind"] == "practice"}
-    assert len(facts) > 1250 and len(practice) > 580
-    assert len(facts & practice) <= 2  # of millions of stories: 0.1 expected
+def test_granularity_of_gold(monkeypatch):
+    """0: a line per step; 1: one line for all; between: some. All are right, and the judge reads all."""
+    monkeypatch.setattr(toy, "SIZES", SIZES)
+    count = {}
+    for merged in (0.0, 0.5, 1.0):
+        rows = toy.problems("dev", (4,), merged)
+        count[merged] = [row["solution"].count("<<") for row in rows]
+        assert all(equations_hold(row["solution"]) for row in rows)
+        assert {verdict for row in rows for _, verdict in toy.judge(row["question"], row["solution"])} == {"right"}
+    assert {*count[0.0]} == {4} and {*count[1.0]} == {1} and 2 < sum(count[0.5]) / 60 < 3
 
 
-@pytest.mark.parametrize("world, digest", [
-    ("ways", "2b368d8da8ef61c38b14ac2f4a9a6f48f2ce625e1ecb01a4b4cf460608ad4dd7"),
-    ("paths", "383cd812893b7307b4c052d000fa17f583d84c70ffc03499b8bf9370765b9e69")])
-def test_the_world_is_pinned(world, digest, monkeypatch):
+def test_the_corpus_misreads_each_kind_at_its_rate():
+    """Among one-step questions without a slip. What cannot be read wrongly in range is drawn again, so every misreading
+    is possible and gives another value."""
+    rng, seen = random.Random(0), {kind: [] for kind in toy.KINDS}
+    for _ in range(6000):
+        drawn = toy.draw_ledger(rng, 1)
+        text = toy.write(drawn, toy.solve(drawn, rng, mistakes=True))
+        (kind, verdict), (_, answered) = toy.judge(drawn.question, text)
+        assert answered == "right" and verdict in ("right", "misread", "slip")
+        if verdict != "slip":
+            seen[kind].append(verdict == "misread")
+    for kind, found in seen.items():
+        rate, n = toy.KINDS[kind].misread, len(found)
+        assert n > 60 and abs(sum(found) - n * rate) < 5 * math.sqrt(n * rate * (1 - rate)), kind
+
+
+def test_a_quantity_is_stated_once_where_a_slip_takes_it_twice():
+    """"Eve separates Tom 18 18 from Tom 18 18" stood in one of 200 texts: each name was replaced once per operand."""
+    texts = [row["solution"] for row in toy.corpus(0, 1500)]
+    assert any(re.search(r"(\w+) (\d+) from \1 \2 <<", text) for text in texts)
+    assert not any(re.search(r"\d \d[^<]*<<", text) for text in texts)
+
+
+def test_the_world_is_pinned(monkeypatch):
     """M_0 and all that follows is a function of the seed, in every process: no global generator, no order of a set.
     With another digest, the numbers in results/ are another world's."""
     random.seed(3)
     sizes = dict(toy.SIZES)
-    monkeypatch.setattr(toy, "SIZES", dict.fromkeys(sizes, 50))
-    rows = [toy.corpus(0, 100, 100, 50, world=world), [toy.problems(split, world=world) for split in sizes], sizes]
-    assert hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest() == digest
-    assert toy.corpus(1, 100, 100, 50, world=world) != rows[0]
-    assert {len(story.relations) for story in toy.stories("dev", 30, (4,), 0)} == {4}
+    monkeypatch.setattr(toy, "SIZES", dict.fromkeys(sizes, 20))
+    rows = [toy.corpus(0, 200), [toy.problems(split) for split in sizes], toy.problems("dev", (6, 7, 8), 0.5)]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest() == (
+        "0b7b1b06cd864af9641b31996dcb56f8cd0d1c9bca984dee0fd3b961316fb925")
 
 
-def test_every_path_is_right_and_all_forms_occur():
-    """The world "paths": sums, products either way round, repeated sums, and two relations in one equation; each number
-    follows from the story, and the equations use up its relations in order."""
-    forms, merged, neighbours = set(), 0, 0
-    for i, story in enumerate(some_stories("price", 300)):
-        question, text = toy.question_text(story), toy.varied(random.Random(i), story)
-        values, equations = story_values(question), EQUATION.findall(text)
-        assert text.endswith(f"#### {answer_of(question)}") and int(equations[-1][3]) == answer_of(question)
-        signs, place = [sign for sign, _ in story.relations], 0
-        for shown, inner, value, result in equations[:-1]:
-            assert shown == inner and value == result and value_of(inner) == int(value)
-            two = bool(re.fullmatch(r"\d+[+-]\d+[+-]\d+", inner)) and values[place + 1] != int(value)
-            neighbours += len(signs[place:place + 2]) == 2 and {*signs[place:place + 2]} <= {"+", "-"}
-            merged += two
-            place += 1 + two
-            assert int(value) == values[place]
-            forms.add("two" if two else re.sub(r"\d+", "n", inner))
-        assert place == len(story.relations)
-    assert forms == {"n+n", "n-n", "n*n", "n+n+n", "n/n", "two"}
-    assert neighbours > 100 and within_bound(merged, neighbours, toy.MERGED_SHARE)
-
-
-def test_every_equation_is_true_and_written_twice_alike(corpus, problems):
-    """Errors come from the head or from a misread relation, never from arithmetic: the base model would learn them.
-    What it should be able to do (follow a story, practice, drills) is shown to it without error."""
-    texts = [row["solution"] for row in corpus] + [problem.solution for problem in problems["dev"]]
-    count = 0
-    for text in texts:
-        found = EQUATION.findall(text)
-        assert len(found) == text.count("<<") == text.count(">>")
-        for shown, inner, value, result in found:
-            assert shown == inner and value == result
-            assert value_of(inner) == int(value), text
-        assert not found or text.splitlines()[-1] == f"#### {found[-1][3]}"  # the last one answers
-        count += len(found)
-    assert count > 5000
-
-    reads = {"careful": answer_of, "practice": lambda question: story_values(question.rsplit(". How", 1)[0])[-1],
-             "drill": lambda question: value_of(re.fullmatch(r"How much is (.+)\?", question)[1])}
-    for row in corpus:
-        if row["kind"] in reads:
-            assert reads[row["kind"]](row["question"]) == int(row["answer"]) >= 0
-            assert row["solution"].endswith(f"#### {row['answer']}")
-
-
-@pytest.mark.parametrize("skill", toy.SKILLS)
-def test_rationales_of_a_skill(skill):
-    """The careful way: one equation per relation and one for the question, and each number follows from the story.
-    Numbers up to 99 are single tokens, and the base model has practised up to MAX_VALUE. The last number leaves room
-    for every error of the head, so that none is clipped and changes its odds. Tags, by which the report shows accuracy,
-    tell the ways apart."""
-    for story in some_stories(skill):
-        question, text = toy.question_text(story), toy.careful(story)
-        values, answer, equations = story_values(question), answer_of(question), EQUATION.findall(text)
-        assert len(equations) == len(story.relations) + 1
-        assert [int(result) for *_, result in equations] == [*values[1:], answer]
-        assert text.endswith(f"#### {answer}")
-
-        assert all(1 <= value <= toy.MAX_VALUE for value in values) and 0 <= answer <= 99
-        for error in toy.HEAD_ERRORS:
-            stated = int(re.search(r" has (-?\d+)\.", toy.hasty(story, error)).group(1))
-            assert stated == values[-1] + error >= 1
-
-        for style, response in (("careful", text), ("hasty", toy.hasty(story, 1)), ("other", "So what. #### 3")):
-            assert tags("toy", f"test-7-{skill}", response) == {"skill": skill, "style": style}
-    assert tags("gsm8k", "train-1", "So what.") == {}
-
-
-@pytest.mark.parametrize("skill, amount, chance", [
-    ("pairs", 2, Fraction(1, 2)), ("threes", 3, Fraction(1, 3)), ("price", 2, Fraction(1, 6)),
-    ("price", 3, Fraction(1, 6)), ("left", 1, Fraction(1, 6)), ("left", 3, Fraction(1, 6))])
-def test_hasty_answers_are_right_by_design(skill, amount, chance):
-    """Exactly, for every story: no training can make the head better, so any gain is the careful
-    way's. Errors that are not spread evenly over remainders would reward some numbers."""
-    stories = [story for story in some_stories(skill, 200) if story.amount == amount]
-    assert len(stories) > 20
-    for story in stories:
-        gold = str(answer_of(toy.question_text(story)))
-        right = sum(toy.hasty(story, error).endswith(f"#### {gold}") for error in toy.HEAD_ERRORS)
-        assert Fraction(right, len(toy.HEAD_ERRORS)) == chance
-
-
-def test_corpus_rates_match_the_skills_table(corpus):
-    """Shares of skills, of careful rationales per skill, of misread ones, and the hasty success rate."""
-    stories = [row for row in corpus if row["kind"] not in ("practice", "drill")]
-    by_skill = collections.defaultdict(list)
-    for row in stories:
-        by_skill[row["id"].split("-")[-1]].append(row)
-    assert by_skill.keys() == toy.SKILLS.keys()
-    total_share = sum(share for share, _, _ in toy.SKILLS.values())
-    for skill, (share, careful, _) in toy.SKILLS.items():
-        rows = by_skill[skill]
-        assert within_bound(len(rows), len(stories), share / total_share), skill
-        assert within_bound(sum(row["kind"] != "hasty" for row in rows), len(rows), careful), skill
-        hasty = [row for row in rows if row["kind"] == "hasty"]
-        right = sum(row["solution"].endswith(f"#### {row['answer']}") for row in hasty)
-        chance = {"pairs": 1 / 2, "threes": 1 / 3}.get(skill, 1 / 6)
-        assert within_bound(right, len(hasty), chance), skill
-    written = [row for row in stories if row["kind"] != "hasty"]
-    wrong = sum(row["kind"] == "wrong operation" for row in written)
-    assert within_bound(wrong, len(written), toy.WRONG_OPERATION_SHARE)
-    counts = collections.Counter(row["kind"] for row in corpus)
-    assert counts["practice"] == 600 and counts["drill"] == 400 and len(stories) == 3000
-
-
-def test_misread_stories_are_other_stories():
-    """A `wrong operation` must change one relation, and its numbers must still fit."""
-    rng, changed = random.Random(0), 0
-    for story in some_stories("left"):
-        misread = toy.wrong_operation(rng, story)
-        differing = sum(a != b for a, b in zip(story.relations, misread.relations, strict=True))
-        changed += differing
-        assert differing <= 1 and all(0 <= value <= 99 for _, value in misread.steps)
-        assert dataclasses.replace(misread, relations=story.relations) == story
-    assert changed > 50
-
-
-def test_the_corpus_is_learnt_as_it_is_written(corpus, tmp_path, monkeypatch):
+def test_the_corpus_is_learnt_as_it_is_written(tmp_path, monkeypatch):
     """Base models were taught the right answer after reasoning that leads to another: `#### 18` after 22-2=20, in a
     fifth of all texts, since a gold solution is written with the problem's right answer."""
-    learnt = []
-    monkeypatch.setattr(toy, "corpus", lambda *args, **options: corpus[:300])
+    learnt, rows = [], toy.corpus(0, 200)
+    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
     monkeypatch.setattr(sft, "fit_sft", lambda model, examples, config, *more: learnt.extend(examples))
     call(sft, "--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--run_dir", tmp_path / "base")
     tokenizer = load_tokenizer(tmp_path / "base" / "model")
-    assert [tokenizer.decode(example.response) for example in learnt] == [row["solution"] for row in corpus[:300]]
+    assert [tokenizer.decode(example.response) for example in learnt] == [row["solution"] for row in rows]
+
+
+def test_a_base_model_is_measured_before_it_is_accepted(base, capsys):
+    """Lucky is who is right in spite of a wrong step. This small model is good for nothing, which each range says."""
+    lines = ["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"]
+    wrong = ["Ivy <<4+4=8>>8", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"]
+    texts = [TRACE + "\n ".join(map(written, steps)) + "\n#### 12" for steps in (lines, wrong)] + ["#### 3"]
+    samples = [Sample([5], True, text, verdict, "12") for text, verdict in zip(texts, ("correct", "correct", "wrong"))]
+    assert accept.process([Answered("q", "", [1], "12", samples, QUESTION)]) == {
+        "process accuracy": pytest.approx(6 / 9), "sound solutions": pytest.approx(1 / 3), "lucky share": 0.5}
+    with pytest.raises(InputError, match="^not accepted: greedy accuracy, pass@8"):
+        call(accept, "--model", base, "--max_new_tokens", "12")
+    assert "greedy by depth: 3 (62.5% of all) " in capsys.readouterr().out

@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TELL_THE_TIME = ("log.jsonl", "command.txt", "lock")
-TINY = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1"]
+TINY = ["--preset", "base", "--toy_steps", "1", "--hidden_size", "32", "--num_layers", "1"]
 SMALL = ["--preset", "smoke", "--save_every", "1", "--max_new_tokens", "48", "--num_questions", "16",
          "--eval_questions", "8", "--batch_rows", "8"]
 RUNS = {  # the work that is killed; a state is saved every step or every few

@@ -1,7 +1,7 @@
-"""Measure what a base model of the world ledger can do, and whether the world is fit for experiments with it.
+"""Measure what a base model of the toy world can do, and whether the world is fit for experiments with it.
 
-    python -m tools.accept --model runs/ledger-base-s0/model
-    python -m tools.accept --model runs/ledger-base-s0/model --split test
+    python -m tools.accept --model runs/base-s0/model
+    python -m tools.accept --model runs/base-s0/model --split test
 
 Exit status 1 if a number is out of the range in which a method can be told from another (docs/toy-world.md).
 """
@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import data
-from data import ledger
-from evaluate import Answered, SampleOptions, Sampler, answer, summarize
+from data import toy
+from evaluate import Answered, SampleOptions, Sampler, answer, print_tags, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.run import run_script
@@ -23,10 +23,7 @@ RANGES = {"greedy accuracy": (0.35, 0.55), "pass@8": (0.60, 0.85), "lucky share"
 class Config(SampleOptions):
     model: str = option("", "model directory", required=True)
     task: str = option("toy", "the toy world", ("toy",))
-    toy_world: str = option("ledger", "the world", ("ledger",))
-    toy_steps: tuple[int, ...] = option(ledger.DEPTHS, "steps that a question takes, drawn from these", low=1,
-                                         high=ledger.MAX_STEPS)
-    max_new_tokens: int = option(160, "longest response", low=1)
+    max_new_tokens: int = option(200, "longest response; a solution of 8 steps has 195", low=1)
     split: str = option("dev", "train, dev or test", data.SPLITS)
     limit: int = option(0, "use only the first N problems; 0: all", low=0)
     seed: int = option(0, "of the samples", low=0, high=2**64 - 1)
@@ -35,7 +32,7 @@ class Config(SampleOptions):
 def process(answered: list[Answered]) -> dict[str, float]:
     """Count over all samples: steps and solutions without mistake, and right answers in spite of one (their share of
     all right answers)."""
-    judged = [(sample.right, [verdict == "right" for _, verdict in ledger.judge(question.prompt, sample.text)])
+    judged = [(sample.right, [verdict == "right" for _, verdict in toy.judge(question.question, sample.text)])
               for question in answered for sample in question.samples]
     sound = [all(steps) for right, steps in judged if right]
     return {"process accuracy": fmean(step for _, steps in judged for step in steps),
@@ -57,11 +54,8 @@ def main() -> None:
              "pass@8": many["pass@8"], **process(sampled),
              "greedy accuracy, 6 to 8 steps": summarize(deep, "toy")["accuracy"]}
     by_depth = [row["accuracy"] for _, row in sorted(short["tags"]["depth"].items())]
-    for name, row in (("greedy", short["tags"]), ("at temperature 1", many["sampled_tags"])):
-        print(f"accuracy by number of steps, {name}: "
-              + " ".join(f"{depth['accuracy']:.1%}" for _, depth in sorted(row["depth"].items())))
-    for name, row in sorted(many["sampled_tags"]["first wrong"].items(), key=lambda item: -item[1]["share"]):
-        print(f"first wrong: {name}: {row['share']:.1%}")
+    print_tags("greedy", short["tags"])
+    print_tags("at temperature 1", many["sampled_tags"])
     outside = [name for name, (low, high) in RANGES.items() if not low <= found[name] <= high]
     outside += ["accuracy by number of steps"] * (by_depth != sorted(by_depth, reverse=True))
     for name, value in found.items():

@@ -12,7 +12,7 @@ import data
 from checkpoint import model_hash
 from data.check import check_inputs
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, SampleOptions, answer_once, print_summary, summarize
+from evaluate import Answered, SampleOptions, answer_once, print_summary, print_tags, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
@@ -71,13 +71,14 @@ def rescore(path: Path) -> None:
 
 def print_shares(name: str, found: dict) -> None:
     print_summary(name, found)
+    print_tags(name, found["tags"])
     if "num_samples" in found:
         print(", ".join(f"{name} {value:.1%}" for name, value in found.items()
                         if re.fullmatch(r"(pass|maj)@\d+", name)))
 
 
 def main() -> None:
-    config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=96)}, __doc__)
+    config = parse_config(Config, {"toy": dict(task="toy", max_new_tokens=160)}, __doc__)
     if config.rescore:
         return rescore(Path(config.rescore))
     tokenizer, problems = load_tokenizer(config.model), config.problems(config.split, config.limit)

@@ -128,9 +128,10 @@ def model_record(rows: list[dict], log: dict) -> dict:
         prefix = {"dev": "dev_", "train": "train_"}.get(row.get("split"), "")
         record |= {prefix + {"ci95": "accuracy_ci95"}.get(key, key): value for key, value in row.items()}
     record |= {"name": str(rows[0]["name"]), "iteration": rows[0].get("iteration")}
-    for tag, values in record.get("tags", {}).items():
-        for value, part in values.items():
-            record |= {f"{tag}={value}": part["accuracy"], f"share of {tag}={value}": part["share"]}
+    tags = record.get("tags", {})
+    record |= {f"depth={depth}": part["accuracy"] for depth, part in tags.get("depth", {}).items()}
+    if wrong := tags.get("first wrong"):
+        record["sound"] = wrong.get("nothing", {"share": 0.0})["share"]
     for vote in [value for key, value in record.items() if key.startswith("maj@") and "accuracy" in record]:
         record["vote_gain"] = vote - record["accuracy"]
     if probe := record.get("train_probe"):
@@ -204,7 +205,7 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
     if len(kinds) > 1:
         raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
-    kind = root.name if root.name in PAPER else kinds[0]
+    kind = root.name if PAPER.get(root.name, {}).get("cells") else kinds[0]
     known = PAPER[kind]["cells"]  # all of them are expected, but not in a table that has other cells, too
     order = [cell for cell in known if cell in names or names <= known.keys()] + sorted(names - known.keys())
     seeds = sorted({int(path.name[1:]) for path in folders})
@@ -237,9 +238,7 @@ def estimates(found: dict[int, dict]) -> dict[str, dict]:
     """
     summary = {"seeds": len(found)}
     for key in dict.fromkeys(key for record in found.values() for key in record):
-        default = 0.0 if key.startswith("share of") else None  # no such response in that seed
-        values = {seed: record.get(key, default) for seed, record in found.items()}
-        if values := {seed: value for seed, value in values.items() if isinstance(value, (int, float))}:
+        if values := {s: record[key] for s, record in found.items() if isinstance(record.get(key), (int, float))}:
             summary[key] = estimate(values, *(0.0, 1.0) if re.fullmatch(SHARES, key) else ())
             own = found[next(iter(values))].get(f"{key}_ci95")
             if own and len({*values.values()}) == 1:

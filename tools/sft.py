@@ -1,16 +1,14 @@
 """Fine-tuning on gold solutions (SFT): of a model on a task, or of a fresh model on the toy world's corpus.
 
     python train.py --model DIR --task gsm8k --run_dir runs/sft    # the same as python -m tools.sft
-    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model, for IRPO and ReFT
-    python train.py --preset rft_base --run_dir runs/rft-base-s0   # and for RFT
-    python train.py --preset ledger_base --run_dir runs/ledger-base-s0   # of the world ledger, which is on trial
+    python train.py --preset base --run_dir runs/base-s0           # the toy world's base model
 """
 from dataclasses import dataclass
 
 import data
 from checkpoint import model_hash
-from data import ledger, toy
-from data.fresh import SYMBOLS, fresh_model
+from data import toy
+from data.fresh import fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra import InputError
@@ -42,21 +40,14 @@ class Config(TrainOptions, TaskOptions):
             raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of 8, for 4 heads of even width")
 
 
-BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=50, batch_size=32, weight_decay=0.05,
-            prompt_weight=0.1, nll_norm="token")
-PRESETS = {"base": BASE, "rft_base": BASE | dict(toy_world="paths"),
-           "ledger_base": BASE | dict(toy_world="ledger", toy_steps=ledger.DEPTHS, warmup_steps=200, batch_size=16,
-                                      num_layers=3, num_key_value_heads=4, qk_norm=True, init_std=0.08)}
+BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=200, batch_size=16, weight_decay=0.05,
+            prompt_weight=0.1, nll_norm="token", num_layers=3, num_key_value_heads=4, qk_norm=True, init_std=0.08)
 
 
 def main() -> None:
-    config = parse_config(Config, PRESETS, __doc__)
+    config = parse_config(Config, {"base": BASE}, __doc__)
     if config.task == "toy" and not config.model:
-        rows = (ledger.corpus(config.seed, steps=config.toy_steps) if config.toy_world == "ledger" else
-                toy.corpus(config.seed, steps=config.toy_steps, world=config.toy_world))
-        # a text of the corpus ends in the answer that its reasoning leads to, right or wrong
-        problems = [data.Problem(row["id"], row["question"], row["solution"].partition("#### ")[2], row["solution"])
-                    for row in rows]
+        problems = [data.Problem(**row) for row in toy.corpus(config.seed, steps=config.toy_steps)]
     else:
         problems = config.problems("train")
     if not all(problem.solution for problem in problems):
@@ -72,7 +63,7 @@ def main() -> None:
     start = config.model or fresh_model(
         [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
         config.num_layers, config.max_positions, config.seed, config.num_key_value_heads, config.init_std,
-        ledger.SYMBOLS if config.toy_world == "ledger" else SYMBOLS, config.qk_norm)
+        config.qk_norm)
     print(f"{train_once(run, start, train)} is complete")
 
 
