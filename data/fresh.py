@@ -36,6 +36,8 @@ def initialize(model: Llama, seed: int, std: float = 0.02) -> Llama:
         if weight.dim() == 2:
             writes = name.endswith(("o_proj.weight", "down_proj.weight"))
             weight.normal_(0, residual if writes else std, generator=generator)
+        elif name.endswith("q_norm.weight"):
+            weight.fill_(2)  # attention is sharper from the start, and look-ups are learnt earlier
         elif name.endswith("bias"):
             weight.zero_()
     return model

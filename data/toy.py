@@ -3,11 +3,11 @@
 A question states some facts in random order, some of which nothing depends on, and asks for one quantity. A solution
 first repeats the facts that it needs, from the question backwards, and then works them out, one line per quantity:
 
-    Ivy beats Ben by 3. Gus 7. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. How many has Tom?
-    Tom joins Ivy and Gus. Ivy beats Ben by 3. Ben 4. Gus 7.
+    Ivy beats Ben by 3. Gus 9. Tom joins Ivy and Gus. Ben 4. Kim halves Ben. How many has Tom?
+    Tom joins Ivy and Gus. Ivy beats Ben by 3. Ben 4. Gus 9.
      Ivy beats Ben 4 by 3 << 4 + 3 = 7 >> Ivy 7
-     Tom joins Ivy 7 and Gus 7 << 7 + 7 = 14 >> Tom 14
-    #### 14
+     Tom joins Ivy 7 and Gus 9 << 7 + 9 = 16 >> Tom 16
+    #### 16
 
 The base model learns from a corpus that makes mistakes. It misreads a fact of some kind at that kind's own rate ("Ivy
 needs 3 to match Ben" as 4 + 3), and now and then takes a wrong quantity, more often the more of them are beside the
@@ -45,7 +45,7 @@ COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
 DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
 MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
 DRILLS = 0.15  # of the corpus: only arithmetic
-SLIPS = 0.025  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
+SLIPS = 0.015  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
 
 
 @dataclass(frozen=True)
@@ -54,23 +54,23 @@ class Kind:
     text: str
     right: str  # how to read it: a, b or k, an operation, and another of them
     wrong: str  # how the corpus misreads it
-    share: float  # of all relations
+    share: float  # weight in the draw of a question's kinds
     misread: float  # the rate at which the corpus misreads it
     numbers: tuple[int, ...] = ()  # what k may be
 
 
 SMALL = tuple(range(1, 13))
 KINDS = {
-    "more": Kind("{x} beats {a} by {k}.", "a+k", "a-k", 0.18, 0.10, SMALL),
-    "fewer": Kind("{x} trails {a} by {k}.", "a-k", "a+k", 0.16, 0.15, SMALL),
-    "times": Kind("{x} equals {a} times {k}.", "a*k", "a+k", 0.12, 0.20, (2, 3, 4)),
-    "half": Kind("{x} halves {a}.", "a/k", "a-k", 0.10, 0.30, (2,)),
-    "sum": Kind("{x} joins {a} and {b}.", "a+b", "a-b", 0.13, 0.15),
+    "more": Kind("{x} beats {a} by {k}.", "a+k", "a-k", 0.19, 0.10, SMALL),
+    "fewer": Kind("{x} trails {a} by {k}.", "a-k", "a+k", 0.17, 0.15, SMALL),
+    "times": Kind("{x} equals {a} times {k}.", "a*k", "a+k", 0.13, 0.20, (2, 3, 4)),
+    "half": Kind("{x} halves {a}.", "a/k", "a-k", 0.11, 0.30, (2,)),
+    "sum": Kind("{x} joins {a} and {b}.", "a+b", "a-b", 0.14, 0.15),
     "gap": Kind("{x} separates {a} from {b}.", "a-b", "a+b", 0.12, 0.40),
-    "short": Kind("{x} needs {k} to match {a}.", "a-k", "a+k", 0.07, 0.65, SMALL),
-    "spare": Kind("{x} loses {k} to match {a}.", "a+k", "a-k", 0.05, 0.60, SMALL),
-    "ratio": Kind("{x} splits {a} into {k}.", "a/k", "a*k", 0.04, 0.65, (2, 3, 4)),
-    "rest": Kind("{x} completes {a} to {k}.", "k-a", "k+a", 0.03, 0.70, tuple(range(2, MAX_VALUE + 1))),
+    "short": Kind("{x} needs {k} to match {a}.", "a-k", "a+k", 0.05, 0.65, SMALL),
+    "spare": Kind("{x} loses {k} to match {a}.", "a+k", "a-k", 0.04, 0.60, SMALL),
+    "ratio": Kind("{x} splits {a} into {k}.", "a/k", "a*k", 0.03, 0.65, (2, 3, 4)),
+    "rest": Kind("{x} completes {a} to {k}.", "k-a", "k+a", 0.02, 0.70, tuple(range(2, MAX_VALUE + 1))),
 }
 
 

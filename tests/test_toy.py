@@ -200,4 +200,4 @@ def test_a_base_model_is_measured_before_it_is_accepted(base, capsys):
         "process accuracy": pytest.approx(6 / 9), "sound solutions": pytest.approx(1 / 3), "lucky share": 0.5}
     with pytest.raises(InputError, match="^not accepted: greedy accuracy, pass@8"):
         call(accept, "--model", base, "--max_new_tokens", "12")
-    assert "greedy by depth: 3 (62.5% of all) " in capsys.readouterr().out
+    assert "greedy by depth: 2 (12.5% of all) 0.0% right, 3 (25.0% of all) " in capsys.readouterr().out
