@@ -11,19 +11,22 @@ from infra.parallel import barrier, by_first
 from model import Llama, ModelConfig
 
 
+HEADS = 8  # and norms on queries and keys (Qwen3): both make a model learn early to look things up (docs/toy-world.md)
+
+
 def fresh_model(texts: list[str], folder: Path, vocab_size: int, hidden_size: int, num_layers: int, max_positions: int,
-                seed: int, num_key_value_heads: int = 2, std: float = 0.02, qk_norm: bool = False) -> str:
-    """Make a model directory, unless it is complete, with 4 attention heads; return its name."""
+                seed: int) -> str:
+    """Make a model directory, unless it is complete; return its name."""
     if by_first((folder / "config.json").exists):  # save_model puts it here with the finished weights
         return str(folder)
     folder.mkdir(parents=True, exist_ok=True)
     by_first(lambda: train_tokenizer([text.replace("\n", " ") for text in texts], folder, vocab_size, SYMBOLS))
     shape = ModelConfig(vocab_size=load_tokenizer(folder).vocab_size, hidden_size=hidden_size,
                         intermediate_size=8 * hidden_size // 3 // 8 * 8, num_hidden_layers=num_layers,
-                        num_attention_heads=4, num_key_value_heads=num_key_value_heads, head_dim=hidden_size // 4,
-                        max_position_embeddings=max_positions, qk_norm=qk_norm)
+                        num_attention_heads=HEADS, num_key_value_heads=HEADS, head_dim=hidden_size // HEADS,
+                        max_position_embeddings=max_positions, qk_norm=True)
     barrier()  # save_model will replace the folder
-    save_model(initialize(Llama(shape), seed, std), folder, source=folder)
+    save_model(initialize(Llama(shape), seed, std=0.08), folder, source=folder)
     return str(folder)
 
 

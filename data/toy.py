@@ -44,7 +44,7 @@ MAX_STATED = 60  # what a solution with mistakes may state is in 0..MAX_STATED
 COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
 DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
 MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
-DRILLS = 0.15  # of the corpus: only arithmetic
+DRILLS = 0.25  # of the corpus: only arithmetic
 SLIPS = 0.015  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
 
 
@@ -321,7 +321,7 @@ def drill(rng: random.Random) -> tuple[str, str, int]:
     return ", ".join(left), "\n ".join(lines) + f"\n#### {value}", value
 
 
-def corpus(seed: int, size: int = 36000, steps: tuple[int, ...] = DEPTHS) -> list[dict]:
+def corpus(seed: int, size: int = 40000, steps: tuple[int, ...] = DEPTHS) -> list[dict]:
     """Write the base model's training data: solutions with mistakes, some of one step, and drills in which some of a
     question's facts are only repeated, which teaches to look them up."""
     rng, rows = random.Random(f"corpus {seed}"), []

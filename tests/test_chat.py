@@ -47,8 +47,8 @@ def test_a_chat_prints_the_responses(base, tmp_path, monkeypatch, capsys):
     neither a question that is too long ends it, nor blank lines, nor broken UTF-8."""
     model, tokenizer = shutil.copytree(base, tmp_path / "model"), load_tokenizer(base)
     prompt = encode_prompt(tokenizer, prompt_text("rft", "", QUESTION))
-    options = dict(num_samples=2, temperature=1.2, top_k=9, top_p=0.9, max_new_tokens=8)
-    for options["seed"] in range(20):
+    options = dict(num_samples=2, temperature=1.2, top_k=9, top_p=0.9, max_new_tokens=5)
+    for options["seed"] in range(100):
         [[first, second]] = generate(load_model(base), [prompt], eos_ids=(), **options)
         if tokenizer.eos_id not in first.ids + second.ids:  # which would end them
             break

@@ -66,7 +66,7 @@ def test_a_wrong_width_is_refused_before_anything_is_written(tmp_path, capsys):
     """A run directory with a config.json that can never work would refuse the right flags, too."""
     with pytest.raises(SystemExit):
         call(tmp_path / "run", *SMALL, "--hidden_size", 36)
-    assert "--hidden_size 36: must be a multiple of 8" in capsys.readouterr().err
+    assert "--hidden_size 36: must be a multiple of 16" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

@@ -336,6 +336,25 @@ def test_a_method_has_one_colour_and_marker_in_all_pictures(tmp_path, monkeypatc
     assert places == {"ReFT": 0, "SFT": 5, "Offline-ST": 6}
 
 
+def test_accuracy_over_compute(tmp_path, monkeypatch):
+    """The FLOPs of a run's iterations add up; runs of one method with other budgets are one line; a first model, which
+    took none, is no point of it. Runs of all three drivers may be in this table."""
+    drawn = {}
+    monkeypatch.setattr(page, "draw", lambda axis, lines, labels, *scales: drawn.update(
+        {scales: lines}) or {label: None for label in lines})
+    monkeypatch.setattr(Figure, "legend", lambda self, *lines, **options: None)
+    irpo_run(tmp_path / "compare" / "irpo" / "s0", [0.4, 0.5, 0.6])
+    for steps, accuracy in ((40, 0.7), (20, 0.65)):
+        path = reft_run(tmp_path / "compare" / f"grpo+max_steps@{steps}" / "s0", accuracy)
+        rows = json.loads((path / "results.json").read_text())
+        rows = [row | ({"flops": steps * 10**11} if row.get("split") == "train" else {}) for row in rows]
+        (path / "results.json").write_text(json.dumps(rows))
+    call(report, "--table", tmp_path / "compare", "--out", tmp_path / "out")
+    assert {label: [point[:2] for point in points] for label, points in drawn["share", "log"].items()} == {
+        "IRPO": [(10**12, 0.5), (2 * 10**12, 0.6)], "GRPO": [(2 * 10**12, 0.65), (4 * 10**12, 0.7)]}
+    assert (tmp_path / "out" / "compute.png").exists()
+
+
 def test_lines_show_their_intervals_and_seeds_within_0_and_100_percent():
     """KL is on a logarithmic axis that shows 0, too."""
     points, styles = [(0, 0.0, 0.0, 0.0, []), (1, 0.5, 0.25, 1.0, [0.3, 0.7])], []

@@ -1,13 +1,14 @@
 """Tables of many runs: which commands, in which order, and what happens when one fails."""
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from commands import command_faults
 
-from infra.run import copy_source, write_json
+from infra.run import ROOT, copy_source, write_json
 from tools import sweep, tune
 
 
@@ -86,6 +87,8 @@ def test_every_command_parses(tmp_path, monkeypatch):
             monkeypatch.setitem(sweep.ALL["parts"], f"BEST_{name}_{method}", first)
     runs = [f"{table['folder']}/{cell}/s0" for table in sweep.TABLES.values() for cell in table["cells"]]
     monkeypatch.chdir(tmp_path)
+    Path("results").mkdir()
+    shutil.copy(ROOT / "results" / "controls.py", "results")
     commands = {sweep.command(run) for run in sweep.missing(runs)}
     assert {command: fault for command in commands if (fault := command_faults(command))} == {}
 
@@ -94,8 +97,8 @@ def test_every_command_parses(tmp_path, monkeypatch):
     ("rft/pool/s2", {"base-s2", "base-w96-s2", "base-w160-s2", "rft/k50/s2", "rft/w96/s2", "rft/w160/s2"}),
     ("table/irpo_from_sft_chosen/s0", {"base-s0", "table/irpo/s0", "table/sft_chosen/s0"}),
     ("reft/rerank-sft/s1", {"base-s1", "reft/reft/s1", "reft/sft/s1", "labelled-s1"}),
-    ("reft-sweep/reft+gae_lambda@0/s0", {"base-s0", "reft/reft/s0"}),
-    ("reft-sweep/reft+warmup_epochs@1/s0", {"base-s0"})])
+    ("reft/reft+gae_lambda@0/s0", {"base-s0", "reft/reft/s0"}),
+    ("reft/reft+warmup_epochs@1/s0", {"base-s0"})])
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_runs_start_after_those_that_they_need(run, others, jobs, log):
     """Without whatever is done, and never more than --jobs at a time."""
@@ -185,7 +188,7 @@ def test_shared_files_are_copied_only_when_complete(complete, tmp_path, monkeypa
         name: name for name in ("iter0/eval.json", "iter1/samples.jsonl")}
 
 
-@pytest.mark.parametrize("run", ["table/irpo/s0", "reft-sweep/reft+warmup_epochs@1/s0", "base-s0", "rft/k1/s0"])
+@pytest.mark.parametrize("run", ["table/irpo/s0", "reft/reft+warmup_epochs@1/s0", "base-s0", "rft/k1/s0"])
 def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
     """Another length of the warm-up makes another model in iter0."""
     monkeypatch.chdir(tmp_path)

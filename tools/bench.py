@@ -42,7 +42,7 @@ from model import Llama, ModelConfig
 from train import fit
 
 SHAPES = {  # random weights
-    "toy": ModelConfig(288, 128, 336, 4, 4, 2, 32),
+    "toy": ModelConfig(288, 128, 336, 3, 8, 8, 16, qk_norm=True),
     "6.5m": ModelConfig(4096, 256, 704, 6, 8, 4, 32),
     "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),  # SmolLM2's
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's

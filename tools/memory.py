@@ -21,7 +21,7 @@ from model import LOGITS_AT_ONCE, Llama, ModelConfig
 from tools.page import make_table
 
 SHAPES = {  # as in their config.json: vocabulary, width, inner, layers, heads, kv heads, tied, bias
-    "toy": (288, 128, 336, 4, 4, 2, False, False),
+    "toy": (288, 128, 336, 3, 8, 8, False, False),
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, True, False),
     "llama-3.2-1b": (128256, 2048, 8192, 16, 32, 8, True, False),
     "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, False, False),

@@ -203,9 +203,10 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     if not found:
         raise InputError(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
-    if len(kinds) > 1:
+    has_own = PAPER.get(root.name, {}).get("cells")
+    if len(kinds) > 1 and not has_own:
         raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
-    kind = root.name if PAPER.get(root.name, {}).get("cells") else kinds[0]
+    kind = root.name if has_own else kinds[0]
     known = PAPER[kind]["cells"]  # all of them are expected, but not in a table that has other cells, too
     order = [cell for cell in known if cell in names or names <= known.keys()] + sorted(names - known.keys())
     seeds = sorted({int(path.name[1:]) for path in folders})
@@ -416,6 +417,20 @@ def over_models(summary: dict) -> dict[str, dict]:
     return panels
 
 
+def over_compute(summary: dict) -> dict[str, dict]:
+    """Accuracy and pass@k over the FLOPs that sampling and training have taken so far. The cells METHOD+FLAG@VALUE of a
+    method are one line, and so are a run's models."""
+    panels: dict[str, dict] = {}
+    for cell in summary.values():
+        spent, line = 0, cell["label"].partition(",")[0]
+        for model in cell["models"].values():
+            spent += model.get("train_flops", {"mean": 0})["mean"]
+            for key in model:
+                if spent and re.fullmatch(r"accuracy|pass@(?!1$)\d+", key):
+                    panels.setdefault(key, {}).setdefault(line, []).append(point(spent, model[key]))
+    return {key: {line: sorted(points) for line, points in lines.items()} for key, lines in panels.items()}
+
+
 def over_k(summary: dict) -> dict[str, dict]:
     """RFT's accuracy over k; that of SFT is k = 0."""
     models = {samples_of(cell): [*row["models"].values()] for cell, row in summary.items() if samples_of(cell)}
@@ -436,6 +451,8 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
     drawn = {"accuracy": render(ks, label, "k, samples per question", order, "share", "symlog") if ks
              else render(over_models(summary), label, "iteration (0: the first model)", order, "share"),
+             "compute": render(over_compute(summary) if kind == "compare" else {}, label, "FLOPs", order, "share",
+                               "log"),
              "logps": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
     for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}

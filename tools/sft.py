@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import data
 from checkpoint import model_hash
 from data import toy
-from data.fresh import fresh_model
+from data.fresh import HEADS, fresh_model
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra import InputError
@@ -25,23 +25,19 @@ class Config(TrainOptions, TaskOptions):
     seed: int = option(0, "of fresh weights, batch order and the toy corpus", low=0, high=2**64 - 1)
     prompt_weight: float = option(0.0, "weight of a prompt token in the loss; a response token has 1", low=0)
     vocab_size: int = option(288, "tokens of a new tokenizer", low=1)
-    hidden_size: int = option(128, "width of a fresh model", low=8)
-    num_layers: int = option(4, "layers of a fresh model", low=1)
-    num_key_value_heads: int = option(2, "of a fresh model, for its 4 heads: 1, 2 or 4", low=1, high=4)
-    qk_norm: bool = option(False, "normalise queries and keys of a fresh model, as Qwen3 does")
-    init_std: float = option(0.02, "standard deviation of fresh weights", above=0)
+    hidden_size: int = option(128, f"width of a fresh model, for its {HEADS} heads", low=2 * HEADS)
+    num_layers: int = option(3, "layers of a fresh model", low=1)
     max_positions: int = option(320, "longest sequence of a fresh model", low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if 4 % self.num_key_value_heads:
-            raise ValueError(f"--num_key_value_heads {self.num_key_value_heads}: 1, 2 or 4")
-        if self.hidden_size % 8:
-            raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of 8, for 4 heads of even width")
+        if self.hidden_size % (2 * HEADS):
+            raise ValueError(f"--hidden_size {self.hidden_size}: must be a multiple of {2 * HEADS}, for {HEADS} "
+                             "heads of even width")
 
 
 BASE = dict(task="toy", lr=3e-3, lr_schedule="cosine", warmup_steps=200, batch_size=16, weight_decay=0.05,
-            prompt_weight=0.1, nll_norm="token", num_layers=3, num_key_value_heads=4, qk_norm=True, init_std=0.08)
+            prompt_weight=0.1, nll_norm="token")
 
 
 def main() -> None:
@@ -62,8 +58,7 @@ def main() -> None:
 
     start = config.model or fresh_model(
         [f"{p.question} {p.solution}" for p in problems], run / "start", config.vocab_size, config.hidden_size,
-        config.num_layers, config.max_positions, config.seed, config.num_key_value_heads, config.init_std,
-        config.qk_norm)
+        config.num_layers, config.max_positions, config.seed)
     print(f"{train_once(run, start, train)} is complete")
 
 

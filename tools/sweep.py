@@ -3,7 +3,7 @@
     python -m tools.sweep rft                                     # every cell with seeds 0, 1 and 2
     python -m tools.sweep irpo --jobs 2                           # two runs at a time, one thread each
     python -m tools.sweep rft --seeds 0 --cells k50 pool          # these and what they need; report in runs/rft-report
-    python -m tools.sweep reft-tune --list                        # cells and flags, as commands
+    python -m tools.sweep reft --list                             # cells and flags, as commands
 
 What a run prints is in its output.txt. Ctrl-C stops the runs, and the same command resumes them. On two cores, two runs
 with one thread each are faster than one with two; two base models with two threads each took ten times as long.
@@ -50,7 +50,7 @@ def table_of(folder: str) -> dict:
 def source(run: str) -> str:
     """Return the run whose first files this one would write, too, and copies instead; "" where there is none."""
     made_by = command(run)
-    if not made_by.startswith(("irpo.py", "reft.py")) or "--warmup_epochs" in made_by:
+    if not made_by.startswith(("irpo.py", "reft.py")) or "--warmup_epochs" in made_by or "--reward" in made_by:
         return ""
     _, folder, _, seed = run.split("/")
     shared = f"runs/{table_of(folder)['shared']}/{seed}"
@@ -149,9 +149,6 @@ def work_on(runs: list[str], jobs: int, gpus: int = 1) -> list[str]:
 def report(table: str, partial: bool) -> int:
     """Write the report; return its exit status. A part of a table does not replace the table in results/."""
     folder, out = TABLES[table]["folder"], TABLES[table]["report"]
-    if table == "reft-sweep":  # next to the cell that it varies
-        Path("runs/reft-sweep/reft").unlink(missing_ok=True)
-        Path("runs/reft-sweep/reft").symlink_to("../reft/reft")
     return subprocess.call([sys.executable, "-m", "tools.report", "--table", folder,
                             "--out", f"{folder}-report" if partial else out])
 
@@ -160,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=TABLES)
-    parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; of reft-tune 0")
+    parser.add_argument("--seeds", type=int, nargs="+", help="default: those in results/tables.json")
     parser.add_argument("--cells", nargs="+", help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, or processes, of a run, under torchrun")
@@ -177,8 +174,6 @@ def main() -> None:
     if args.list:
         print(*(f"python {command(run)}" for run in runs), sep="\n")
         return
-    if args.table == "reft-sweep":
-        runs += [f"runs/reft/reft/s{seed}" for seed in seeds]
 
     used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run) and not args.anyway]
     if old := [f"  {run}: {', '.join(names)}" for run in used if (names := edited(run))]:
