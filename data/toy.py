@@ -61,11 +61,11 @@ class Kind:
 
 SMALL = tuple(range(1, 13))
 KINDS = {
-    "more": Kind("{x} beats {a} by {k}.", "a+k", "a-k", 0.19, 0.10, SMALL),
-    "fewer": Kind("{x} trails {a} by {k}.", "a-k", "a+k", 0.17, 0.15, SMALL),
-    "times": Kind("{x} equals {a} times {k}.", "a*k", "a+k", 0.13, 0.20, (2, 3, 4)),
-    "half": Kind("{x} halves {a}.", "a/k", "a-k", 0.11, 0.30, (2,)),
-    "sum": Kind("{x} joins {a} and {b}.", "a+b", "a-b", 0.14, 0.15),
+    "more": Kind("{x} beats {a} by {k}.", "a+k", "a-k", 0.18, 0.10, SMALL),
+    "fewer": Kind("{x} trails {a} by {k}.", "a-k", "a+k", 0.16, 0.15, SMALL),
+    "times": Kind("{x} equals {a} times {k}.", "a*k", "a+k", 0.12, 0.20, (2, 3, 4)),
+    "half": Kind("{x} halves {a}.", "a/k", "a-k", 0.10, 0.30, (2,)),
+    "sum": Kind("{x} joins {a} and {b}.", "a+b", "a-b", 0.13, 0.15),
     "gap": Kind("{x} separates {a} from {b}.", "a-b", "a+b", 0.12, 0.40),
     "short": Kind("{x} needs {k} to match {a}.", "a-k", "a+k", 0.05, 0.65, SMALL),
     "spare": Kind("{x} loses {k} to match {a}.", "a+k", "a-k", 0.04, 0.60, SMALL),
