@@ -415,7 +415,8 @@ def test_pooled_runs_must_have_been_judged_alike(page, writer, capsys):
 def test_a_reward_that_calls_gold_wrong_is_refused_where_gold_wins(base, tmp_path, capsys):
     """A reward below 1 called every sample wrong under the default --right_at, and IRPO trained on gold against all of
     them, whatever the reward says. ReFT takes the score itself."""
-    (tmp_path / "short.py").write_text("def score(text, problem):\n    return 0.5\n")
+    (tmp_path / "short.py").write_text("def score(text, problem):\n"
+                                       "    return 0.5 if problem.solution in text or len(text) % 2 else 0.4\n")
     flags = [*SMALL, "--model", base, "--reward", f"{tmp_path}/short.py:score", "--run_dir", tmp_path / "run"]
     said = refusal(capsys, irpo, *flags)
     assert "0.5, so with --right_at 1 it is wrong" in said and "a smaller --right_at, or --no-gold" in said
