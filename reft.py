@@ -450,7 +450,7 @@ def main() -> None:
     totals = {key: sum(record.get(key, 0) for record in records) for key in ("tokens_sampled", "tokens_forward")}
     row = {"name": name, "iteration": 1, "split": "train", **summary(records), **totals, **found}
     trained = row["tokens_trained"] * (1 + (config.critic == "separate"))
-    if config.warmup_epochs:
+    if config.warmup_epochs and config.method != "sft":  # which starts at the base
         trained += summary(read_jsonl(pi_0 / "train.jsonl"))["tokens_trained"]
     rows.append(row | {"flops": flops(config.model, row["tokens_forward"], trained)})
     rows += measured(name, 1, last, config, pi)

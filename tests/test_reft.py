@@ -659,6 +659,11 @@ def test_baselines_fine_tune_the_base(method, name, base, tmp_path, monkeypatch)
 
         rows, steps = read_json(run / "results.json"), read_lines(run / "iter1" / "train.jsonl")
         assert [row["name"] for row in rows] == ["warm-up"] * 2 + [name] * 3 and rows[2] | found == rows[2]
+        forward, trained = 0, sum(step["tokens"] for step in steps)  # SFT of the base needs no pi_0 and no samples
+        if method == "offline_st":
+            forward = found["tokens_sampled"] + sum(len(gold.prompt) for gold in golds)
+            trained += sum(step["tokens"] for step in read_lines(run / "iter0" / "train.jsonl"))
+        assert rows[2]["flops"] == num_parameters(base) * (2 * forward + 6 * trained)
         assert len(steps) == 2 * math.ceil(len(golds + paths) / 4) and max(step["lr"] for step in steps) == 2e-3
         assert settings(run / "iter1" / "eval_samples.jsonl")["weights"] == model_hash(run / "iter1" / "model")
         assert bool(paths) == (method == "offline_st")
