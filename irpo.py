@@ -323,7 +323,7 @@ def main() -> None:
 
     notes = {"dev_was_trained_on": True} if config.select_every else {}
     M = config.model  # the directory of M_{t-1}
-    rows = evaluate_model("M0", 0, M, config, run / "iter0")
+    rows, solved = evaluate_model("M0", 0, M, config, run / "iter0"), set()
     for t in iterations(config.iterations):
         folder, seed = run / f"iter{t}", derive_seed(config.seed, t)
         start = config.start_from if config.start_from and t == 1 else M
@@ -345,7 +345,9 @@ def main() -> None:
             options = replace(config, max_steps=max(measured, key=lambda row: row["accuracy"])["step"])
         M = train_once(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
 
-        rows.append(training_row(t, folder, answered, made, pairs, config))
+        now = {q.id for q in answered if any(s.right and s.finished for s in q.samples)}
+        rows.append(training_row(t, folder, answered, made, pairs, config) | {"newly_solved": len(now - solved)})
+        solved |= now
         rows += evaluate_model(f"M{t}", t, M, config, folder, **notes)  # step 6
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is complete; python -m tools.report {run} draws it")

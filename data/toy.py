@@ -44,7 +44,7 @@ MAX_STATED = 60  # what a solution with mistakes may state is in 0..MAX_STATED
 COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
 DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
 MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
-DRILLS = 0.25  # of the corpus: only arithmetic
+DRILLS = 0.25  # of the corpus: only looking numbers up, and arithmetic
 SLIPS = 0.015  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point
 
 
@@ -310,27 +310,27 @@ def problems(split: str, steps: tuple[int, ...] = DEPTHS, merged: float = 0.0) -
 
 
 def drill(rng: random.Random) -> tuple[str, str, int]:
-    """Draw eight equations: (the left sides, all equations, the last value)."""
-    lines, left = [], []
-    while len(lines) < 8:
-        a, b, sign = rng.randint(1, MAX_VALUE), rng.randint(1, MAX_VALUE), rng.choice("++--*/")
+    """Draw facts without relations, and six equations about them: (question, solution, the last value)."""
+    values = dict(zip(rng.sample(NAMES, 6), rng.sample(sorted(VALUES), 6)))
+    lines, asked = [], []
+    while len(lines) < 6:
+        (x, a), (y, b), sign = *rng.sample([*values.items()], 2), rng.choice("++--*/")
         value = read(f"a{sign}b", a, b, 0)
         if value:
-            left.append(f"{a} {sign} {b}")
-            lines.append(f"<< {a} {sign} {b} = {value} >>")
-    return ", ".join(left), "\n ".join(lines) + f"\n#### {value}", value
+            asked.append(f"{x} {sign} {y}")
+            lines.append(f"{x} {a} {sign} {y} {b} << {a} {sign} {b} = {value} >>")
+    facts = " ".join(f"{x} {value}." for x, value in values.items())
+    return f"{facts} How many is {', '.join(asked)}?", "\n ".join(lines) + f"\n#### {value}", value
 
 
 def corpus(seed: int, size: int = 40000, steps: tuple[int, ...] = DEPTHS) -> list[dict]:
-    """Write the base model's training data: solutions with mistakes, some of one step, and drills in which some of a
-    question's facts are only repeated, which teaches to look them up."""
+    """Write the base model's training data: solutions with mistakes, half of them of one step, and drills."""
     rng, rows = random.Random(f"corpus {seed}"), []
     for i, (question, ledger) in enumerate(ledgers("base", size, (*[1] * len(steps), *steps), seed).items()):
         solved = solve(ledger, rng, mistakes=True, merged=MERGED)
         answer, solution = solved[-1].value, write(ledger, solved)
         if rng.random() < DRILLS:
-            terms, solution, answer = drill(rng)
-            question = f"How many is {terms}?"
+            question, solution, answer = drill(rng)
         rows.append({"id": f"toy-base-{i}", "question": question, "answer": str(answer), "solution": solution})
     return rows
 
@@ -388,7 +388,7 @@ def main() -> None:
     rng, rows = random.Random(0), corpus(0, 2000, tuple(parser.parse_args().steps))
     for row in rng.sample(rows, 3):
         print(f"{row['question']}\n{row['solution']}\n")
-    solutions = [row for row in rows if not row["question"].startswith("How many is")]  # a drill
+    solutions = [row for row in rows if "How many is" not in row["question"]]  # a drill
     first = Counter(tags(row["question"], row["solution"])["first wrong"] for row in solutions)
     for name, count in first.most_common():
         print(f"first wrong: {name}: {count / len(solutions):.1%}")

@@ -436,6 +436,10 @@ def test_results_are_those_of_the_files(run):
             pairs = read_records(folder / "pairs.jsonl", Pair)[1]
             assert (row["pairs"], row["steps"]) == (len(pairs), math.ceil(len(pairs) / 8))
             assert row["tokens_trained"] == sum(pair.tokens for pair in pairs)
+            solved = [{question.id for question in read_records(run / f"iter{t}" / "samples.jsonl", Answered)[1]
+                       if any(sample.right and sample.finished for sample in question.samples)}
+                      for t in range(1, row["iteration"] + 1)]
+            assert row["newly_solved"] == len(solved[-1].difference(*solved[:-1]))
             continue
         right = right_samples(folder / ("eval_dev.jsonl" if row["split"] == "dev" else "eval_samples.jsonl"))
         assert row["n"] == len(right) == 6 and row["accuracy"] == pytest.approx(fmean(right))
