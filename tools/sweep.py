@@ -50,7 +50,8 @@ def table_of(folder: str) -> dict:
 def source(run: str) -> str:
     """Return the run whose first files this one would write, too, and copies instead; "" where there is none."""
     made_by = command(run)
-    if not made_by.startswith(("irpo.py", "reft.py")) or "--warmup_epochs" in made_by or "--reward" in made_by:
+    own = "--warmup_epochs" in made_by or "--reward" in made_by
+    if own or not made_by.startswith(("irpo.py", "-m results.pairs", "reft.py")):
         return ""
     _, folder, _, seed = run.split("/")
     shared = f"runs/{table_of(folder)['shared']}/{seed}"
@@ -79,7 +80,7 @@ def edited(run: str) -> list[str]:
 
 def copy_shared(run: str) -> None:
     """Copy what the run shares; a copy that is cut off has another name."""
-    for name in ("iter0", "iter1/samples.jsonl") if command(run).startswith("irpo.py") else ("iter0",):
+    for name in ("iter0",) if command(run).startswith("reft.py") else ("iter0", "iter1/samples.jsonl"):
         original, target, part = Path(source(run), name), Path(run, name), Path(run, f"{name}.tmp")
         if source(run) and not target.exists():
             shutil.rmtree(part, ignore_errors=True)

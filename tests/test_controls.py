@@ -1,0 +1,41 @@
+"""Experiments of results/ that are code: pairs by edit distance, and rewards that luck or chance decides."""
+from functools import cache
+
+import pytest
+
+from data import Problem
+from evaluate import Answered, Sample
+from results import controls, pairs
+
+
+@pytest.mark.parametrize("a, b", [([], []), ([1], []), ([], [1, 2]), ([1, 2, 3], [1, 2, 3]),
+                                  ([1, 2, 3, 4], [2, 3, 4]), ([1, 2, 3], [4, 1, 5, 3, 6]),
+                                  ([5, 1, 2, 9, 9, 3], [1, 2, 3, 5]), ([1, 1, 2], [2, 1, 1])])
+def test_edit_distance_is_the_recursion(a, b):
+    @cache
+    def slow(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        return min(slow(i - 1, j) + 1, slow(i, j - 1) + 1, slow(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+    assert pairs.edit_distance(a, b) == slow(len(a), len(b))
+
+
+@pytest.mark.parametrize("pairing, expected", [("near", [([1, 2, 3], [1, 2, 4]), ([1, 2, 3], [1, 9, 4])]),
+                                               ("far", [([7, 7, 7], [1, 9, 4]), ([7, 7, 7], [1, 2, 4])])])
+def test_the_nearest_and_the_farthest_pairs(pairing, expected):
+    def sample(ids: list[int], right: bool) -> Sample:
+        return Sample(ids, True, "", "correct" if right else "wrong", None)
+    samples = [sample([1, 2, 3], True), sample([1, 9, 4], False), sample([1, 2, 4], False)]
+    config = pairs.Config(model="m", pairing=pairing, pairs_per_question=2)
+    made = pairs.preference_pairs([Answered("q", "?", [0], "1", samples)], {"q": [7, 7, 7]}, config)
+    assert sorted((pair.chosen, pair.rejected) for pair in made) == sorted(expected)
+    assert all((pair.id, pair.prompt) == ("q", [0]) for pair in made)
+
+
+def test_lucky_and_random_winners():
+    problem = Problem("p", "?", "7", "")
+    assert [controls.modulo_4(f"x\n#### {n}", problem) for n in (7, 3, 11, 8, 107)] == [True, True, True, False, True]
+    assert [controls.modulo_10(f"x\n#### {n}", problem) for n in (7, 17, 3)] == [True, True, False]
+    assert not controls.modulo_4("no answer 3", problem)
+    share = sum(controls.at_random(str(i), problem) for i in range(1000)) / 1000
+    assert 0.2 < share < 0.3 and controls.at_random("a", problem) == controls.at_random("a", problem)
