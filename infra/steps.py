@@ -30,8 +30,9 @@ class TrainOptions(ComputeOptions):
                            "length of all responses, so that every token weighs alike", ("response", "token"))
     clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
-    micro_batch_tokens: int = option(4096, "padded tokens per forward pass; affects only speed and memory (4096 suits "
-                                     "a CPU; on a GPU use as many as fit)", low=1, free=True, group="engine")
+    micro_batch_tokens: int = option(1024, "padded tokens per forward pass; affects only speed and memory (1024 suits "
+                                     "a CPU, since items of a pass are of similar length; on a GPU use as many as fit)",
+                                     low=1, free=True, group="engine")
     checkpoint_activations: bool = option(False, "keep only the input of each block and recompute the rest in the "
                                           "backward pass: far less memory, a third more work", free=True)
     compile: bool = option(False, "torch.compile the blocks; the first steps take minutes", free=True)
