@@ -97,6 +97,17 @@ def guide_faults(text: str, script: str) -> list[str]:
     return faults + [fault for span in code_spans(text) for fault in flag_faults(span, script)] + name_faults(text)
 
 
+def result_faults(text: str) -> list[str]:
+    """Check that a table of percentages repeats the file of results to which the last link before it leads."""
+    faults = []
+    for table in re.finditer(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        files = re.findall(r"\]\((results/[^)#]+\.md)", text[:table.start()])
+        known = (ROOT / files[-1]).read_text(encoding="utf-8") if files else ""
+        numbers = re.findall(r"[-+]?\d+\.\d+%?", table[0].replace("\N{MINUS SIGN}", "-")) if "%" in table[0] else []
+        faults += [number for number in numbers if not re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", known)]
+    return faults
+
+
 # --- and is not ------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -145,6 +156,14 @@ python irpo.py --not_shown_as_code, and `python -m pytest -q`
     "`test_irpo.py::test_pears`", "`test_nothing.py::test_pairs`"])
 def test_faults_are_seen(text):
     assert len(link_faults(text, ROOT) + guide_faults(text, "README")) == 1
+
+
+def test_the_results_of_the_readme_are_those_of_their_files():
+    text = GUIDES[0].read_text(encoding="utf-8")
+    assert result_faults(text) == [] and "%" in "".join(re.findall(r"^\|.*\n", text, re.MULTILINE))
+    file = next((ROOT / "results").rglob("*.md")).relative_to(ROOT)
+    assert result_faults(f"| x | 1234.5% |\n\n[y]({file})\n") == ["1234.5%"]
+    assert result_faults(f"[y]({file})\n\n| x | 1234.5% |\n") == ["1234.5%"]
 
 
 def test_numbers_about_the_code_are_current():

@@ -396,7 +396,7 @@ class Config(Options):
     num_samples: tuple[int, ...] = option((1, 8, 16, 32), "responses to a prompt", low=1, high=32)
     prompt_tokens: int = option(65, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
-    micro_batch_tokens: int = option(4096, "of our training", low=1)
+    micro_batch_tokens: int = option(1024, "of our training", low=1)
     dtype: str = option("fp32", "of all engines where the setting names no other", choices=DTYPES)
     rounds: int = option(3, "measurements behind each median", low=1)
     threads: int = option(1, "on a CPU", low=1)
