@@ -27,7 +27,7 @@ from infra.progress import printable
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE = ("config.json", "command.txt", "source", "log.jsonl", "start", "state", "model", "train.jsonl", "results.json",
-        "eval.json", "eval_samples.jsonl", "picked.jsonl")  # of a run directory, besides iterN
+        "eval_samples.jsonl", "picked.jsonl")  # of a run directory, besides iterN
 LOCKS: dict[Path, object] = {}  # open lock files of the run directories that this process holds
 
 

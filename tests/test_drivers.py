@@ -240,7 +240,7 @@ def test_evaluate_writes_its_summary_and_rescores_its_file(base, tmp_path, capsy
     call(evaluation, "--task", "toy", "--model", base, "--split", "dev", "--limit", "4", "--num_samples", "2",
          "--temperature", "0.9", "--seed", "5", "--max_new_tokens", "20", "--run_dir", tmp_path / "out")
     [accuracy] = [line for line in capsys.readouterr().out.splitlines() if "95 % interval" in line]
-    summary, said = read_json(tmp_path / "out" / "eval.json"), settings(path)
+    [summary], said = read_json(tmp_path / "out" / "results.json"), settings(path)
     assert summary["n"] == 4 and summary["num_samples"] == 2
     assert (said["split"], said["temperature"], said["num_samples"], said["seed"]) == ("dev", 0.9, 2, 5)
     assert [question["id"] for question in read_lines(path)] == [f"toy-dev-{i}" for i in range(4)]

@@ -24,7 +24,7 @@ from infra import InputError
 from infra.parallel import device
 from rewards import Grade, grade
 from runs import PROCESS, SMALL, call, read_lines, refusal, settings
-from tools import chat, evaluation, sft
+from tools import chat, evaluation, report, sft
 from train import Example, TrainOptions, fit_sft
 
 PAGE = (ROOT / "docs" / "models-and-data.md").read_text(encoding="utf-8").partition("## Your own data")[2]
@@ -392,11 +392,14 @@ def test_evaluation_measures_by_a_reward_and_does_not_grade_it_again(page, write
     reward_file(page / "my_reward.py", "return True")
     flags = ["--task", "my.jsonl", "--prompt", "my_prompt.txt", "--model", writer, "--max_new_tokens", "40"]
     call(evaluation, *flags, "--reward", "my_reward.py:score", "--run_dir", "a", "--num_samples", "2")
-    found = json.loads(Path("a/eval.json").read_text())
+    [found] = json.loads(Path("a/results.json").read_text())
     assert found["accuracy"] == found["maj@2"] == 1  # votes are counted on answers, as ever
     assert "was judged by --reward my_reward.py:score" in refusal(capsys, evaluation, "--rescore",
                                                                    "a/eval_samples.jsonl")
     call(evaluation, *flags, "--run_dir", "b")
+    call(report, "a", "b", "--out", "c")  # the writer's answers are wrong, which the reward does not see
+    [row] = json.loads(Path("c/report.json").read_text())["compared"]
+    assert row["questions"] == found["n"] == int(row["only_the_first_right"]) > 0
     capsys.readouterr()
     shutil.move("my.jsonl", "moved.jsonl")  # --rescore needs its file and nothing else
     call(evaluation, "--rescore", "b/eval_samples.jsonl")

@@ -98,7 +98,7 @@ def contents(folder: Path) -> dict[str, str]:
     lambda folder: (folder / "model").symlink_to(folder / "gone"), lambda folder: write(folder / "source" / "train.py"),
     lambda folder: write(folder / "state" / "step-1" / "x"), lambda folder: write(folder / "results.json"),
     lambda folder: write(folder / "config.json", '{"model_type": "llama"}'),  # a model directory
-    lambda folder: write(folder / "config.json", '["run_dir'), lambda folder: write(folder / "eval.json", "{}")])
+    lambda folder: write(folder / "config.json", '["run_dir'), lambda folder: write(folder / "picked.jsonl", "{}")])
 def test_what_no_run_made_is_left_alone(tmp_path, make, monkeypatch):
     """With --run_dir . in a folder of the user's own, its model/ was once deleted and trained anew. Nor is anything
     else written over that has the name of a run's file, or added."""

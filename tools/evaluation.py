@@ -30,8 +30,8 @@ class Config(SampleOptions):
     num_samples: int = option(1, "responses per question", low=1)
     temperature: float = option(0.0, "0: always the most likely token", low=0)
     seed: int = option(0, "same seed, same responses", low=0, high=2**64 - 1)
-    run_dir: str = option("", "directory for eval.json and eval_samples.jsonl; empty: runs/ and a name made of the "
-                          "flags")
+    run_dir: str = option("", "directory for results.json and eval_samples.jsonl; empty: runs/ and a name made of "
+                          "the flags")
     anyway: bool = option(False, "go on although the code was edited since the run began, and record that", free=True)
     rescore: str = option("", "grade the samples of this file again, and do nothing else")
 
@@ -87,9 +87,10 @@ def main() -> None:
     answered = answer_once(run / "eval_samples.jsonl", config.model, problems, config, split=config.split,
                            num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
                            label="evaluate", reward=True)
-    write_json(run / "eval.json", found := summarize(answered, config.task))
+    found = summarize(answered, config.task)
+    write_json(run / "results.json", [{"name": "model", "iteration": 0, "split": config.split, **found}])
     print_shares(f"{config.task} {config.split}", found)
-    print(f"everything is in {run}")
+    print(f"everything is in {run}; python -m tools.report {run} draws it, and compares it with other runs")
 
 
 if __name__ == "__main__":

@@ -283,7 +283,8 @@ def samples_of(cell: str) -> int:
 def answers(run: Run, model: dict, name: str) -> dict[str, dict]:
     """question -> a model's answers in one of its files. Questions are told apart by their text and gold answer, too:
     ids of two data sets can be the same."""
-    rows = read_jsonl(run.path / f"iter{model['iteration']}" / f"{name}.jsonl", "id", "samples")
+    folder = run.path / f"iter{model['iteration']}"  # evaluate.py has none
+    rows = read_jsonl((folder if folder.exists() else run.path) / f"{name}.jsonl", "id", "samples")
     return {json.dumps([row["id"], row.get("question"), row.get("gold")]): row for row in rows
             if row["samples"] and all(sample.keys() >= {"verdict", "text", "answer"} for sample in row["samples"])}
 
