@@ -397,9 +397,9 @@ def test_evaluation_measures_by_a_reward_and_does_not_grade_it_again(page, write
     assert "was judged by --reward my_reward.py:score" in refusal(capsys, evaluation, "--rescore",
                                                                    "a/eval_samples.jsonl")
     call(evaluation, *flags, "--run_dir", "b")
-    call(report, "a", "b", "--out", "c")  # the writer's answers are wrong, which the reward does not see
+    call(report, "a", "b", "--out", "c")
     [row] = json.loads(Path("c/report.json").read_text())["compared"]
-    assert row["questions"] == found["n"] == int(row["only_the_first_right"]) > 0
+    assert row["questions"] == found["n"] > 0
     capsys.readouterr()
     shutil.move("my.jsonl", "moved.jsonl")  # --rescore needs its file and nothing else
     call(evaluation, "--rescore", "b/eval_samples.jsonl")
