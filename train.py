@@ -11,7 +11,6 @@ state and ends with exactly the same result.
 import json
 import math
 import runpy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +25,7 @@ from infra import InputError
 from infra.hardware import dtype_of
 from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
 from infra.progress import Progress, mean_or_max
-from infra.run import StopAsked, append, cut_back, flush, hash_of, log
+from infra.run import StopAsked, append, cut_back, flush, hash_of, timed
 from infra.state import drop_states, load_state, save_state
 from infra.steps import TrainOptions, batch_at, learning_rate, micro_batches, num_steps
 from infra.track import tracked
@@ -218,9 +217,8 @@ def train_once(folder: Path, source: str, train: Callable[[], Llama]) -> str:
     The config.json and tokenizer of the model directory `source` are copied.
     """
     if not by_first((folder / "model").exists):
-        began = time.perf_counter()
-        save_model(train(), folder / "model", source)
-        log(folder, event="train", seconds=time.perf_counter() - began)
+        with timed(folder, "train"):
+            save_model(train(), folder / "model", source)
     drop_states(folder)
     return str(folder / "model")
 

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -215,6 +215,16 @@ def log(folder: Path, **record) -> None:
         append(run / "log.jsonl", json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
 
 
+@contextlib.contextmanager
+def timed(folder: Path, event: str) -> Iterator[None]:
+    """Log the seconds that this takes, also where it is stopped: those of a run and of its resumption add up."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        log(folder, event=event, seconds=time.perf_counter() - began)
+
+
 # --- steps -----------------------------------------------------------------------------------------
 
 def once(path: Path, make: Callable[[], object], kind: type | None = None, settings: dict | None = None):
@@ -231,13 +241,13 @@ def once(path: Path, make: Callable[[], object], kind: type | None = None, setti
         if changed := differences(before, json.loads(json.dumps(settings or {}))):
             raise InputError(f"{path} was made with other settings:\n{changed}\nRemove it to make it again.")
         return records
-    began, value = time.perf_counter(), make()
-    if kind:
-        write_records(path, value, settings or {})
-    else:
-        write_json(path, value)
+    with timed(path.parent, path.stem):
+        value = make()
+        if kind:
+            write_records(path, value, settings or {})
+        else:
+            write_json(path, value)
     Pieces(path).remove()
-    log(path.parent, event=path.stem, seconds=time.perf_counter() - began)
     parallel.barrier()
     return value
 

@@ -58,7 +58,8 @@ def write_run(path: Path, rows: list[dict], steps: list[dict] = (), finished: bo
     (path / "config.json").write_text("{}")
     (path / "command.txt").write_text("command  python irpo.py --seed 0\ncommit   abc123\n\ncommand  a second start\n")
     (path / "log.jsonl").write_text('{"folder": "iter0", "event": "eval", "seconds": 30.0}\n'
-                                    '{"folder": "iter1", "event": "train", "seconds": 60.0}\n')
+                                    '{"folder": "iter1", "event": "train", "seconds": 40.0}\n'
+                                    '{"folder": "iter1", "event": "train", "seconds": 20.0}\n')  # resumed
     return path
 
 

@@ -182,7 +182,7 @@ def test_a_step_that_finds_the_disk_full_keeps_what_was_there(full_disk):
     assert read_json(disk / "some.json") == {"a": 1}
     (disk / "filler").unlink()
     log(disk, event="second", seconds=2)
-    assert [line["event"] for line in read_jsonl(disk / "log.jsonl")] == ["first", "second"]
+    assert [line["event"] for line in read_jsonl(disk / "log.jsonl")] == ["first", "more", "second"]
 
 
 @pytest.mark.parametrize("torn", ["", '{"time": 1, "eve', '{"time": 1}\n{"ti', "\n"])
@@ -247,7 +247,7 @@ def test_a_step_comes_back_from_its_file_and_its_time_is_in_the_log(tmp_path):
             again(**other)
     assert once(tmp_path / "x.json", lambda: {"a": 1}) == once(tmp_path / "x.json", dict) == {"a": 1}
     events = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [(e["folder"], e["event"]) for e in events] == [("iter1", "some"), (tmp_path.name, "x")]
+    assert [(e["folder"], e["event"]) for e in events] == [*[("iter1", "some")] * 2, (tmp_path.name, "x")]
 
 
 @pytest.mark.parametrize("damage, said", [
@@ -279,6 +279,21 @@ def test_pieces_of_all_ranks_count(tmp_path, monkeypatch):
     assert sorted(ours.read()) == [[0, "x"], [0, "y"], [1, "x"], [1, "y"]]
     Pieces(tmp_path / "a.jsonl").remove()
     assert not ours.read()
+
+
+def test_time_before_a_stop_counts(tmp_path):
+    """A run of hours that was resumed for its last minute was said to have taken a minute."""
+    write(tmp_path / "config.json", "{}")
+
+    def stopped() -> list:
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        once(tmp_path / "iter1" / "a.json", stopped)
+    once(tmp_path / "iter1" / "a.json", list)
+    once(tmp_path / "iter1" / "a.json", list)
+    lines = read_jsonl(tmp_path / "log.jsonl")
+    assert [(line["folder"], line["event"]) for line in lines] == [("iter1", "a")] * 2
+    assert all(line["seconds"] >= 0 for line in lines)
 
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path):

@@ -99,8 +99,9 @@ def read_run(path: Path) -> Run:
         raise InputError(f"{path} has no evaluated model yet: irpo.py, rft.py and reft.py write its iter0/eval.json "
                          "first, tools.rerank its results.json")
 
-    log = {(line["folder"], line["event"]): line["seconds"]
-           for line in read_jsonl(path / "log.jsonl", "folder", "event", "seconds")}
+    log = Counter()  # a line of each time that something was begun or resumed
+    for line in read_jsonl(path / "log.jsonl", "folder", "event", "seconds"):
+        log[line["folder"], line["event"]] += line["seconds"]
     models = [model_record(rows, log) for rows in by_model.values()]
     card = path / "command.txt"
     card = read_card(card.read_text(encoding="utf-8", errors="replace") if card.exists() else "")
