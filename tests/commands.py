@@ -13,6 +13,7 @@ import pytest
 
 import infra.config
 import infra.run
+import irpo
 import tools.report  # noqa: F401  imports all methods, before `command_faults` patches what they import
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,7 +68,10 @@ def script_fault(module: str, arguments: list[str]) -> str:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said):
         patch.setattr("sys.argv", [module, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", stop_after_arguments)
-        patch.setattr(infra.config, "parse_config", stop_after_config)
+        for place in (infra.config, irpo):  # results/pairs.py calls irpo.main, and replaces two names
+            patch.setattr(place, "parse_config", stop_after_config)
+        for name in ("Config", "preference_pairs"):
+            patch.setattr(irpo, name, getattr(irpo, name))
         patch.setattr(infra.run, "run_script", lambda main: main())
         try:
             runpy.run_module(module, run_name="__main__")

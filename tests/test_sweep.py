@@ -44,6 +44,14 @@ def write(run: str, name: str, text: str = "") -> None:
     Path(run, name).write_text(text)
 
 
+@pytest.fixture(autouse=True)
+def tuned(monkeypatch):
+    """The best settings of every tuning, whatever has been tuned."""
+    for name, tuning in sweep.ALL["tune"].items():
+        for method in tuning["methods"]:
+            monkeypatch.setitem(sweep.ALL["parts"], f"BEST_{name}_{method}", "--lr 1e-4")
+
+
 @pytest.fixture
 def log(tmp_path, monkeypatch) -> list:
     """A folder without runs, and processes that are not real."""
@@ -69,7 +77,8 @@ def call(monkeypatch, *arguments: str):
 @pytest.mark.parametrize("run, words", [
     ("runs/base-w96-s2", "train.py --preset base --hidden_size 96 --seed 12 --run_dir runs/base-w96-s2"),
     ("runs/table/dpo_from_sft_chosen/s0", "irpo.py --preset toy --model runs/base-s0/model --seed 0 --run_dir "
-     "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --iterations 1 --start_from runs/table/sft_chosen/s0/iter1/model"),
+     "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --lr 1e-4 --iterations 1 "
+     "--start_from runs/table/sft_chosen/s0/iter1/model"),
     ("runs/rft/pool/s1", "rft.py --preset toy --model runs/base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
      "--pool runs/rft/k50/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
     ("runs/reft/rerank-sft/s2", "-m tools.rerank --preset toy --model runs/reft/sft/s2/iter1/model --labelled "
