@@ -7,6 +7,7 @@ import argparse
 import dataclasses
 import difflib
 import math
+import numbers
 import sys
 import typing
 from pathlib import Path
@@ -32,6 +33,8 @@ class Options:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(field.default, numbers.Real) and not isinstance(value, numbers.Real):
+                raise ValueError(f"--{field.name} {value!r}: must be a number")
             for one in value if isinstance(value, tuple) else (value,):
                 if fault := fault_of(one, field.metadata):
                     raise ValueError(f"--{field.name} {one}: {fault}")

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
 import irpo
@@ -103,6 +104,14 @@ def test_help_is_in_the_order_of_the_steps_and_shows_what_would_be_used(capsys):
     assert "--num_samples INT N, responses per question (default: 8)" in text  # of the preset; the paper's is 30
     assert "--temperature FLOAT [FLOAT ...] of sampling, per iteration; the last repeats (default: 1.0)" in text
     assert "--method {irpo,sft_chosen,sft_gold} " in text and "(default: )" not in text
+
+
+@pytest.mark.parametrize("values", [{"beta": "0.1"}, {"iterations": None}, {"gold": "no"}])
+def test_a_config_made_by_hand_needs_numbers_where_numbers_belong(values):
+    """Config(beta="0.1") ended in a traceback of the first training step, and Config(gold="no") meant yes."""
+    with pytest.raises(ValueError, match=rf"--{[*values][0]} .*: must be a number"):
+        Config(model="DIR", task="toy", **values)
+    assert Config(model="DIR", task="toy", beta=1, lr=numpy.float32(1e-4)).beta == 1
 
 
 # --- the run directory and its files ---------------------------------------------------------------

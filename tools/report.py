@@ -352,6 +352,7 @@ def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
                          "right": end, ends[0]: first[q]["samples"][0]["text"],
                          ends[1]: second[q]["samples"][0]["text"]} for end, found in zip(ends, only) for q in found]
         rows.append({"ends": ends, "with": other, "questions": between["questions"], "difference": between,
+                     "here": between["verdict"],
                      "only_the_first_right": ", ".join(str(a) for a, _ in counts),
                      "only_the_second_right": ", ".join(str(b) for _, b in counts),
                      "McNemar_p": ", ".join(f"{mcnemar(*pair):.2g}" for pair in counts), "changed": changed})
