@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import astuple, dataclass
 from decimal import Decimal
+from difflib import get_close_matches
 from pathlib import Path
 
 from infra import InputError
@@ -208,6 +209,9 @@ def own(row: dict, name: str) -> Problem:
     Two to five choices are shown below the question as (A), (B) ...
     """
     question, answer = text_of(row, "question"), text_of(row, "answer", NUMBER)
+    for field in ("solution", "choices"):  # a slip in an optional one would not be noticed
+        if field not in row and (near := get_close_matches(field, row, 1, 0.8)):
+            raise ValueError(f"field {near[0]!r}: did you mean {field!r}?")
     if (choices := row.get("choices")) is not None:
         texts = [str(choice).strip() for choice in choices if isinstance(choice, NUMBER)] if choices else []
         if not isinstance(choices, list) or not 2 <= len({*texts} - {""}) == len(choices) <= len(LETTERS):

@@ -91,6 +91,7 @@ def test_the_right_numbers_of_rft_are_exact_for_own_data():
 
 
 @pytest.mark.parametrize("answer, row, said", [
+    ("", RECORD | {"soluton": "x"}, "field 'soluton': did you mean 'solution'?"),
     ("", {"question": "q"}, "no field 'answer'"), ("", {"answer": 7}, "no field 'question'"),
     ("", RECORD | {"answer": "So.\n#### 7 or 8"}, "answer is 'So.\\n#### 7 or 8', not a number, as --answer number"),
     ("", RECORD | {"answer": "B"}, "answer is 'B', not a number"),
