@@ -5,6 +5,7 @@
 All other flags, and all that follows from the pairs, are irpo.py's.
 """
 from dataclasses import dataclass
+from pathlib import Path
 
 import irpo
 from evaluate import Answered
@@ -16,6 +17,9 @@ from infra.run import run_script
 class Config(irpo.Config):
     pairing: str = option("near", "near: of each question, the pairs with the smallest edit distance; far: the largest",
                           ("near", "far"), group="steps 2 and 3")
+
+    def own_files(self) -> dict[str, Path]:
+        return super().own_files() | {"pairs": Path(__file__)}  # kept with the run
 
 
 def edit_distance(a: list[int], b: list[int]) -> int:
