@@ -16,7 +16,6 @@ RUN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc_per
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BASE = runs/base-s$(SEED)/model
 quoted = '$(subst ','\'',$(1))'
-IRPO = $(RUN) irpo.py --preset toy --model $(BASE) --seed $(SEED) --run_dir
 SWEEP = $(PY) -m tools.sweep --jobs $(JOBS) --gpus $(GPUS)
 
 .PHONY: help setup lint test data smollm base irpo rft reft sft eval tables bench report smoke torture clean
@@ -69,11 +68,8 @@ ifneq ($(strip $(ARGS)),)
 irpo rft reft:
 	$(RUN) $@.py --preset toy --model $(BASE) --seed $(SEED) $(ARGS)
 else
-irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners
-	$(IRPO) runs/irpo-s$(SEED)
-	$(IRPO) runs/dpo-s$(SEED) --alpha 0 --eval_samples 0
-	$(IRPO) runs/sft_chosen-s$(SEED) --method sft_chosen --eval_samples 0
-	$(PY) -m tools.report runs/irpo-s$(SEED) runs/dpo-s$(SEED) runs/sft_chosen-s$(SEED)
+irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners, each at its tuned rate
+	$(SWEEP) irpo --seeds $(SEED) --cells irpo dpo sft_chosen
 rft:  ## RFT on the toy world: SFT, k = 1, 6 and 50, and SFT for as many steps
 	$(SWEEP) rft --seeds $(SEED) --cells k50 k6 k1 matched
 reft:  ## ReFT on the toy world, with and without KL, SFT and offline self-training

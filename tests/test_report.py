@@ -471,6 +471,15 @@ def test_table_has_means_the_paper_and_what_is_missing(tmp_path, capsys):
     assert [y for _, y, *_ in panels["here"]["IRPO"]] == pytest.approx([0.5, 2.2 / 3, 0.8])
 
 
+def test_a_table_of_one_seed_compares_its_runs(tmp_path):
+    """Which is what `make irpo` shows: claims need more seeds than one."""
+    for cell, accuracies in (("irpo", [0.5, 0.9]), ("dpo", [0.5, 0.4])):
+        irpo_run(tmp_path / cell / "s3", accuracies)
+    text, record = table(tmp_path, "table")
+    assert [row["ends"] for row in record["compared"]] == [["M1", "M0"], ["IRPO, M1", "DPO, M1"]]
+    assert "### Right in IRPO, M1, not in DPO, M1: 50 questions" in text
+
+
 def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path):
     for alpha, beta, fall in (("0", "0.1", 8.0), ("1", "0.1", -0.5), ("0", "0.05", 2.0)):
         for seed in (0, 1):

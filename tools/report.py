@@ -473,7 +473,8 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
     summary, claims, paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
-    compared = compare(cells) if kind == "runs" else []
+    labelled = {label_of(kind, cell): runs for cell, runs in cells.items()}
+    compared = compare(labelled) if kind == "runs" or all(len(seeds) == 1 for seeds in cells.values()) else []
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims, "paths": paths,
                                       "compared": compared})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
