@@ -205,19 +205,6 @@ def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_of_another_table_is_not_made_twice(tmp_path, monkeypatch):
-    """The same command but for the directory; not with another flag, nor where the other is unfinished."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("irpo", "dpo"):
-        write(f"runs/table/{name}/s3", "config.json", name)
-    sweep.copy_equal("runs/compare/irpo/s3")
-    assert not Path("runs/compare").exists()
-    write("runs/table/irpo/s3", "results.json", "[]")
-    for name in ("irpo", "dpo", "random"):
-        sweep.copy_equal(f"runs/compare/{name}/s3")
-    assert [path.name for path in Path("runs/compare").iterdir()] == ["irpo"] and sweep.done("runs/compare/irpo/s3")
-
-
 # --- tuning ----------------------------------------------------------------------------------------
 
 def test_settings_are_drawn_from_all_parts_of_their_ranges():

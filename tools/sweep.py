@@ -89,17 +89,6 @@ def copy_shared(run: str) -> None:
             part.rename(target)
 
 
-def copy_equal(run: str) -> None:
-    """Copy the run that the same command has made in another table, if there is one."""
-    known = [f"{table['folder']}/{cell}/{Path(run).name}" for table in TABLES.values() for cell in table["cells"]]
-    for other in known:
-        if not Path(run).exists() and done(other) and command(other).replace(other, run) == command(run):
-            print(f"copy    {other} to {run}")
-            shutil.rmtree(f"{run}.tmp", ignore_errors=True)
-            shutil.copytree(other, f"{run}.tmp")
-            Path(f"{run}.tmp").rename(run)
-
-
 def start(run: str, jobs: int, gpus: int) -> subprocess.Popen:
     """Start a run; Ctrl-C reaches it through `work` alone, since a second one would not let it save."""
     copy_shared(run)
@@ -153,8 +142,6 @@ def work_on(runs: list[str], jobs: int, gpus: int = 1) -> list[str]:
     """Run what is missing of these, as `work` does; Ctrl-C and SIGTERM end it with a sentence."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        for run in missing(runs):
-            copy_equal(run)
         return work(missing(runs), jobs, gpus)
     except KeyboardInterrupt:
         sys.exit("\nstopped; the same command resumes")
