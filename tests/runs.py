@@ -16,7 +16,7 @@ from small import SIZES
 from train import Example, TrainOptions, fit_sft
 
 SMALL = ["--preset", "smoke", "--num_questions", "10", "--num_samples", "3", "--max_new_tokens", "24",
-         "--eval_questions", "6", "--eval_samples", "2", "--batch_size", "8", "--lr", "1e-3",
+         "--eval_questions", "6", "--eval_samples", "2", "--batch_size", "8", "--lr", "1e-3", "--epochs", "1",
          "--precision", "fp32"]  # auto is measured, and on a busy machine it can differ from run to run
 PROCESS = [sys.executable, str(Path(__file__).with_name("small.py"))]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from commands import command_faults
 
-from infra.run import ROOT, copy_source, write_json
+import irpo
+from infra.run import ROOT, copy_source, read_json, write_json
 from tools import sweep, tune
 
 
@@ -229,3 +230,9 @@ def test_the_best_setting_is_that_with_the_highest_mean_dev_accuracy(tmp_path, m
     found = tune.record("x")
     assert [one["dev"] for one in found["methods"]["irpo"]["tried"]] == [[0.9, 0.2], [0.6, 0.7], [1.0, 0.0]]
     assert found["methods"]["irpo"]["best"] == tune.settings("x")["irpo"][1] and found["seeds"] == [8, 9]
+
+
+def test_the_toy_preset_has_the_tuned_values():
+    words = read_json(ROOT / "results" / "tune" / "toy.json")["methods"]["irpo"]["best"].split()
+    tuned = {name[2:]: float(value) for name, value in zip(words[::2], words[1::2])}
+    assert tuned == {name: irpo.TOY[name] for name in tuned} and tuned
