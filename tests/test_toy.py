@@ -168,6 +168,20 @@ def test_a_quantity_is_stated_once_where_a_slip_takes_it_twice():
     assert not any(re.search(r"\d \d[^<]*<<", text) for text in texts)
 
 
+def test_drills_look_up_what_their_facts_say():
+    for seed in range(200):
+        question, solution, last = toy.drill(random.Random(seed))
+        facts, asked = question.removesuffix("?").split(" How many is ")
+        values = dict(re.findall(r"(\w+) (\d+)\.", facts))
+        *lines, end = solution.split("\n")
+        assert len(values) == 6 and end == f"#### {last}" and len(lines) == len(asked.split(", ")) == 6
+        for line, (x, sign, y) in zip(lines, map(str.split, asked.split(", "))):
+            a, b = int(values[x]), int(values[y])
+            value = {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign]
+            assert line.strip() == f"{x} {a} {sign} {y} {b} << {a} {sign} {b} = {value:g} >>"
+        assert value == last
+
+
 def test_the_world_is_pinned(monkeypatch):
     """M_0 and all that follows is a function of the seed, in every process: no global generator, no order of a set.
     With another digest, the numbers in results/ are another world's."""
