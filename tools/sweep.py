@@ -5,8 +5,9 @@
     python -m tools.sweep rft --seeds 0 --cells k50 pool          # these and what they need; report in runs/rft-report
     python -m tools.sweep reft --list                             # cells and flags, as commands
 
-What a run prints is in its output.txt. Ctrl-C stops the runs, and the same command resumes them. On two cores, two runs
-with one thread each are faster than one with two; two base models with two threads each took ten times as long.
+What a run prints is in its output.txt; where one runs at a time, progress and errors are on the screen. Ctrl-C stops
+the runs, and the same command resumes them. On two cores, two runs with one thread each are faster than one with two;
+two base models with two threads each took ten times as long.
 """
 import argparse
 import os
@@ -97,7 +98,8 @@ def start(run: str, jobs: int, gpus: int) -> subprocess.Popen:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), *words]
     Path(run).mkdir(parents=True, exist_ok=True)
     with open(Path(run, "output.txt"), "a", encoding="utf-8") as output:
-        return subprocess.Popen([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+        return subprocess.Popen([sys.executable, *words], stdin=subprocess.DEVNULL, stdout=output,
+                                stderr=output if jobs > 1 else None,  # None: the screen
                                 env=os.environ | ({"OMP_NUM_THREADS": "1"} if jobs > 1 else {}),
                                 start_new_session=True)
 
