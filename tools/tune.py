@@ -1,11 +1,12 @@
 """Tune every method with the same budget: settings drawn at random, judged on dev, on seeds that no table uses.
 
     python -m tools.tune real --jobs 2    # results/tune/real.json: every setting, its dev accuracies, and the best one
-    python -m tools.tune real --list      # the settings, as commands
+    python -m tools.tune real --list      # the settings that all begin with, as commands
 
 What is tuned is in results/tables.json, under "tune". Cells of tables use the best settings as {BEST_NAME_METHOD}. A
 setting's score is the mean over seeds of the last iteration's dev accuracy; a run that fails, such as one whose weights
-diverge, has 0. Ctrl-C stops the runs, and the same command resumes.
+diverge, has 0. With "iterations": [2, 4], all settings have two iterations and the better half of them has four
+(successive halving, arXiv 1502.07943). Ctrl-C stops the runs, and the same command resumes.
 """
 import argparse
 import random
@@ -43,31 +44,63 @@ def settings(name: str) -> dict[str, list[str]]:
             for method, what in tuning["methods"].items()}
 
 
-def table_of(name: str) -> dict:
-    """Make a table of the drawn settings, which tools/sweep.py can run."""
+def rungs(name: str, method: str) -> list[int]:
+    """Numbers of iterations after which the better half of the settings goes on; [0]: as many as the command says."""
     tuning = sweep.ALL["tune"][name]
-    cells = {f"{method}-{i}": f"{tuning['methods'][method]['command']} {flags}"
-             for method, drawn_flags in settings(name).items() for i, flags in enumerate(drawn_flags)}
+    return tuning["methods"][method].get("iterations", tuning.get("iterations", [0]))
+
+
+def left(name: str, method: str, rung: int) -> list[int]:
+    """Number the settings that reach a rung: all of them, then the better half (successive halving)."""
+    if rung == 0:
+        return [*range(len(settings(name)[method]))]
+    before = left(name, method, rung - 1)
+    best = sorted(before, key=lambda i: -fmean(dev_accuracies(name, method, i, rungs(name, method)[rung - 1])))
+    return sorted(best[:(len(before) + 1) // 2])
+
+
+def table_of(name: str, rung: int = 0) -> dict:
+    """Make a table of the settings that reach a rung, which tools/sweep.py can run."""
+    tuning, cells = sweep.ALL["tune"][name], {}
+    for method, drawn_flags in settings(name).items():
+        if rung < len(rungs(name, method)):
+            iterations = rungs(name, method)[rung]
+            length = f" --iterations {iterations}" if iterations else ""
+            cells |= {f"{method}-{i}": f"{tuning['methods'][method]['command']} {drawn_flags[i]}{length}"
+                      for i in left(name, method, rung)}
     return {"folder": f"runs/tune-{name}", "seeds": tuning["seeds"], "shared": f"tune-{name}/{next(iter(cells))}",
             "cells": cells}
 
 
-def dev_accuracy(run: str) -> float:
-    """Accuracy on dev after the last iteration of a run; 0 if it failed."""
-    if not sweep.done(run):
-        return 0.0
-    rows = [row for row in read_json(Path(run, "results.json")) if row.get("split") == "dev"]
-    return max(rows, key=lambda row: row["iteration"])["accuracy"]
+def dev_accuracies(name: str, method: str, number: int, iteration: int = 0) -> list[float]:
+    """Accuracy of a setting on dev after an iteration (0: the last one), for each seed; 0 where its run failed."""
+    found = []
+    for seed in sweep.ALL["tune"][name]["seeds"]:
+        path = Path(f"runs/tune-{name}/{method}-{number}/s{seed}/results.json")
+        rows = [row for row in (read_json(path) if path.exists() else []) if row["split"] == "dev"]
+        rows = [row for row in rows if iteration in (0, row["iteration"])]
+        found.append(max(rows, key=lambda row: row["iteration"])["accuracy"] if rows else 0.0)
+    return found
 
 
 def record(name: str) -> dict:
     """Collect the dev accuracies of all settings, and the best setting of each method (the first of equals)."""
-    found, seeds = {}, sweep.ALL["tune"][name]["seeds"]
+    found = {}
     for method, drawn_flags in settings(name).items():
-        tried = [{"flags": flags, "dev": [dev_accuracy(f"runs/tune-{name}/{method}-{i}/s{seed}") for seed in seeds]}
-                 for i, flags in enumerate(drawn_flags)]
-        found[method] = {"best": max(tried, key=lambda one: fmean(one["dev"]))["flags"], "tried": tried}
-    return {"seeds": seeds, "methods": found}
+        tried = [{"flags": flags, "dev": dev_accuracies(name, method, i)} for i, flags in enumerate(drawn_flags)]
+        for i, one in enumerate(tried):
+            one["iterations"] = [t for rung, t in enumerate(rungs(name, method)) if i in left(name, method, rung)][-1]
+        last = left(name, method, len(rungs(name, method)) - 1)
+        best = max(last, key=lambda i: fmean(tried[i]["dev"]))
+        found[method] = {"best": tried[best]["flags"], "tried": tried}
+    return {"seeds": sweep.ALL["tune"][name]["seeds"], "methods": found}
+
+
+def reopen(run: str, command: str) -> None:
+    """Remove the results of a run that is to have more iterations, so that it goes on."""
+    path, asked = Path(run, "results.json"), command.rpartition("--iterations ")[2]
+    if asked.isdecimal() and path.exists() and max(row["iteration"] for row in read_json(path)) < int(asked):
+        path.unlink()
 
 
 def main() -> None:
@@ -77,13 +110,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     parser.add_argument("--list", action="store_true", help="only print the commands")
     args = parser.parse_args()
-    table = sweep.TABLES[f"tune-{args.name}"] = table_of(args.name)
-    runs = [f"{table['folder']}/{cell}/s{seed}" for seed in table["seeds"] for cell in table["cells"]]
-    if args.list:
-        print(*(f"python {sweep.command(run)}" for run in runs), sep="\n")
-        return
-    if first := [run for run in sweep.work_on(runs, args.jobs) if run not in runs]:
-        sys.exit(f"no record, since these are missing: {' '.join(first)}")
+    for rung in range(max(len(rungs(args.name, method)) for method in settings(args.name))):
+        table = sweep.TABLES[f"tune-{args.name}"] = table_of(args.name, rung)
+        runs = [f"{table['folder']}/{cell}/s{seed}" for seed in table["seeds"] for cell in table["cells"]]
+        if args.list:
+            print(*(f"python {sweep.command(run)}" for run in runs), sep="\n")
+            return
+        for run in runs:
+            reopen(run, sweep.command(run))
+        if first := [run for run in sweep.work_on(runs, args.jobs) if run not in runs]:
+            sys.exit(f"no record, since these are missing: {' '.join(first)}")
     out = Path("results/tune", f"{args.name}.json")
     write_json(out, found := record(args.name))
     for method, what in found["methods"].items():
