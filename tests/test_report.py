@@ -222,6 +222,8 @@ def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
     page = (a / "report.html").read_text()
     assert "<details><summary>question 50?</summary>\n<p>q-50, seed 0; gold answer: 3</p>" in page
     assert page.count("<details>") == page.count("</details>") == 9 and "<h4>" not in page
+    call(report, a, b, "--examples", 12)
+    assert (a / "report.md").read_text().count("#### question") == 12 + 12 + 10
 
 
 @pytest.mark.parametrize("runs, groups", [

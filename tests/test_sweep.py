@@ -232,6 +232,33 @@ def test_the_best_setting_is_that_with_the_highest_mean_dev_accuracy(tmp_path, m
     assert found["methods"]["irpo"]["best"] == tune.settings("x")["irpo"][1] and found["seeds"] == [8, 9]
 
 
+def test_the_better_half_of_the_settings_goes_on(tmp_path, monkeypatch, log):
+    """Of three settings, the two that are best after two iterations have four, and the best of these two is chosen."""
+    monkeypatch.chdir(tmp_path)
+    method = {"command": "{IRPO}", "space": {"lr": [1e-4, 2e-4, 3e-4]}}
+    tuning = {"seeds": [8], "draws": 3, "iterations": [2, 4], "methods": {"irpo": method}}
+    monkeypatch.setitem(sweep.ALL, "tune", {"x": tuning})
+    accuracies, started = {0: [0.5, 0.5], 1: [0.9, 0.6], 2: [0.8, 0.7]}, []
+
+    def work_on(runs, jobs):
+        for run in runs:
+            if not sweep.done(run):
+                started.append((run, words := sweep.command(run).split()[-1]))
+                rows = [{"split": "dev", "iteration": t, "accuracy": found}
+                        for t, found in zip((2, 4), accuracies[int(run.split("-")[2][0])]) if t <= int(words)]
+                write_json(tmp_path / run / "results.json", rows)
+        return []
+    monkeypatch.setattr(sweep, "work_on", work_on)
+    for _ in range(2):  # the second time there is nothing left to do
+        monkeypatch.setattr(sys, "argv", ["tune", "x"])
+        (tmp_path / "results" / "tune").mkdir(parents=True, exist_ok=True)
+        tune.main()
+    assert started == [(f"runs/tune-x/irpo-{i}/s8", t) for i, t in ((0, "2"), (1, "2"), (2, "2"), (1, "4"), (2, "4"))]
+    found = read_json(tmp_path / "results" / "tune" / "x.json")["methods"]["irpo"]
+    assert [(one["iterations"], one["dev"]) for one in found["tried"]] == [(2, [0.5]), (4, [0.6]), (4, [0.7])]
+    assert found["best"] == tune.settings("x")["irpo"][2]
+
+
 def test_the_toy_preset_has_the_tuned_values():
     words = read_json(ROOT / "results" / "tune" / "toy.json")["methods"]["irpo"]["best"].split()
     tuned = {name[2:]: float(value) for name, value in zip(words[::2], words[1::2])}

@@ -469,7 +469,8 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
 
 # --- the report ------------------------------------------------------------------------------------
 
-def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path) -> None:
+def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path,
+           examples: int) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
     summary, claims, paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
@@ -499,7 +500,7 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     facts.insert(0, f"{card['start'].split()[0]}, commit {card['commit']}: python -m tools.report "
                     f"{shlex.join(sys.argv[1:])}")
     publish(out, name, heading, facts, pictures(kind, cells, summary),
-            [*main, *changed_texts(compared, 3), *others, *cards], [*changed_texts(compared[:1], 2), *main])
+            [*main, *changed_texts(compared, examples), *others, *cards], [*changed_texts(compared[:1], 2), *main])
 
 
 def main() -> None:
@@ -508,11 +509,13 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--table", type=Path, metavar="ROOT", help="folder of ROOT/CELL/sSEED")
     parser.add_argument("--out", type=Path, help="where to write (default: the first RUN, or ROOT)")
+    parser.add_argument("--examples", type=int, default=3, metavar="N",
+                        help="of the questions that changed, show the first N each way (default: 3)")
     args = parser.parse_args()
     if bool(args.runs) == bool(args.table):
         parser.error("give run directories, or --table ROOT")
     found = load_table(args.table) if args.table else ("runs", load_runs(args.runs), [])
-    report(*found, args.out or args.table or args.runs[0])
+    report(*found, args.out or args.table or args.runs[0], args.examples)
 
 
 if __name__ == "__main__":
