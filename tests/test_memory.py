@@ -92,8 +92,8 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("shape", [DEEP, WORDY], ids=["deep", "wordy"])
 def test_the_peak_of_a_step_is_below_the_bound(shape, again, cpu, monkeypatch):
-    """And not far below. On a CPU attention weights are kept, in float32."""
-    def fused(q, k, v, *mask):
+    """And not far below."""
+    def fused(q, k, v, *mask):  # in bfloat16, as on a GPU
         return F.scaled_dot_product_attention(q, *(x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v)),
                                               is_causal=True)
     if not cpu:

@@ -75,18 +75,17 @@ def activation_bytes(model: ModelConfig, config: Config, again: bool) -> int:
 
     Per token of a block, both norms keep their float32 input and a bfloat16 copy of the output; attention q, k, v (k
     and v repeated for the mask of pairs), the output and H float32 sums; the MLP gate, silu(gate), up and their
-    product. A CPU keeps float32 only: a norm also its input divided by the mean square, attention all weights, H for
-    each token before. Of the logits that exist at a time: float32 log-softmax, its gradient and that of the logits.
+    product. A CPU keeps float32 only, and a norm also its input divided by the mean square. Of the logits that exist at
+    a time: float32 log-softmax, its gradient and that of the logits.
     """
     D, inner, H, V = model.hidden_size, model.intermediate_size, model.num_attention_heads, model.vocab_size
     pair = config.prompt_tokens + 2 * config.max_new_tokens + 1  # one row, which has the prompt once
     tokens, size = max(config.micro_batch_tokens, pair), bytes_of(config)
     block = 2 * (4 * D + 4 + size * D) + 4 * size * H * model.head_dim + 4 * H + 4 * size * inner
-    weights = 4 * H * pair if config.cpu else 0  # of attention
-    block += weights + 2 * 4 * D * config.cpu
+    block += 2 * 4 * D * config.cpu
     kept = model.num_hidden_layers * (4 * D if again else block) + 2 * 4 * D + size * pair  # and last norm, head, mask
     logits = min(tokens, max(512, LOGITS_AT_ONCE // V)) * V
-    return tokens * kept + max(3 * 4 * logits, tokens * (again * block + 4 * D + 4 * inner + 2 * weights))
+    return tokens * kept + max(3 * 4 * logits, tokens * (again * block + 4 * D + 4 * inner))
 
 
 def bytes_of(config: Config) -> int:
