@@ -76,7 +76,7 @@ def test_the_parts_of_the_time_add_up(job):
     for half, parts in found.items():
         assert sum(parts.values()) == pytest.approx(1) and min(parts.values()) >= 0
         assert (parts["drawing a token"] > 0, parts["optimizer"] > 0) == (half == "sampling", half == "training")
-        assert parts["other products"] > 0 and parts["products of attention"] > 0
+        assert parts["other products"] > 0 and parts["attention"] > 0
 
 
 def test_busy_compares_what_each_run_chose(monkeypatch):

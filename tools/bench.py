@@ -256,7 +256,7 @@ def peak_memory() -> float:
 PARTS = {  # the first that names an operator, or one that called it
     "drawing a token": ("draw",),
     "optimizer": ("Optimizer.step", "_foreach_norm", "_foreach_mul"),
-    "products of attention": ("aten::bmm",),
+    "attention": ("aten::bmm", "scaled_dot_product"),
     "other products": ("aten::mm", "aten::addmm"),
     "elementwise and copies": ("aten::",)}
 
