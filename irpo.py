@@ -85,7 +85,7 @@ class Config(TrainOptions, SampleOptions):
 
 
 TOY = dict(task="toy", prompt="plain", num_questions=500, num_samples=8, temperature=(1.0,), pairs_per_question=4,
-           max_pairs=1000, select_every=0, lr=2.4e-4, beta=0.3, lr_schedule="linear", warmup_steps=10, epochs=2,
+           max_pairs=1000, select_every=0, lr=2.3e-5, beta=0.3, lr_schedule="linear", warmup_steps=10, epochs=2,
            max_steps=0, max_new_tokens=160)  # lr, beta, epochs: results/tune/toy.json
 SMOKE = TOY | dict(num_questions=40, num_samples=4, iterations=2, eval_questions=20)
 
