@@ -118,7 +118,8 @@ def test_report_shows_the_numbers_of_the_run(tmp_path, capsys):
     for row, column, shown in [
             ("M2", "accuracy", "90.0% (85.0% to 95.0%)"), ("M2", "pass@1", "80.0% (10.0% to 20.0%)"),
             ("M2", "dev accuracy", "33.0% (28.0% to 38.0%)"), ("M1", "depth=3", "90.0%"),
-            ("M1", "sound", "40.0%"), ("M1", "all wrong", "10.0%"), ("M1", "pairs", "140"),
+            ("M1", "sound", "40.0%"), ("M1", "misread gap", "60.0%"), ("M1", "misread rest", "0.0%"),
+            ("M1", "other errors", "0.0%"), ("M1", "all wrong", "10.0%"), ("M1", "pairs", "140"),
             ("M1", "chosen change", "-1.00"), ("M1", "flops", "1.00e+12"), ("M1", "seconds train", "60.0")]:
         assert table_cell(text, f"{run} {row}", column) == shown, (row, column)
     assert "commit abc123; minutes 1.5" in text and "a second start" not in text and "unfinished" not in screen
@@ -554,7 +555,7 @@ def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path):
     text, _ = table(tmp_path, "reft")
     assert table_cell(text, "ReFT ReFT", "accuracy") == "90.0% (65.2% to 100.0%)"
     assert table_cell(text, "ReFT warm-up", "accuracy").startswith("60.0%")
-    assert len(re.findall(r"warm-up \| +60.0%", text)) == 1, "all cells start from the same models"
+    assert len(re.findall(r"warm-up \| +60.0%", text.split("\n## ")[1])) == 1, "all cells start from the same models"
     assert table_cell(text, "ReFT, reranked best of 8", "accuracy") == "95.0% (90.0% to 100.0%)"
     assert table_cell(text, "ReFT ReFT", "kl") == "2.00 ± 2.48"
     runs = [run.steps for run in report.load_table(tmp_path)[1]["reft"].values()]

@@ -25,6 +25,7 @@ from statistics import fmean
 import irpo
 import reft
 import rft
+from data.toy import KINDS
 from evaluate import majority
 from infra import InputError
 from infra.run import ROOT, hash_of, read_json, run_card, run_script, write_json
@@ -131,8 +132,11 @@ def model_record(rows: list[dict], log: dict) -> dict:
     record |= {"name": str(rows[0]["name"]), "iteration": rows[0].get("iteration")}
     tags = record.get("tags", {})
     record |= {f"depth={depth}": part["accuracy"] for depth, part in tags.get("depth", {}).items()}
-    if wrong := tags.get("first wrong"):
-        record["sound"] = wrong.get("nothing", {"share": 0.0})["share"]
+    if wrong := tags.get("first wrong"):  # in the toy world
+        shares = Counter({name: part["share"] for name, part in wrong.items()})
+        record |= {f"misread {kind}": shares[f"{kind} misread"] for kind in KINDS if KINDS[kind].misread >= 0.4}
+        record |= {"sound": shares["nothing"], "other errors": 1 - shares["nothing"] - sum(
+            value for key, value in record.items() if key.startswith("misread "))}
     for vote in [value for key, value in record.items() if key.startswith("maj@") and "accuracy" in record]:
         record["vote_gain"] = vote - record["accuracy"]
     if probe := record.get("train_probe"):
@@ -388,7 +392,7 @@ def model_tables(summary: dict) -> list[str]:
             known[1].update(model | known[1])
     last = {cell["label"]: [*cell["models"].values()][-1].get("accuracy", {"mean": 0}) for cell in summary.values()}
     ordered = sorted(rows.values(), key=lambda row: -max(0, last[row[0][0]]["mean"]))  # NaN comes last
-    names = ("models", "responses", "samples", "training", "rollouts", "cost", "others")
+    names = ("models", "responses", "errors", "samples", "training", "rollouts", "cost", "others")
     unknown = [(head, {key: value for key, value in record.items() if not re.fullmatch(KNOWN, key)})
                for head, record in ordered]
     return [make_table(TABLES[name], ["cell", "model"], unknown if name == "others" else ordered) for name in names]
