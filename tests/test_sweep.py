@@ -232,8 +232,10 @@ def test_the_best_setting_is_that_with_the_highest_mean_dev_accuracy(tmp_path, m
     assert found["methods"]["irpo"]["best"] == tune.settings("x")["irpo"][1] and found["seeds"] == [8, 9]
 
 
-def test_the_better_half_of_the_settings_goes_on(tmp_path, monkeypatch, log):
-    """Of three settings, the two that are best after two iterations have four, and the best of these two is chosen."""
+@pytest.mark.parametrize("failing", [False, True])
+def test_the_better_half_of_the_settings_goes_on(failing, tmp_path, monkeypatch, log):
+    """Of three settings, the two that are best after two iterations have four, and the best of these two is chosen.
+    One that fails on the way to four has been among the two all the same."""
     monkeypatch.chdir(tmp_path)
     method = {"command": "{IRPO}", "space": {"lr": [1e-4, 2e-4, 3e-4]}}
     tuning = {"seeds": [8], "draws": 3, "iterations": [2, 4], "methods": {"irpo": method}}
@@ -244,18 +246,23 @@ def test_the_better_half_of_the_settings_goes_on(tmp_path, monkeypatch, log):
         for run in runs:
             if not sweep.done(run):
                 started.append((run, words := sweep.command(run).split()[-1]))
+                if failing and started[-1] == ("runs/tune-x/irpo-1/s8", "4"):
+                    continue
                 rows = [{"split": "dev", "iteration": t, "accuracy": found}
                         for t, found in zip((2, 4), accuracies[int(run.split("-")[2][0])]) if t <= int(words)]
+                for row in rows:
+                    write_json(tmp_path / run / f"iter{row['iteration']}" / "eval.json", [row])
                 write_json(tmp_path / run / "results.json", rows)
         return []
     monkeypatch.setattr(sweep, "work_on", work_on)
-    for _ in range(2):  # the second time there is nothing left to do
+    for _ in range(1 if failing else 2):  # the second time there is nothing left to do
         monkeypatch.setattr(sys, "argv", ["tune", "x"])
         (tmp_path / "results" / "tune").mkdir(parents=True, exist_ok=True)
         tune.main()
     assert started == [(f"runs/tune-x/irpo-{i}/s8", t) for i, t in ((0, "2"), (1, "2"), (2, "2"), (1, "4"), (2, "4"))]
     found = read_json(tmp_path / "results" / "tune" / "x.json")["methods"]["irpo"]
-    assert [(one["iterations"], one["dev"]) for one in found["tried"]] == [(2, [0.5]), (4, [0.6]), (4, [0.7])]
+    assert [(one["iterations"], one["dev"]) for one in found["tried"]] == [
+        (2, [0.5]), (4, [0.0 if failing else 0.6]), (4, [0.7])]
     assert found["best"] == tune.settings("x")["irpo"][2]
 
 

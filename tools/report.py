@@ -473,8 +473,7 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
 
 # --- the report ------------------------------------------------------------------------------------
 
-def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path,
-           examples: int) -> None:
+def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path, examples: int) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
     summary, claims, paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
@@ -518,6 +517,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.runs) == bool(args.table):
         parser.error("give run directories, or --table ROOT")
+    if args.examples < 0:
+        parser.error(f"--examples {args.examples}: give 0 or more")
     found = load_table(args.table) if args.table else ("runs", load_runs(args.runs), [])
     report(*found, args.out or args.table or args.runs[0], args.examples)
 

@@ -72,13 +72,12 @@ def table_of(name: str, rung: int = 0) -> dict:
             "cells": cells}
 
 
-def dev_accuracies(name: str, method: str, number: int, iteration: int = 0) -> list[float]:
+def dev_accuracies(name: str, method: str, number: int, iteration: int) -> list[float]:
     """Accuracy of a setting on dev after an iteration (0: the last one), for each seed; 0 where its run failed."""
-    found = []
+    found, file = [], f"iter{iteration}/eval.json" if iteration else "results.json"
     for seed in sweep.ALL["tune"][name]["seeds"]:
-        path = Path(f"runs/tune-{name}/{method}-{number}/s{seed}/results.json")
+        path = Path(f"runs/tune-{name}/{method}-{number}/s{seed}/{file}")
         rows = [row for row in (read_json(path) if path.exists() else []) if row["split"] == "dev"]
-        rows = [row for row in rows if iteration in (0, row["iteration"])]
         found.append(max(rows, key=lambda row: row["iteration"])["accuracy"] if rows else 0.0)
     return found
 
@@ -87,12 +86,12 @@ def record(name: str) -> dict:
     """Collect the dev accuracies of all settings, and the best setting of each method (the first of equals)."""
     found = {}
     for method, drawn_flags in settings(name).items():
-        tried = [{"flags": flags, "dev": dev_accuracies(name, method, i)} for i, flags in enumerate(drawn_flags)]
-        for i, one in enumerate(tried):
-            one["iterations"] = [t for rung, t in enumerate(rungs(name, method)) if i in left(name, method, rung)][-1]
-        last = left(name, method, len(rungs(name, method)) - 1)
-        best = max(last, key=lambda i: fmean(tried[i]["dev"]))
-        found[method] = {"best": tried[best]["flags"], "tried": tried}
+        tried = [{"flags": flags} for flags in drawn_flags]
+        for rung, iterations in enumerate(rungs(name, method)):
+            last = left(name, method, rung)
+            for i in last:
+                tried[i] |= {"dev": dev_accuracies(name, method, i, iterations), "iterations": iterations}
+        found[method] = {"best": tried[max(last, key=lambda i: fmean(tried[i]["dev"]))]["flags"], "tried": tried}
     return {"seeds": sweep.ALL["tune"][name]["seeds"], "methods": found}
 
 
