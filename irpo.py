@@ -72,7 +72,8 @@ class Config(TrainOptions, SampleOptions):
     lr: float = option(7e-7, "learning rate of AdamW", above=0)
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count", low=0)
     epochs: int = option(2, "passes over the pairs at most", low=1)
-    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0, group="step 6")
+    eval_samples: int = option(0, "samples per test question at temperature 1, which a finished run can add; "
+                               "0: greedy only", low=0, free=True, group="step 6")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:

@@ -97,7 +97,8 @@ class Config(TrainOptions, SampleOptions):
                              "40)", low=1)
     eval_every: int = option(230, "batches between measurements of dev accuracy; 0: at the end only", low=0,
                              group="evaluation")
-    eval_samples: int = option(0, "samples per test question at temperature 1; 0: greedy only", low=0)
+    eval_samples: int = option(0, "samples per test question at temperature 1, which a finished run can add; "
+                               "0: greedy only", low=0, free=True)
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
     offload_reference: bool = option(False, "keep pi_0 in the host's memory between its uses", free=True,
                                      group="engine")

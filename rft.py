@@ -73,7 +73,8 @@ class Config(TrainOptions, SampleOptions):
     warmup_share: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     batch_size: int = option(128, "sequences per optimizer step, over all ranks", low=1)
     epochs: int = option(3, "passes over the data; the last one counts", low=1)
-    eval_samples: int = option(0, "samples per test question for maj@k; 0: greedy only", low=0, group="the record")
+    eval_samples: int = option(0, "samples per test question for maj@k, which a finished run can add; 0: greedy "
+                               "only", low=0, free=True, group="the record")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 

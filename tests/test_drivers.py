@@ -16,6 +16,8 @@ import numpy
 import pytest
 
 import irpo
+import reft
+import rft
 from data import toy
 from data.fresh import fresh_model
 from data.prompts import TEMPLATES
@@ -145,6 +147,22 @@ def test_the_same_command_again_does_nothing_new(copy, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}, contents(tmp_path / "run")
     call(irpo, *copy)
     assert before == ({path: path.stat().st_mtime_ns for path in before[0]}, contents(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("module", [irpo, rft, reft], ids=lambda module: module.__name__)
+def test_a_finished_run_can_add_samples_of_the_test_questions(module, base, tmp_path):
+    """Nothing is trained or measured again, and no greedy result changes."""
+    found = []
+    for k in ("0", "2"):
+        call(module, *SMALL, "--eval_samples", k, "--model", base, "--run_dir", tmp_path)
+        made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("iter*/**/*") if path.name != "eval.json"}
+        found.append((read_json(tmp_path / "results.json"), made))
+    (greedy, before), (rows, after) = found
+    assert after.keys() - before.keys() == {path.with_name("eval_sampled.jsonl") for path in before
+                                            if path.name == "eval_samples.jsonl"}
+    assert before.items() <= after.items()
+    assert [row.get("num_samples", 0) for row in rows] == [2 * (row["split"] == "test") for row in rows]
+    assert [{key: row[key] for key in old} for old, row in zip(greedy, rows)] == greedy
 
 
 def test_edited_code_is_refused_or_recorded(copy, tmp_path, capsys):

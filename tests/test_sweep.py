@@ -100,6 +100,7 @@ def test_every_command_parses(tmp_path, monkeypatch):
     Path("results").mkdir()
     shutil.copy(ROOT / "results" / "controls.py", "results")
     commands = {sweep.command(run) for run in sweep.missing(runs)}
+    commands -= {run for run in commands if run.startswith("runs/")}  # a link to another table's run
     assert {command: fault for command in commands if (fault := command_faults(command))} == {}
 
 
@@ -173,6 +174,18 @@ def test_ctrl_c_stops_every_run_once(log, monkeypatch):
     monkeypatch.setattr(sweep.time, "sleep", interrupt)
     assert call(monkeypatch, "irpo", "--jobs", "2") == "\nstopped; the same command resumes"
     assert log == [(what, f"runs/base-s{seed}") for what in ("start", "stop") for seed in (0, 1)]
+
+
+def test_a_cell_of_two_tables_is_run_once(tmp_path, monkeypatch):
+    """The second table links to it, also where it did so before."""
+    monkeypatch.chdir(tmp_path)
+    cell = "runs/compare/irpo/s0"
+    assert sweep.missing([cell])[-2:] == ["runs/table/irpo/s0", cell]
+    write("runs/table/irpo/s0", "results.json", "all of it")
+    for _ in range(2):
+        assert sweep.work([cell], 1) == []
+    assert {path.name: path.read_text() for path in Path(cell).iterdir()} == {"results.json": "all of it"}
+    assert [path.name for path in Path("runs/table/irpo/s0").iterdir()] == ["results.json"]
 
 
 @pytest.mark.parametrize("complete", [0, 1])

@@ -40,8 +40,8 @@ SHARES = "|".join(key for key, spec in COLUMNS if spec.endswith("%"))  # are in 
 KNOWN = "|".join([key for key, _ in COLUMNS] + [f"train_{key}" for key, *_ in PAPER["curves"].values()] + [
     r"(train_)?(iteration|lr|step|tokens|skipped)", r"dev_\w+", r"\w+_(before|after)",
     "empty|num_samples|vote_gain"])  # what is shown elsewhere, or tells nothing
-NO_METHOD = {"seed", "run_dir", "eval_samples", *(field.name for script in (irpo, rft, reft)
-                                                  for field in fields(script.Config) if field.metadata["free"])}
+NO_METHOD = {"seed", "run_dir", *(field.name for script in (irpo, rft, reft) for field in fields(script.Config)
+                                  if field.metadata["free"])}
 RIGHT = {  # measures of questions: the file of the answers, and the value of one question's samples
     "accuracy": ("eval_samples", lambda samples: float(samples[0]["verdict"] == "correct")),
     "dev_accuracy": ("eval_dev", lambda samples: float(samples[0]["verdict"] == "correct")),

@@ -31,7 +31,8 @@ for tuned in sorted(ROOT.glob("results/tune/*.json")):  # what tools/tune.py has
 # --- one run, named by its directory --------------------------------------------------------------
 
 def command(run: str) -> str:
-    """Return what makes runs/FOLDER/CELL/sSEED or runs/NAME-sSEED."""
+    """Return what makes runs/FOLDER/CELL/sSEED or runs/NAME-sSEED: a script with flags, or another table's run that is
+    also this one."""
     name, seed = re.fullmatch(r"runs/(.+)[-/]s(\d+)", run).groups()
     folder, _, cell = name.partition("/")
     text = table_of(folder)["cells"][cell] if cell else ALL["starts"][name]
@@ -49,8 +50,11 @@ def table_of(folder: str) -> dict:
 
 
 def source(run: str) -> str:
-    """Return the run whose first files this one would write, too, and copies instead; "" where there is none."""
+    """Return the run whose first files this one would write, too, and copies instead, or all of whose files it has; ""
+    where there is none."""
     made_by = command(run)
+    if made_by.startswith("runs/"):
+        return made_by
     own = "--warmup_epochs" in made_by or "--reward" in made_by
     if own or not made_by.startswith(("irpo.py", "-m results.pairs", "reft.py")):
         return ""
@@ -92,8 +96,11 @@ def copy_shared(run: str) -> None:
 
 def start(run: str, jobs: int, gpus: int) -> subprocess.Popen:
     """Start a run; Ctrl-C reaches it through `work` alone, since a second one would not let it save."""
-    copy_shared(run)
     words = command(run).split()
+    if words[0].startswith("runs/"):
+        Path(run).parent.mkdir(parents=True, exist_ok=True)
+        return subprocess.Popen(["ln", "-sfn", Path(words[0]).resolve(), run])
+    copy_shared(run)
     if gpus > 1 and words[0] in ("irpo.py", "rft.py", "reft.py"):
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), *words]
     Path(run).mkdir(parents=True, exist_ok=True)
@@ -175,7 +182,7 @@ def main() -> None:
         parser.error("--jobs and --gpus start at 1, and --seeds at 0")
     runs = [f"{table['folder']}/{cell}/s{seed}" for seed in seeds for cell in cells]
     if args.list:
-        print(*(f"python {command(run)}" for run in runs), sep="\n")
+        print(*(f"python {made_by}" for made_by in map(command, runs) if not made_by.startswith("runs/")), sep="\n")
         return
 
     used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run) and not args.anyway]
