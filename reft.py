@@ -429,7 +429,7 @@ def main() -> None:
     start = config.model
     if config.warmup_epochs:
         start = train_once(pi_0, config.model, partial(sft, config, pi_0, golds, config.warmup_epochs))
-    rows = measured("warm-up", 0, start, config, pi_0)
+    rows = measured("warm-up" if config.warmup_epochs else "base", 0, start, config, pi_0)
 
     found, name = {}, METHODS[config.method]
     if config.method == "sft":

@@ -84,6 +84,16 @@ def test_verdicts_after_holm(means, verdicts):
                if not math.isnan(one["mean"]))
 
 
+@pytest.mark.parametrize("unrun, one_seed, verdict", [(0, 0, "shown"), (1, 0, "not shown"), (0, 1, "not shown")])
+def test_claims_that_cannot_be_judged_count_all_the_same(unrun, one_seed, verdict):
+    """Else a table would show more by leaving cells out."""
+    found = estimates(2.1, *[5.0] * one_seed)
+    for one in found[1:]:
+        one["values"] = {0: 5.0}
+    judge(found, unrun)
+    assert found[0]["verdict"] == verdict and found[0]["level"] == 0.05 / (1 + unrun + one_seed)
+
+
 def simulated(random, effect: float) -> list[dict]:
     """Three claims about two methods, five runs each, on 100 questions; how good a run is, which questions are hard,
     and which suit one method all vary, as logits. effect: of the methods."""

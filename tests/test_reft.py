@@ -591,13 +591,13 @@ def test_every_variant_is_a_flag(flags, base, tmp_path, monkeypatch, capsys):
     seen = watch(monkeypatch)
     call(reft, *SHORT, "--max_steps", "3", "--eval_every", "0", *flags, "--model", base, "--run_dir", tmp_path / "run")
     rows, steps = read_json(tmp_path / "run" / "results.json"), read_lines(tmp_path / "run" / "iter1" / "train.jsonl")
-    assert [row["name"] for row in rows] == ["warm-up"] * 2 + ["ReFT"] * 3 and rows[2]["steps"] == 3
+    cold = "--warmup_epochs" in flags
+    assert [row["name"] for row in rows] == ["base" if cold else "warm-up"] * 2 + ["ReFT"] * 3 and rows[2]["steps"] == 3
     assert ("value_loss" in steps[0]) == ("explained_variance" in steps[0]) == ("--advantage" not in flags)
     assert ["late" in step["warnings"] for step in steps] == [False, True, True]
     assert steps[1]["warnings"]["late"] == f"accuracy {steps[1]['accuracy']}, unheard of"
     assert capsys.readouterr().out.count("unheard of") == 1
 
-    cold = "--warmup_epochs" in flags
     pi_0 = base if cold else tmp_path / "run" / "iter0" / "model"
     assert (tmp_path / "run" / "iter0" / "model").exists() != cold and len(seen.fits) == (not cold)
     assert seen.batches[0].before == seen.batches[0].reference == fingerprint(load_model(pi_0)) and not seen.dev

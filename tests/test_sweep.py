@@ -179,7 +179,7 @@ def test_ctrl_c_stops_every_run_once(log, monkeypatch):
 def test_a_cell_of_two_tables_is_run_once(tmp_path, monkeypatch):
     """The second table links to it, also where it did so before."""
     monkeypatch.chdir(tmp_path)
-    cell = "runs/compare/irpo/s0"
+    cell = "runs/compare/irpo_gold/s0"
     assert sweep.missing([cell])[-2:] == ["runs/table/irpo/s0", cell]
     write("runs/table/irpo/s0", "results.json", "all of it")
     for _ in range(2):

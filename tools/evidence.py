@@ -72,18 +72,20 @@ def half_width(one: dict, level: float) -> float | None:
     return math.hypot(*parts) if parts else None
 
 
-def judge(found: list[dict]) -> None:
+def judge(found: list[dict], unrun: int = 0) -> None:
     """Give the differences of one family their intervals and verdicts, after Holm (1979).
 
     All m are held against LEVEL / m; those that are decided leave the family, and the rest is held against LEVEL over
     its own number, until no more are decided. So an interval leaves out 0 exactly where its claim is decided. One seed
-    decides nothing: its 95 % interval is about the draw of questions alone.
+    decides nothing: its 95 % interval is about the draw of questions alone. unrun: claims of the family without runs,
+    which stay undecided, so that what is left out cannot make the rest easier to show.
     """
     for one in found:
         one |= {"level": LEVEL, "verdict": "not shown (one seed)"}
     left, before = [one for one in found if len(one["values"]) > 1], 0
+    undecided = unrun + len(found) - len(left)
     while len(left) != before:
-        before, level = len(left), LEVEL / max(1, len(left))
+        before, level = len(left), LEVEL / max(1, len(left) + undecided)
         for one in left:
             half = half_width(one, level)
             said = "shown" if one["mean"] > half else "shown the other way" if -one["mean"] > half else "not shown"

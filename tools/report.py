@@ -26,13 +26,15 @@ import irpo
 import reft
 import rft
 from data.toy import KINDS
-from evaluate import majority
+from evaluate import majority, pass_at_k
 from infra import InputError
 from infra.run import ROOT, hash_of, read_json, run_card, run_script, write_json
 from tools.evidence import LEVEL, difference, interval, judge, mcnemar, quantile
 from tools.page import fenced, make_table, plain, point, publish, render
 
 PAPER = read_json(ROOT / "results" / "paper.json")
+PLANNED = {Path(table["folder"]).name: [*table["cells"]]  # cells of a table, whether run or not
+           for table in read_json(ROOT / "results" / "tables.json")["tables"].values()}
 TABLES = PAPER["tables"]  # title, note, columns
 COLUMNS = [column.rsplit(":", 1) for name, (*_, columns) in TABLES.items() if name != "others"
            for column in columns.split()]
@@ -46,7 +48,8 @@ RIGHT = {  # measures of questions: the file of the answers, and the value of on
     "accuracy": ("eval_samples", lambda samples: float(samples[0]["verdict"] == "correct")),
     "dev_accuracy": ("eval_dev", lambda samples: float(samples[0]["verdict"] == "correct")),
     r"maj@\d+": ("eval_sampled", lambda samples: majority([(s["answer"], s["verdict"] == "correct") for s in samples])),
-    "pass@1": ("eval_sampled", lambda samples: fmean(s["verdict"] == "correct" for s in samples))}
+    r"pass@(\d+)": ("eval_sampled", lambda samples, k: pass_at_k(
+        len(samples), sum(s["verdict"] == "correct" for s in samples), int(k)))}
 
 
 # --- what a run tells ------------------------------------------------------------------------------
@@ -212,8 +215,8 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     if len(kinds) > 1 and not has_own:
         raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
     kind = root.name if has_own else kinds[0]
-    known = PAPER[kind]["cells"]  # all of them are expected, but not in a table that has other cells, too
-    order = [cell for cell in known if cell in names or names <= known.keys()] + sorted(names - known.keys())
+    known = PLANNED.get(root.name, PAPER[kind]["cells"])  # all are expected, but not in a table that has others, too
+    order = [cell for cell in known if cell in names or names <= set(known)] + sorted(names.difference(known))
     seeds = sorted({int(path.name[1:]) for path in folders})
     cells = {cell: {s: found[path] for s in seeds if (path := root / cell / f"s{s}") in found} for cell in order}
     missing = [f"{cell}/s{seed}" if runs else cell for cell, runs in cells.items()
@@ -298,8 +301,8 @@ def by_question(run: Run, model: dict, measure: str) -> dict[str, float]:
     """question -> value; {"": value} of what is no measure of questions, or where their answers are gone; {} of what
     was not measured."""
     for pattern, (name, value) in RIGHT.items():
-        if re.fullmatch(pattern, measure) and (rows := answers(run, model, name)):
-            return {question: value(row["samples"]) for question, row in rows.items()}
+        if (match := re.fullmatch(pattern, measure)) and (rows := answers(run, model, name)):
+            return {question: value(row["samples"], *match.groups()) for question, row in rows.items()}
     return {"": model[measure]} if measure in model else {}
 
 
@@ -309,20 +312,29 @@ def pick(runs: dict[int, Run], name: str) -> dict[int, tuple[Run, dict]]:
             if name in (model["name"], "first" * (i == 0), "last" * (i == len(run.models) - 1))}
 
 
-def find_claims(kind: str, cells: dict) -> list[dict]:
-    """Judge the claims whose two sides were run, all with the same rule (tools/evidence.py)."""
-    def values(side: str) -> dict[int, dict[str, float]]:
-        cell, name, measure = side.split()
-        return {seed: by_question(run, model, key) for seed, (run, model) in pick(cells.get(cell, {}), name).items()
-                for key in model if re.fullmatch(measure, key)}
+def find_claims(kind: str, cells: dict) -> tuple[list[dict], list[str]]:
+    """Judge the claims whose two sides were run, all with the same rule (tools/evidence.py); and name the others.
 
-    found = []
+    A side is "CELL MODEL MEASURE", or the difference of two, "CELL MODEL MEASURE - CELL MODEL MEASURE".
+    """
+    def values(side: str) -> dict[int, dict[str, float]]:
+        (cell, name, measure), *others = (what.split() for what in side.split(" - "))
+        found = {seed: by_question(run, model, key) for seed, (run, model) in pick(cells.get(cell, {}), name).items()
+                 for key in model if re.fullmatch(measure, key)}
+        for less in (values(" ".join(other)) for other in others):
+            found = {seed: {question: value - less[seed][question] for question, value in found[seed].items()
+                            if question in less[seed]} for seed in found.keys() & less.keys()}
+        return found
+
+    found, unrun = [], []
     for text, high, low, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
         if between := difference(values(high), values(low), unit):
             found.append({"claim": text, "difference": between, "unit": unit, "questions": between["questions"],
                           "by_seed": ", ".join(f"{value:+.3g}" for value in between["values"].values())})
-    judge([claim["difference"] for claim in found])
-    return [claim | {"here": claim["difference"]["verdict"]} for claim in found]
+        else:
+            unrun.append(text)
+    judge([claim["difference"] for claim in found], len(unrun))
+    return [claim | {"here": claim["difference"]["verdict"]} for claim in found], unrun
 
 
 def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
@@ -426,16 +438,17 @@ def over_models(summary: dict) -> dict[str, dict]:
 
 def over_compute(summary: dict) -> dict[str, dict]:
     """Accuracy and pass@k over the FLOPs that sampling and training have taken so far. The cells METHOD+FLAG@VALUE of a
-    method are one line, and so are a run's models."""
-    panels: dict[str, dict] = {}
+    method are one line, and so are a run's models, from the base on, which has cost nothing."""
+    panels: dict[str, dict[str, dict]] = {}
     for cell in summary.values():
-        spent, line = 0, cell["label"].partition(",")[0]
-        for model in cell["models"].values():
+        spent, line = 0, cell["label"].partition(", ")[0]
+        for name, model in cell["models"].items():
             spent += model.get("train_flops", {"mean": 0})["mean"]
             for key in model:
-                if spent and re.fullmatch(r"accuracy|pass@(?!1$)\d+", key):
-                    panels.setdefault(key, {}).setdefault(line, []).append(point(spent, model[key]))
-    return {key: {line: sorted(points) for line, points in lines.items()} for key, lines in panels.items()}
+                if (spent or name in ("M0", "base")) and re.fullmatch(r"accuracy|pass@(?!1$)\d+", key):
+                    panels.setdefault(key, {}).setdefault(line, {})[spent] = point(spent, model[key])
+    return {key: {line: [points[x] for x in sorted(points)] for line, points in lines.items()}
+            for key, lines in panels.items()}
 
 
 def over_k(summary: dict) -> dict[str, dict]:
@@ -457,9 +470,9 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
     ks, label = over_k(summary), "test accuracy; bars: 95% intervals, dots: seeds"
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
     drawn = {"accuracy": render(ks, label, "k, samples per question", order, "share", "symlog") if ks
-             else render(over_models(summary), label, "iteration (0: the first model)", order, "share"),
-             "compute": render(over_compute(summary) if kind == "compare" else {}, label, "FLOPs", order, "share",
-                               "log"),
+             else render({} if kind == "compare" else over_models(summary), label, "iteration (0: the first model)",
+                         order, "share"),
+             "compute": render(over_compute(summary) if kind == "compare" else {}, label, "FLOPs", order, "share"),
              "logps": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
     for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
@@ -476,12 +489,13 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
 def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path, examples: int) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
     name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
-    summary, claims, paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
+    summary, (claims, unrun), paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
     labelled = {label_of(kind, cell): runs for cell, runs in cells.items()}
     compared = compare(labelled) if kind == "runs" or all(len(seeds) == 1 for seeds in cells.values()) else []
     write_json(out / f"{name}.json", {"missing": missing, "cells": summary, "claims": claims, "paths": paths,
                                       "compared": compared})
     facts = [f"Missing or unfinished: {', '.join(missing)}."] if missing else []
+    facts += [f"Claims without runs, undecided: {'; '.join(unrun)}."] if unrun and claims else []
     facts += [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated."
               for run in runs if not run.finished]
     if warned := [f"{'/'.join(run.path.parts[-2:])}: {run.card['warnings']}" for run in runs if "warnings" in run.card]:

@@ -79,8 +79,14 @@ def edited(run: str) -> list[str]:
     import irpo  # noqa: F401 (here, since they load torch, and their files and those that they load count)
     import reft  # noqa: F401
     import rft  # noqa: F401
-    others = {"irpo.py", "reft.py", "rft.py"} - {command(run).split()[0]}
-    return [name for copy in source_copies(Path(run))[-1:] for name in edited_files(copy) if name not in others]
+    script = command(run).split()[0]
+    others = {"irpo.py", "reft.py", "rft.py"} - {"irpo.py" if "results.pairs" in command(run) else script}
+    found = []
+    for copy in source_copies(Path(run))[-1:]:
+        found += [name for name in edited_files(copy) if name not in others]
+        found += [f"results/{own.name}" for own in sorted(copy.glob("own/*.py"))
+                  if (now := ROOT / "results" / own.name).is_file() and now.read_bytes() != own.read_bytes()]
+    return found
 
 
 def copy_shared(run: str) -> None:
