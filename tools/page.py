@@ -138,7 +138,8 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
         x, y, low, high = numpy.array([point[:4] for point in points], dtype=float).T
         if y_scale == "share":
             low, high = low.clip(0, 1), high.clip(0, 1)
-        shift, color = min(0.05, 0.3 / len(lines)) * gap * (list(lines).index(label) - (len(lines) - 1) / 2), COLORS[i % len(COLORS)]
+        shift = min(0.05, 0.3 / len(lines)) * gap * (list(lines).index(label) - (len(lines) - 1) / 2)
+        color = COLORS[i % len(COLORS)]
         bars = [numpy.where(end > 0, end, numpy.nan) for end in (y - low, high - y)]
         drawn[label] = axis.errorbar(
             x + shift, y, bars, errorevery=every, markevery=every, capsize=2, elinewidth=1, color=color,

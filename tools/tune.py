@@ -38,7 +38,7 @@ def value_at(values: list | dict, share: float):
 
 
 def settings(name: str) -> dict[str, list[str]]:
-    """List the drawn settings of each method of a tuning; with "same_draws", methods of the same space have the same."""
+    """List the drawn settings of each method of a tuning; with "same_draws" they are the same for all of one space."""
     tuning = sweep.ALL["tune"][name]
     return {method: drawn(what["space"], tuning["draws"], name if tuning.get("same_draws") else f"{name} {method}")
             for method, what in tuning["methods"].items()}
