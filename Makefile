@@ -82,7 +82,7 @@ sft: $(if $(MODEL),setup,base)  ## fine-tuning on a task's gold solutions: make 
 eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
 	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(call quoted,$(or $(MODEL),$(BASE))) $(ARGS)
 
-tables: setup  ## 3 seeds of TABLE="irpo rft reft", compare or nll; JOBS=2 runs two at a time
+tables: setup  ## all seeds of TABLE="irpo rft reft", compare or nll (hours); JOBS=2 runs two at a time
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true
 bench: .venv/development  ## our sampling and training beside other programs (2 hours; ARGS="--shapes toy": 15 minutes)
 	$(PY) -m tools.bench --out results/bench $(ARGS)

@@ -55,8 +55,8 @@ def two_nodes(*command) -> list[subprocess.CompletedProcess]:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> dict[int, tuple[Path, dict]]:
-    """ranks -> folder and findings of tests/ranks.py, all from the same weights, with a tied head: 1 in this process, 2,
-    and 4 on two nodes, where weights are sharded within a node, and a gradient is summed within and across."""
+    """ranks -> folder and findings of tests/ranks.py, all from the same weights, with a tied head: 1 in this process,
+    2, and 4 on two nodes, where weights are sharded within a node, and a gradient is summed within and across."""
     model, found = tmp_path_factory.mktemp("model") / "m", {}
     save_model(tiny_model(num_key_value_heads=2, tie_word_embeddings=True), model)
     save_model(tiny_model(9), f"{model}-reference")
