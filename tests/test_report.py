@@ -548,6 +548,17 @@ def test_claims_follow_from_the_numbers(tmp_path):
     assert min(levels) < max(levels) and 0.05 / min(levels) == pytest.approx(len(report.PAPER["reft"]["claims"]))
 
 
+def test_a_claim_can_be_about_a_difference_of_differences(tmp_path):
+    """By question, too: where the term helps by 20 points in one cell and by 5 in the other, it is 15."""
+    for cell, accuracy in {"near-exact-a1": 0.8, "near-exact-a0": 0.6, "far-exact-a1": 0.7,
+                           "far-exact-a0": 0.65}.items():
+        for seed in (0, 1):
+            irpo_run(tmp_path / "nll" / cell / f"s{seed}", [0.5, 0.5, accuracy + seed / 100 * (cell[-1] == "1")])
+    text, record = table(tmp_path / "nll", "nll")
+    row = claim(text, "without luck it helps more where responses are alike")
+    assert row[1:4] == ["points", "+15, +15", "100"] and "near-mod4-a0" in record["missing"]
+
+
 def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path):
     for seed, value in enumerate([0.8, 0.9, 1.0]):
         reft_run(tmp_path / "reft" / f"s{seed}", value, warm_up=0.5 + 0.1 * seed, seed=seed)

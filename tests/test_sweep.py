@@ -153,6 +153,16 @@ def test_done_runs_of_edited_code_are_refused(log, monkeypatch):
     assert not log and call(monkeypatch, *flags, "--anyway") == 0
 
 
+def test_pairs_of_the_nll_map_are_made_by_irpo_and_its_own_files(log):
+    run = "runs/nll/near-exact-a0/s0"
+    own = [ROOT / "results" / name for name in ("pairs.py", "controls.py")]
+    copy_source(Path(run, "source"), *own)
+    assert sweep.edited(run) == []
+    for name in ("rft.py", "irpo.py", "own/controls.py"):
+        write(run, f"source/{name}", "# as it was")
+    assert sweep.edited(run) == ["irpo.py", "results/controls.py"]
+
+
 @pytest.mark.parametrize("flags, said", [
     ("--cells k51", "--cells k51: choose from k50"), ("--jobs 0", "--jobs and --gpus start at 1"),
     ("--seeds -1", "--seeds at 0")])
