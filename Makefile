@@ -85,7 +85,7 @@ eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k 
 tables: setup  ## all seeds of TABLE="irpo rft reft", compare or nll (hours); JOBS=2 runs two at a time
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true
 bench: .venv/development  ## our sampling and training beside other programs (2 hours; ARGS="--shapes toy": 15 minutes)
-	$(PY) -m tools.bench --out results/bench $(ARGS)
+	$(PY) -m tools.bench $(ARGS)
 report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
 	$(PY) -m tools.report $(RUNS)
 

@@ -402,7 +402,7 @@ class Config(Options):
     threads: int = option(1, "on a CPU", low=1)
     peers: tuple[str, ...] = option((), "Pythons that have what this one lacks, like vllm")
     busy: bool = option(False, "only measure what one busy process costs training")
-    out: str = option("results/bench", "folder of bench.md and bench.json")
+    out: str = option("runs/bench", "folder of bench.md and bench.json")
 
 
 PRESETS = {"gpu": dict(shapes=("1b",), rows=(1024,), prompt_tokens=512, new_tokens=512, micro_batch_tokens=16384,
