@@ -5,7 +5,9 @@ import pytest
 
 from data import Problem
 from evaluate import Answered, Sample
-from results import controls, pairs
+from infra.run import write_records
+from irpo import Pair
+from results import controls, describe_pairs, pairs
 
 
 @pytest.mark.parametrize("a, b", [([], []), ([1], []), ([], [1, 2]), ([1, 2, 3], [1, 2, 3]),
@@ -39,3 +41,16 @@ def test_lucky_and_random_winners():
     assert not controls.modulo_4("no answer 3", problem)
     share = sum(controls.at_random(str(i), problem) for i in range(1000)) / 1000
     assert 0.2 < share < 0.3 and controls.at_random("a", problem) == controls.at_random("a", problem)
+
+
+def test_what_pairs_are_like(tmp_path, capsys):
+    """A winner is wrong if it does not have the right answer, whatever its reward was."""
+    def sample(ids: list[int], answer: str, right: bool) -> Sample:
+        return Sample(ids, True, "", "correct" if right else "wrong", answer)
+    for seed, lucky in enumerate(("7", "3")):  # 3 is 7 modulo 4
+        folder = tmp_path / "mod4" / f"s{seed}" / "iter1"
+        samples = [sample([1, 2], "7", True), sample([1, 2, 3], lucky, True), sample([4, 4], "5", False)]
+        write_records(folder / "samples.jsonl", [Answered("q", "?", [0], "7", samples)], {"a": 1})
+        write_records(folder / "pairs.jsonl", [Pair("q", [0], [1, 2], [4, 4]), Pair("q", [0], [1, 2, 3], [4, 4])], {})
+    describe_pairs.main(tmp_path)
+    assert capsys.readouterr().out.splitlines()[2] == "| mod4 | 1 | 2 | 2.5 | 2.5 | 25.0% |"

@@ -1,0 +1,41 @@
+"""What the pairs of a table's runs are like: a row for each cell and iteration, means over seeds.
+
+    python -m results.describe_pairs runs/nll > results/nll/pairs.md
+
+Distance: edits of tokens from the chosen response to the rejected one. Wrong winners: right for the run's reward, without
+having the right answer.
+"""
+import sys
+from pathlib import Path
+from statistics import fmean
+
+from evaluate import Answered
+from infra.run import read_records
+from irpo import Pair
+from results.pairs import edit_distance
+
+FORMATS = {"pairs": ",.0f", "tokens of a winner": ".1f", "distance": ".1f", "wrong winners": ".1%"}
+
+
+def describe(folder: Path) -> dict[str, float]:
+    """Describe the pairs of an iteration, none of which has gold as its winner."""
+    pairs, answered = (read_records(folder / name, kind)[1] for name, kind in (
+        ("pairs.jsonl", Pair), ("samples.jsonl", Answered)))
+    wrong = {(question.id, *sample.ids): sample.answer != question.gold for question in answered
+             for sample in question.samples}
+    return {"pairs": len(pairs), "tokens of a winner": fmean(len(pair.chosen) for pair in pairs),
+            "distance": fmean(edit_distance(pair.chosen, pair.rejected) for pair in pairs),
+            "wrong winners": fmean(wrong[pair.id, *pair.chosen] for pair in pairs)}
+
+
+def main(root: Path) -> None:
+    print(f"| cell | iteration | {' | '.join(FORMATS)} |\n|---|---|{'---:|' * len(FORMATS)}")
+    for cell in sorted(root.iterdir()):
+        for name in sorted({file.parent.name for file in cell.glob("s*/iter*/pairs.jsonl")}):
+            found = [describe(file.parent) for file in sorted(cell.glob(f"s*/{name}/pairs.jsonl"))]
+            means = [format(fmean(one[key] for one in found), spec) for key, spec in FORMATS.items()]
+            print(f"| {cell.name} | {name[4:]} | {' | '.join(means)} |")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
