@@ -2,8 +2,8 @@
 
     python -m results.describe_pairs runs/nll > results/nll/pairs.md
 
-Distance: edits of tokens from the chosen response to the rejected one. Wrong winners: right for the run's reward, without
-having the right answer.
+Distance: edits of tokens from the chosen response to the rejected one. Wrong winners: those without the right answer,
+which the run's reward calls right all the same.
 """
 import sys
 from pathlib import Path
