@@ -289,6 +289,17 @@ def test_the_better_half_of_the_settings_goes_on(failing, tmp_path, monkeypatch,
     assert found["best"] == tune.settings("x")["irpo"][2]
 
 
+def test_tuning_does_not_mix_runs_of_other_code(log, monkeypatch):
+    run = "runs/tune-toy/irpo-0/s8"
+    write(run, "results.json", "[]")
+    copy_source(Path(run, "source"))
+    write(run, "source/losses.py", "# as it was")
+    monkeypatch.setattr(sys, "argv", ["tune", "toy"])
+    with pytest.raises(SystemExit, match=f"  {run}: losses.py\n"):
+        tune.main()
+    assert not log
+
+
 def test_the_toy_preset_has_the_tuned_values():
     words = read_json(ROOT / "results" / "tune" / "toy.json")["methods"]["irpo"]["best"].split()
     tuned = {name[2:]: float(value) for name, value in zip(words[::2], words[1::2])}

@@ -89,6 +89,14 @@ def edited(run: str) -> list[str]:
     return found
 
 
+def refuse_edited(runs: list[str]) -> None:
+    """Stop where one of these runs, or of those whose files they share, was made by other code."""
+    used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run)]
+    if old := [f"  {run}: {', '.join(names)}" for run in used if (names := edited(run))]:
+        sys.exit("\n".join(["these runs were made before files were edited:", *old,
+                            "Remove the runs to make them again, or give --anyway to keep them."]))
+
+
 def copy_shared(run: str) -> None:
     """Copy what the run shares; a copy that is cut off has another name."""
     for name in ("iter0",) if command(run).startswith("reft.py") else ("iter0", "iter1/samples.jsonl"):
@@ -191,11 +199,8 @@ def main() -> None:
         print(*(f"python {made_by}" for made_by in map(command, runs) if not made_by.startswith("runs/")), sep="\n")
         return
 
-    used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run) and not args.anyway]
-    if old := [f"  {run}: {', '.join(names)}" for run in used if (names := edited(run))]:
-        sys.exit("\n".join(["these runs were made before files were edited:", *old,
-                            "Remove the runs to make them again, or give --anyway to keep them."]))
-
+    if not args.anyway:
+        refuse_edited(runs)
     if left := work_on(runs, args.jobs, args.gpus):
         sys.exit(f"no report, since these are missing: {' '.join(left)}")
     partial = set(cells) < set(table["cells"]) or not set(table["seeds"]) <= set(seeds)

@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("name", choices=sweep.ALL["tune"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     parser.add_argument("--list", action="store_true", help="only print the commands")
+    parser.add_argument("--anyway", action="store_true", help="keep runs that were made before the code was edited")
     args = parser.parse_args()
     for rung in range(max(len(rungs(args.name, method)) for method in settings(args.name))):
         table = sweep.TABLES[f"tune-{args.name}"] = table_of(args.name, rung)
@@ -115,6 +116,8 @@ def main() -> None:
         if args.list:
             print(*(f"python {sweep.command(run)}" for run in runs), sep="\n")
             return
+        if not args.anyway:
+            sweep.refuse_edited(runs)
         for run in runs:
             reopen(run, sweep.command(run))
         if first := [run for run in sweep.work_on(runs, args.jobs) if run not in runs]:
