@@ -72,8 +72,8 @@ class Config(TrainOptions, SampleOptions):
     lr: float = option(7e-7, "learning rate of AdamW", above=0)
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count", low=0)
     epochs: int = option(2, "passes over the pairs at most", low=1)
-    eval_samples: int = option(0, "samples per test question at temperature 1, which a finished run can add; "
-                               "0: greedy only", low=0, free=True, group="step 6")
+    eval_samples: int = option(0, "samples per test question at temperature 1 (the paper's votes: 0.8), which a "
+                               "finished run can add; 0: greedy only", low=0, free=True, group="step 6")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:
@@ -244,8 +244,9 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
 @torch.no_grad()
 def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
     """Before its first update the policy is the reference, so the DPO loss must be that of equal log-probs, ln 2."""
+    first = micro_batches(pairs[:8], config.micro_batch_tokens)[0]
     with autocast(config.precision):
-        loss = float(preference_loss(model, pairs[:8], config)["dpo"].mean())
+        loss = float(preference_loss(model, first, config)["dpo"].mean())
     nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
     start = float(dpo_loss(*torch.zeros(4, 1), config.beta))  # ln 2
     print(f"check: DPO loss before the first step is {loss:.4f}, where policy = reference it is {start:.4f}")
@@ -256,17 +257,18 @@ def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
 
 @torch.no_grad()
 def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: Config) -> dict[str, float]:
-    """Average log-prob of a fixed set of pairs (and their gold solutions), for the training curves."""
-    def sums(part: list[Pair]) -> Tensor:
-        with autocast(config.precision):
-            chosen, rejected = pair_logps(model, part)[0].sum(-1)
-            gold = [Example(p.id, p.prompt, golds[p.id]) for p in part if p.id in golds]
-            gold = [example for example in gold if example.tokens <= model.config.max_length]
-            logps = response_logps(model, gold)[0].sum() if gold else torch.zeros(())
-        return torch.stack([chosen, rejected, logps.to(chosen)]).cpu()
+    """Average log-prob of a fixed set of pairs (and of their questions' gold solutions), for the training curves."""
+    gold = [Example(pair.id, pair.prompt, golds[pair.id]) for pair in pairs if pair.id in golds]
+    gold = [example for example in gold if example.tokens <= model.config.max_length]
 
-    means = sum(computed(micro_batches(pairs, config.micro_batch_tokens), sums)) / len(pairs)
-    return dict(zip(("chosen", "rejected", "gold") if golds else ("chosen", "rejected"), means.tolist()))
+    def means(items: list, logps: Callable[[list], Tensor]) -> list[float]:
+        def sums(part: list) -> Tensor:
+            with autocast(config.precision):
+                return logps(part).sum(-1).cpu()
+        return (sum(computed(micro_batches(items, config.micro_batch_tokens), sums)) / len(items)).tolist()
+
+    found = dict(zip(("chosen", "rejected"), means(pairs, lambda part: pair_logps(model, part)[0])))
+    return found | ({"gold": means(gold, lambda part: response_logps(model, part)[0].sum(-1))} if gold else {})
 
 
 def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]],

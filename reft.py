@@ -41,6 +41,7 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions, answer, answer_once, evaluate_model, summarize
 from infra import InputError
 from infra.config import option, parse_config
+from infra.hardware import dtype_of
 from infra.parallel import computed, device, world
 from infra.progress import mean_or_max, summary
 from infra.run import derive_seed, hash_of, open_run, read_jsonl, read_records, run_script, write_json
@@ -354,16 +355,18 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
               golds: dict[str, Example]) -> Llama:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
     policy = load_for_training(start, config, lambda model: Policy(model, config))
-    # in bfloat16 on a GPU, so that the KL before the first update is not exactly 0 there
-    dtype = torch.bfloat16 if device() == "cuda" else torch.float32
+    # in bfloat16 on a GPU, unless --precision fp32, so that the KL before the first update is not exactly 0 there
+    dtype = dtype_of(config.precision) if device() == "cuda" else torch.float32
     offloaded = replace(config, cpu_offload=config.cpu_offload or config.offload_reference)
     reference = load_for_training(start, offloaded, dtype=dtype).requires_grad_(False)
     optimizer, dev, warned = new_optimizer(policy, config), config.problems("dev", config.eval_questions), set()
 
+    def sampler() -> Llama:  # not kept: a copy of all weights would be held while the policy is trained
+        return sampler_of(policy.model, config.precision, config.tensor_parallel)
+
     def step_once(step: int) -> dict:
         batch = batch_at(step, problems, config.batch_size, config.seed)
-        sampler = sampler_of(policy.model, config.precision, config.tensor_parallel)
-        rollouts = roll_out(sampler, tokenizer, batch, config, step)  # steps 1 and 2
+        rollouts = roll_out(sampler(), tokenizer, batch, config, step)  # steps 1 and 2
         record = train_on(policy, reference, optimizer, rollouts,  # steps 3 to 6
                           [golds[problem.id] for problem in batch if problem.id in golds], config, step)
         record["warnings"] = {name: text.format(**record) for name, (bad, text) in UNHEALTHY.items()
@@ -372,8 +375,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
             tqdm.write(f"warning at batch {step}: {record['warnings'][name]}")
             warned.add(name)
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            sampler = sampler_of(policy.model, config.precision, config.tensor_parallel)
-            record["dev"] = summarize(answer(sampler, tokenizer, dev, config), config.task)
+            record["dev"] = summarize(answer(sampler(), tokenizer, dev, config), config.task)
             tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
         return record
 

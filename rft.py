@@ -323,7 +323,8 @@ def main() -> None:
         config = replace(config, dedup="string")
     check_inputs(config, tokenizer, problems, others)
     files = [pooled_samples(Path(other), problems, config) for other in config.pool]
-    run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, others), pooled=hash_of(files))
+    weights = model_hash(config.model)
+    run = open_run(config, weights=weights, problems=hash_of(problems, others), pooled=hash_of(files))
     gold = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
     sft, rft, rows = run / "iter0", run / "iter1", []
 
@@ -333,7 +334,8 @@ def main() -> None:
 
     files = files or [answer_once(rft / "samples.jsonl", pi, problems, config, split="train",  # step 2
                                   num_samples=config.num_samples, temperature=config.temperature,
-                                  seed=derive_seed(config.seed, "sample"), label="sample", reward=True)]
+                                  seed=derive_seed(config.seed, "sample", weights),  # or pooled models would agree
+                                  label="sample", reward=True)]
     samples = pooled(files)
     right = all_right_paths(samples, problems, config)  # step 3
     paths = once(rft / "paths.jsonl", partial(kept_paths, samples, right, problems, tokenizer, config),  # step 4

@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import irpo  # noqa: E402
 import reft  # noqa: E402
 from checkpoint import load_model, sampler_of, save_model  # noqa: E402
 from infra import parallel  # noqa: E402
 from infra.parallel import full_weight, rank, world  # noqa: E402
 from infra.state import load_state, save_state  # noqa: E402
 from sample import generate  # noqa: E402
+from test_irpo import some_pairs  # noqa: E402
 from test_reft import config_of, some_rollouts  # noqa: E402
 from test_train import examples, nll  # noqa: E402
 from tiny import random_prompts, random_tokens  # noqa: E402
@@ -98,6 +100,13 @@ def ppo(folder: Path, model_dir: str) -> dict:
     return record
 
 
+def probed(model_dir: str) -> dict:
+    """Probe pairs of which only some have a gold solution."""
+    config = irpo.Config(micro_batch_tokens=1, precision="fp32")
+    pairs = some_pairs()
+    return irpo.probe(load_for_training(model_dir, options_here()), pairs, {pairs[1].id: [5, 6, 2]}, config)
+
+
 def sampled(model_dir: str) -> dict:
     """Sample from a split model, from a complete one, and from a copy of one in training."""
     prompts, ranks = random_prompts(0, [3, 9, 1]), min(2, world())
@@ -130,7 +139,7 @@ def compute(folder: Path, model_dir: str, others: Path | None) -> None:
     save_model(module, folder / "saved", source=model_dir)
     found = {"records": trained(folder, model_dir, folder / "state"), "agreements": agreements(),
              "losses": gradients(folder, model_dir), "skipped": skipped(model_dir), "ppo": ppo(folder, model_dir),
-             "samples": sampled(model_dir)}
+             "samples": sampled(model_dir), "probe": probed(model_dir)}
     found["resumed"] = [trained(folder, model_dir, made / "state") for made in (folder, others) if made]
     if rank() == 0:
         (folder / "found.json").write_text(json.dumps(found))

@@ -92,6 +92,14 @@ def test_training(results, ranks):
 
 
 @pytest.mark.parametrize("ranks", RANKS[1:])
+def test_probe(results, ranks):
+    """One rank's pairs have gold solutions, the others' have none: were those scored on the way, ranks would wait for
+    each other without end."""
+    assert results[ranks][1]["probe"] == pytest.approx(results[1][1]["probe"], rel=1e-5)
+    assert results[1][1]["probe"].keys() == {"chosen", "rejected", "gold"}
+
+
+@pytest.mark.parametrize("ranks", RANKS[1:])
 def test_ppo(results, ranks):
     """The advantages are whitened over the responses of all ranks, and the first ratio is 1 to the last bit
     since a rank trains on the responses that it measured."""
