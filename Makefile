@@ -15,6 +15,7 @@ PY = .venv/bin/python
 RUN = $(if $(filter 1,$(GPUS)),$(PY),.venv/bin/torchrun --standalone --nproc_per_node $(GPUS))
 PIP = $(PY) -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 BASE = runs/base-s$(SEED)/model
+DIR = $(or $(patsubst --run_dir=%,%,$(filter --run_dir=%,$(subst --run_dir ,--run_dir=,$(ARGS)))),$(call quoted,runs/$@-$(notdir $(TASK))-s$(SEED)))
 quoted = '$(subst ','\'',$(1))'
 SWEEP = $(PY) -m tools.sweep --jobs $(JOBS) --gpus $(GPUS)
 
@@ -58,8 +59,8 @@ GOALS = $(filter irpo rft reft sft eval,$(MAKECMDGOALS))
 ifneq ($(TASK),toy)
 $(if $(MODEL),,$(if $(GOALS),$(error name a model directory: make $(firstword $(GOALS)) TASK=$(TASK) MODEL=dir)))
 irpo rft reft: setup
-	$(RUN) $@.py --task $(TASK) --model $(call quoted,$(MODEL)) --seed $(SEED) --run_dir runs/$@-$(TASK)-s$(SEED) $(ARGS)
-	$(PY) -m tools.report runs/$@-$(TASK)-s$(SEED)
+	$(RUN) $@.py --task $(call quoted,$(TASK)) --model $(call quoted,$(MODEL)) --seed $(SEED) --run_dir $(DIR) $(ARGS)
+	$(PY) -m tools.report $(DIR)
 else ifneq ($(and $(MODEL),$(filter irpo rft reft,$(GOALS))),)
 $(error MODEL=$(MODEL) needs TASK, such as TASK=gsm8k: the toy world makes its own)
 else
@@ -78,9 +79,9 @@ endif
 endif
 
 sft: $(if $(MODEL),setup,base)  ## fine-tuning on a task's gold solutions: make sft TASK=gsm8k MODEL=dir
-	$(RUN) train.py --task $(TASK) --model $(call quoted,$(or $(MODEL),$(BASE))) --seed $(SEED) --run_dir runs/sft-$(TASK)-s$(SEED) $(ARGS)
-eval: setup  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
-	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(TASK)) --model $(call quoted,$(or $(MODEL),$(BASE))) $(ARGS)
+	$(RUN) train.py --task $(call quoted,$(TASK)) --model $(call quoted,$(or $(MODEL),$(BASE))) --seed $(SEED) --run_dir $(DIR) $(ARGS)
+eval: $(if $(MODEL),setup,base)  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
+	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(call quoted,$(TASK))) --model $(call quoted,$(or $(MODEL),$(BASE))) $(ARGS)
 
 tables: setup  ## all seeds of TABLE="irpo rft reft", compare or nll (hours); JOBS=2 runs two at a time
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true

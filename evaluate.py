@@ -23,9 +23,9 @@ from data.tokenizer import load_tokenizer
 from infra import InputError
 from infra.config import option
 from infra.hardware import ComputeOptions
-from infra.parallel import collected, dealt, gather, rank, world
+from infra.parallel import by_first, collected, dealt, gather, rank, world
 from infra.progress import Progress
-from infra.run import Pieces, hash_of, once, write_json
+from infra.run import Pieces, hash_of, once, read_records, write_json
 from model import Llama
 from rewards import grade_all
 from sample import Response, cache_budget, generate
@@ -326,9 +326,10 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
 
     rows = [{"name": name, "iteration": iteration, "split": split, **measured(file, split, 1, 0.0), **notes}
             for split, file in (("dev", "eval_dev.jsonl"), ("test", "eval_samples.jsonl"))]
-    if config.eval_samples:
-        # pass@k and maj@k are added; accuracy stays the greedy one
-        rows[-1] = measured("eval_sampled.jsonl", "test", config.eval_samples, temperature) | rows[-1]
+    before = folder / "eval_sampled.jsonl"  # what was sampled stays in the record
+    k = config.eval_samples or by_first(before.exists) and read_records(before, Answered)[0]["num_samples"]
+    if k:  # pass@k and maj@k are added; accuracy stays the greedy one
+        rows[-1] = measured(before.name, "test", k, temperature) | rows[-1]
     write_json(folder / "eval.json", rows)
     return rows
 

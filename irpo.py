@@ -271,14 +271,18 @@ def probe(model: Llama, pairs: list[Pair], golds: dict[str, list[int]], config: 
     return found | ({"gold": means(gold, lambda part: response_logps(model, part)[0].sum(-1))} if gold else {})
 
 
+def check_selection(items: int, config: Config) -> None:
+    if num_steps(items, config) < config.select_every:
+        raise InputError(f"--select_every {config.select_every} is more than the {num_steps(items, config)} steps of a "
+                         "training run: lower it, or give 0 to train without selection")
+
+
 def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]],
                    dev: list[data.Problem], tokenizer, config: Config, seed: int, folder: Path) -> list[dict]:
     """Measure dev accuracy every select_every steps of a trial run without the dev questions' pairs."""
     dev_ids = {problem.id for problem in dev}
     items = [item for item in items if item.id not in dev_ids]
-    if num_steps(len(items), config) < config.select_every:
-        raise InputError(f"--select_every {config.select_every} is more than the {num_steps(len(items), config)} steps "
-                         "of a training run: lower it, or give 0 to train without selection")
+    check_selection(len(items), config)
 
     def accuracy(model: Llama, step: int) -> dict:
         if step % config.select_every:
@@ -322,6 +326,8 @@ def main() -> None:
         raise InputError(f"{config.task} has no gold solutions: give --no-gold and another --method than sft_gold")
     others = config.held_out()
     check_inputs(config, tokenizer, problems + dev, others)
+    most = len(problems) * (1 if config.method == "sft_gold" else config.pairs_per_question)
+    check_selection(min(most, config.max_pairs or most), config)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))
 
     notes = {"dev_was_trained_on": True} if config.select_every else {}

@@ -97,6 +97,8 @@ def grade_all(texts: list[list[str]], golds: list[str], task: str, marks: str,
 def _judge(phrase: str | None, gold: str, dataset: str, answer_format: str, prompt: str = "") -> Grade:
     read = READ[dataset]
     phrase = phrase and (formats.boxed(phrase) or phrase)
+    if phrase and answer_format == "hash" and read is read_number:
+        phrase = re.sub(r"(?<=[0-9]),(?=[0-9])", "", phrase)  # as OpenAI and the authors of RFT do: 1,3 is 13 here
     answer = read(phrase) if phrase else None
     if answer is None:
         return Grade("unparsed", None)
@@ -131,12 +133,9 @@ _HASH = re.compile(r"#### ([^\s*+<][^\n<]*)")  # markup, annotations and a plus 
 
 
 def _hash(text: str) -> str | None:
-    """Find the rest of the line after the first `#### ` (one space): what follows may be the next question.
-
-    Any comma between digits is dropped, as OpenAI and the authors of RFT do: 1,3 is 13 here.
-    """
+    """Find the rest of the line after the first `#### ` (one space): what follows may be the next question."""
     match = _HASH.search(text)
-    return re.sub(r"(?<=[0-9]),(?=[0-9])", "", match[1]) if match else None
+    return match[1] if match else None
 
 
 EXTRACT = {"hash": _hash, "final_answer": formats.final_answer, "trigger": formats.trigger, "boxed": formats.boxed,
@@ -172,7 +171,8 @@ _UNFINISHED_BEFORE = re.compile(  # an operator, a function or a bound stands be
     r"|\b(?:than|at least|at most|up to|over|under|above|nearly|almost|between)) ?[$(]?$", re.IGNORECASE)
 _UNFINISHED_AFTER = re.compile(  # ... or behind it; "18/day" and "18-year-old" are units
     r" ?(?:[+*^×÷·⋅√±∓|⌋⌉<>≤≥≠!]|[xyzn]\b|/ ?(?:[xyzn]\b|[^a-zA-Z ]|$)|- ?(?:[xyzn]\b|[^a-zA-Z ]|$)"
-    r"|(?:squared|cubed|factorial|plus|minus|divided|multiplied|choose|half|halves)\b)|[(i](?!\w)|\("
+    r"|(?:squared|cubed|factorial|plus|minus|divided|multiplied|choose|half|halves|tenths|hundredths|thousandths"
+    r"|pi|e)\b|π)|[(i](?!\w)|\("
     r"|.*\band (?:an?|one|two|three|four|five|six|seven|eight|nine|ten|\w+teen|\w+ty|half)\b", re.IGNORECASE)
 
 

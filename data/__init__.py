@@ -7,6 +7,7 @@ data; the toy world is generated. Dev never overlaps test: it is the data set's 
 """
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -81,9 +82,9 @@ def own_problems(task: str, answer: str) -> dict[str, list[Problem]]:
     unique = iter(with_unique_ids([problem for problems in found.values() for problem in problems]))
     found = {split: [next(unique) for _ in problems] for split, problems in found.items()}
 
-    seen: dict[str, tuple[str, Problem]] = {}  # case and spaces do not make another question
+    seen: dict[str, tuple[str, Problem]] = {}
     for split, problem in ((split, problem) for split, problems in found.items() for problem in problems):
-        before, same = seen.setdefault(" ".join(problem.question.split()).casefold(), (split, problem))
+        before, same = seen.setdefault(normalized(problem.question), (split, problem))
         if before == split and same.answer != problem.answer:
             raise InputError(f"{files[split]} asks twice, in {same.id} and {problem.id}, with the answers "
                              f"{same.answer!r:.40} and {problem.answer!r:.40}: {problem.question!r:.100}")
@@ -95,10 +96,15 @@ def own_problems(task: str, answer: str) -> dict[str, list[Problem]]:
     if "train" in absent:
         return found | dict.fromkeys(absent, [])
     if absent:
-        found |= held_out(found["train"], absent, files["train"])
+        found |= held_out(found["train"], absent, files["train"], normalized)
         print(f"{task}: a hash of the question divides {files['train'].name} into " + ", ".join(
             f"{len(found[split])} problems for {split}" for split in ("train", *absent)))
     return found
+
+
+def normalized(question: str) -> str:
+    """Case and spaces do not make another question."""
+    return " ".join(question.split()).casefold()
 
 
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:
@@ -112,19 +118,20 @@ def with_unique_ids(problems: list[Problem]) -> list[Problem]:
     return list(unique.values())
 
 
-def held_out(problems: list[Problem], splits: list[str], file: Path) -> dict[str, list[Problem]]:
+def held_out(problems: list[Problem], splits: list[str], file: Path,
+             text_of: Callable[[str], str] = str) -> dict[str, list[Problem]]:
     """Divide a train file: for each split a fifth of the questions, at most 1,000 (IRPO's number for GSM8K and MATH).
 
     They are ranked by a hash of their text, so that copies of a question stay together, and so that ReFT's files with
-    solutions in words and as programs have nearly the same dev questions.
+    solutions in words and as programs have nearly the same dev questions. text_of: what copies of a question share.
     """
-    questions = sorted({problem.question for problem in problems},
-                       key=lambda question: hashlib.sha256(question.encode()).digest())
+    first = {text_of(problem.question): problem.question for problem in reversed(problems)}
+    questions = sorted(first, key=lambda shared: hashlib.sha256(first[shared].encode()).digest())
     size = min(1000, len(questions) // 5)
     if not size:
         raise InputError(f"{file} has {len(problems)} problems: too few to hold {' and '.join(splits)} out of train")
     split_of = {question: split for i, split in enumerate(splits) for question in questions[i * size:(i + 1) * size]}
-    return {split: [problem for problem in problems if split_of.get(problem.question, "train") == split]
+    return {split: [problem for problem in problems if split_of.get(text_of(problem.question), "train") == split]
             for split in ("train", *splits)}
 
 

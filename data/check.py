@@ -1,11 +1,14 @@
 """What must hold before a run spends hours: the model, its tokenizer, the prompt and the graders fit together."""
+from collections.abc import Iterable
 from pathlib import Path
 
 import data
 from checkpoint import load_config
 from data.own import reward_all
+from data.tokenizer import load_tokenizer
 from infra import InputError
-from infra.run import read_json
+from infra.progress import printable
+from infra.run import is_run, read_json
 from rewards import grade_all
 
 
@@ -17,13 +20,15 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     shape, prompts = load_config(config.model), [config.prompt_ids(tokenizer, p) for p in [*problems, *others]]
     golds = [(ids, p.answer) for p in problems if (ids := config.gold_ids(tokenizer, p))]
     longest = max(map(len, prompts))
-    last = max(tokenizer.eos_id, *(max(ids) for ids in [*prompts, *(ids for ids, _ in golds)]))
     if longest + config.max_new_tokens > shape.max_length:
         raise InputError(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
                          f"it exceeds the model's {shape.max_length} positions")
-    if last >= shape.vocab_size:
-        raise InputError(f"the tokenizer gives token {last}, and the model knows {shape.vocab_size}: they do not "
-                         "belong together")
+    check_tokens(config.model, [[tokenizer.eos_id], *prompts, *(ids for ids, _ in golds)])
+    if start := getattr(config, "start_from", ""):
+        other = load_tokenizer(start)
+        if [config.prompt_ids(other, p) for p in problems] != prompts[:len(problems)]:
+            raise InputError(f"--start_from {start} has another tokenizer than --model {config.model}: it cannot learn "
+                             "from the samples of that model")
     if tokenizer.eos_note:
         print(f"check: a response ends with any of the tokens {', '.join(map(str, tokenizer.eos_ids))}, since files "
               f"disagree: {tokenizer.eos_note}")
@@ -54,6 +59,14 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     warn_if_trained_otherwise(config)
 
 
+def check_tokens(directory: str, sequences: Iterable[list[int]]) -> None:
+    """Refuse token ids for which a directory's model has no embedding."""
+    last, known = max(map(max, sequences)), load_config(directory).vocab_size
+    if last >= known:
+        raise InputError(f"the tokenizer gives token {last}, and the model in {directory} knows {known}: they do not "
+                         "belong together")
+
+
 def note_unused_chat(config, tokenizer) -> None:
     if tokenizer.chat_template and not config.chat:
         print(f"note: {config.model} has a chat template, which --chat own would ask it in")
@@ -62,9 +75,9 @@ def note_unused_chat(config, tokenizer) -> None:
 def warn_if_trained_otherwise(config) -> None:
     """Warn if a run of this project trained the model to be asked in another way."""
     folder = Path(config.model).resolve().parent  # the run's, or that of one of its iterations
-    path = next((f / "config.json" for f in (folder, folder.parent) if (f / "config.json").is_file()), None)
-    before = read_json(path) if path else {}
+    run = next((f for f in (folder, folder.parent) if is_run(f)), None)
+    before = read_json(run / "config.json") if run else {}
     other = [f"--{name} {before[name] or repr('')}" for name in ("prompt", "chat", "system", "answer_format")
              if name in before and before[name] != getattr(config, name)]
     if other:
-        print(f"warning: {config.model} was trained with {' '.join(other)}, and is asked otherwise here")
+        print(printable(f"warning: {config.model} was trained with {' '.join(other)}, and is asked otherwise here"))

@@ -110,7 +110,7 @@ def read_record(row: dict, task: str, name: str) -> Problem:
             "the right answer", f"which the grader of {task} cannot read")
         raise ValueError(f"{name} is {problem.answer!r:.60}, {why}")
     for marks in ("hash", "final_answer") if task in ("number", "letter", "text") else ():
-        said = EXTRACT[marks](problem.solution)
+        said = EXTRACT[marks](problem.solution.strip().split("\n")[-1])
         if said and READ[task](said) not in (None, answer):
             raise ValueError(f"solution ends in {said!r:.60}, and answer is {problem.answer!r:.60}")
     return problem
@@ -121,7 +121,7 @@ def is_bare(answer: str, task: str, choices: int) -> bool:
     formula."""
     if task == "letter":
         return bool(re.fullmatch(rf"(?i)\W*[{LETTERS[:choices]}]\W*", answer))
-    if task in ("number", "python") and answer[0].isalpha():
+    if task in ("number", "python") and answer[0].isalpha() or "\n" in answer:
         return False
     return task == "text" or answer.lower() not in ("null", "none", "nan")
 

@@ -104,7 +104,8 @@ def gold_text(problem: Problem, answer_format: str) -> str:
     solution = problem.solution
     if not solution or answer_format == "python" or answer_format == "boxed" and "\\boxed" in solution:
         return solution
-    reasoning = re.split(r"\s*####|\nTherefore, the answer is: |\nFinal answer: ", solution)[0]
+    # the last line alone: "####" also begins a heading in Markdown
+    reasoning = re.sub(r"(?:\s*####|\nTherefore, the answer is: |\nFinal answer: )[^\n]*\s*\Z", "", solution)
     answer = problem.answer
     if answer_format != "hash":
         reasoning = re.sub(r"<<[^>]*>>", "", reasoning)

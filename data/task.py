@@ -17,6 +17,11 @@ def prompt_option(default: str):
     return option(default, f"prompt template: {', '.join(PROMPTS)}; or your own: a text file with {{question}}")
 
 
+def check_system(chat: str, system: str) -> None:
+    if system and not chat:
+        raise ValueError(f"--system {system}: only a chat has a system message; give --chat")
+
+
 @dataclass(frozen=True)
 class TaskOptions(Options):
     task: str = option("", f"data set: {', '.join(data.TASKS)}; or your own: a file of records, or a folder with "
@@ -39,6 +44,7 @@ class TaskOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         template_of(self.prompt)
+        check_system(self.chat, self.system)
         own = self.task not in ("", *data.TASKS)
         if own and not os.path.exists(self.task):
             raise ValueError(f"--task {self.task}: choose from {', '.join(data.TASKS)}, or name a file or a folder of "

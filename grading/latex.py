@@ -26,6 +26,8 @@ MAX_LATEX = 400  # characters; the longest of the 5,000 MATH test answers has 81
 MAX_DIGITS = 100  # longer "numbers" are repetition; Python refuses to read 4,300 digits
 
 _NAME = r"m?(?:\\(?:angle|overline|triangle|vec)\s*\{?\s*)?\\?[a-zA-Z]+\}?'*(?:_\{?\w+\}?)?(?:\([a-zA-Z0-9,\s]*\))?"
+_NO_UNIT = (r"\b(?:plus|minus|times|divided|multiplied|squared|cubed|choose|factorial|half|halves|hundred|thousand"
+            r"|million|billion|dozen|is|but|not|or|nor|never|wrong|incorrect|false|mod|over|[abcnxyz]{2})\b")
 _SPELLINGS = [  # (pattern, its one spelling), applied in this order to both answers
     (formats.THIN_COMMA, ","),
     (formats.DASHES, "-"),
@@ -48,9 +50,9 @@ _SPELLINGS = [  # (pattern, its one spelling), applied in this order to both ans
     ("∪", r"\\cup "),
     (r"\\varnothing(?![a-zA-Z])|∅|^\s*\\\{\s*\\\}\s*$", r"\\emptyset "),
     (r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)", ","),
-    (r"(?<=[0-9a-zA-Z}!])\s*\\text\s*\{(?![^{}]*[,=]).*", ""),  # \text{ cm}^2 is a unit; drop it and what follows
+    (rf"(?<=[0-9a-zA-Z}}!])\s*\\text\s*\{{(?![^{{}}]*(?:[,=]|{_NO_UNIT})).*", ""),  # \text{ cm}^2 is a unit; drop it
     (r"\\text\s*\{([^{}]*)\}", r"\1"),
-    (r"(?<=[0-9}])\s+[a-zA-Z]{2}[a-zA-Z. ]*(?:\^\{?[0-9]\}?)?$", ""),  # 39 degrees, 10 cm^2
+    (rf"(?<=[0-9}}])\s+(?![a-zA-Z. ]*{_NO_UNIT})[a-zA-Z]{{2}}[a-zA-Z. ]*(?:\^\{{?[0-9]\}}?)?$", ""),  # 39 degrees
     (r"\\sqrt\s*([0-9a-zA-Z])", r"\\sqrt{\1}"),
     (r"\{((?:[^{}]|\{[^{}]*\})*)\\over(?![a-zA-Z])((?:[^{}]|\{[^{}]*\})*)\}", r"\\frac{\1}{\2}"),
     (r"^((?:[^{}]|\{[^{}]*\})*)\\over(?![a-zA-Z])((?:[^{}]|\{[^{}]*\})*)$", r"\\frac{\1}{\2}"),
@@ -123,6 +125,8 @@ def require_math_verify() -> None:
 def _open_question(gold: str, answer: str) -> bool:
     """Decide whether two different leaves are worth asking math-verify about."""
     number = _SPELLED.fullmatch(answer)
+    if number and re.fullmatch(r"-?[0-9./]+[a-zA-Z]+", gold):
+        return False  # math-verify would take 12 for 12ab, as if ab were a unit
     if _SPELLED.fullmatch(gold) or number and number[1]:
         return False  # numbers were compared exactly, and 28.27 is not 9 pi
     if re.search(r"[0-9A-Z]_|:|[0-9] [0-9]", f"{gold}{answer}") or ("=" in gold) != ("=" in answer):

@@ -103,7 +103,7 @@ def bf16_speed() -> float:
 def usable_cores() -> int:
     """Cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, int(os.environ.get("OMP_NUM_THREADS") or cores))
+    return min(cores, int((os.environ.get("OMP_NUM_THREADS") or str(cores)).split(",")[0]))
 
 
 def idle_cores() -> int:

@@ -198,11 +198,15 @@ def lock(run: Path) -> None:
 
 def run_card() -> str:
     """Say where, when and from which source a run was started."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT)
+        commit = git.stdout.strip()
+    except OSError:  # there is no git here
+        commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
     return (f"command  {' '.join([Path(sys.executable).name, *sys.argv])}\n"
-            f"commit   {git.stdout.strip() or 'unknown'}\n"
+            f"commit   {commit or 'unknown'}\n"
             f"torch    {torch.__version__}, {torch.get_num_threads()} threads, {device}{ranks}\n"
             f"machine  {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"
             f"start    {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")

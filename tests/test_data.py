@@ -300,6 +300,15 @@ def test_gold_is_written_in_every_format_and_read_back(task, answer_format, text
     assert gold_text(read_one("arc"), answer_format) == ""
 
 
+def test_headings_in_a_solution_are_no_answers():
+    """The reasoning was cut off at the first "####", so models learnt to answer without any."""
+    row = {"question": "How many?", "answer": "7", "solution": "#### Count\nShe has 3.\n#### Add\n3 + 4 = 7\n#### 7\n"}
+    problem = read_record(row, "number", "own-1")
+    assert gold_text(problem, "final_answer") == "#### Count\nShe has 3.\n#### Add\n3 + 4 = 7\nFinal answer: 7"
+    with pytest.raises(ValueError, match="solution ends in '8', and answer is '7'"):
+        read_record(row | {"solution": "#### Count\n#### 8"}, "number", "own-1")
+
+
 @pytest.mark.parametrize("answer_format, end", [
     ("final_answer", "5 * 2 = 10 pens\nFinal answer: 10"),
     ("trigger", "5 * 2 = 10 pens\n\nTherefore, the answer is <10>.\nTherefore, the answer is: 10.0")])
@@ -535,7 +544,8 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
     """With a warning if the model was trained with another prompt, and a line if its files declare other end tokens."""
     config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "iter1" / "model"))
     shutil.copytree(gsm8k_run.model, config.model)
-    (tmp_path / "config.json").write_text(json.dumps({"prompt": trained_on, "chat": "", "answer_format": ""}))
+    run = {"run_dir": "", "prompt": trained_on, "chat": "", "answer_format": ""}
+    (tmp_path / "config.json").write_text(json.dumps(run))
     (tmp_path / "iter1/model/generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5][:1 + warned]}))
     tokenizer = load_tokenizer(config.model)
     check_inputs(config, tokenizer, config.problems("train"), config.problems("test"))
@@ -543,7 +553,7 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
     assert "check: 18 prompts fit, and 8 of 8 gold solutions are graded correct\n" in said
     assert ("warning: " in said) == ("ends with any of the tokens 2, 5, since files disagree" in said) == warned
     tokenizer.eos_id = tokenizer.vocab_size  # an added end token that the embedding has no row for
-    with pytest.raises(InputError, match="the tokenizer gives token .*, and the model knows"):
+    with pytest.raises(InputError, match="the tokenizer gives token .*, and the model in .* knows"):
         check_inputs(config, tokenizer, [], config.problems("test"))
 
 
@@ -551,7 +561,7 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
     ({}, {"decode": lambda own, ids: own.decode(ids).replace("7", "1")},
      r"does not fit this task(.|\n)*#### 1\nverdict wrong, answer 1, gold answer 7"),
     ({}, {"encode": lambda own, text: [own.bos_id, *own.encode(text)]}, "only 0 of 18 prompts have exactly one BOS"),
-    ({}, {"encode": lambda own, text: [*own.encode(text), own.vocab_size]}, "gives token .*, and the model knows"),
+    ({}, {"encode": lambda own, text: [*own.encode(text), own.vocab_size]}, "token .*, and the model in .* knows"),
     ({"max_new_tokens": 120}, {}, "longest prompt has .* tokens, .*_tokens 120 it exceeds the model's 128 positions")])
 def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
     """Before an hour is spent: a tokenizer that does not know all digits, that adds a BOS itself, or of another
@@ -584,7 +594,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path
     monkeypatch.setattr(main, "open_run", open_run)
     monkeypatch.setattr(main, "check_inputs", lambda *args: None, raising=False)
     monkeypatch.setattr("sys.argv", [module, "--task", "gsm8k", "--path", gsm8k_run.path, "--model", str(model),
-                                     "--run_dir", str(run)])
+                                     "--run_dir", str(run), *["--select_every", "0"][:2 * (module == "irpo")]])
     for _ in range(2):
         with pytest.raises(Opened):
             main.main()

@@ -332,4 +332,8 @@ def test_the_record_of_a_model(tmp_path, monkeypatch, capsys, eval_samples):
     assert json.loads(json.dumps(rows)) == read_json(tmp_path / "eval.json")
     said = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
     sampled = ["M1 test, the first of 4 samples at temperature 0.7"] if eval_samples else []
+    if eval_samples:  # measured again without the flag, it keeps what was sampled
+        (tmp_path / "eval_sampled.jsonl").write_text('{"settings": {"num_samples": 4}, "sha256": ""}\n')
+        config.eval_samples = 0
+        assert evaluate.evaluate_model("M1", 1, "directory", config, tmp_path, 0.7, note="n") == rows
     assert said == ["M1 dev", "M1 test", *sampled]

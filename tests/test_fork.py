@@ -166,6 +166,16 @@ def test_a_folder_has_its_own_splits(tmp_path, capsys):
         TaskOptions(task=str(tmp_path / "none")).problems("train")
 
 
+def test_copies_of_a_question_are_held_out_together(tmp_path):
+    """Other case and spaces do not make another question, within a file either."""
+    rows = asked(20)
+    copies = [row | {"question": f" {row['question'].upper()} "} for row in rows]
+    write(tmp_path / "x.jsonl", *rows, *copies)
+    options = TaskOptions(task=str(tmp_path / "x.jsonl"))
+    found = {split: {data.normalized(problem.question) for problem in options.problems(split)} for split in data.SPLITS}
+    assert [len(questions) for questions in found.values()] == [12, 4, 4] and len(set().union(*found.values())) == 20
+
+
 def test_a_question_in_two_splits_is_refused(tmp_path):
     """A test question that was trained on shows in no number; other case or spaces do not make it another one."""
     write(tmp_path / "train.jsonl", *asked(10))

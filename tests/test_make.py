@@ -48,6 +48,16 @@ def test_a_model_is_one_argument(goal):
     assert "models/it's a 7B" in shlex.split(dry.stdout.replace("\n", " "))
 
 
+@pytest.mark.parametrize("variables, folder", [
+    (["TASK=gsm8k"], "runs/irpo-gsm8k-s0"), (["TASK=../my data.jsonl"], "runs/irpo-my data.jsonl-s0"),
+    (["TASK=gsm8k", "ARGS=--alpha 0 --run_dir runs/dpo --beta 1"], "runs/dpo")])
+def test_the_report_is_of_the_run_that_was_made(variables, folder):
+    dry = dry_run(["irpo", "MODEL=dir", *variables]).stdout.strip().splitlines()
+    train, report = map(shlex.split, dry[-2:])
+    assert [train[i + 1] for i, word in enumerate(train) if word == "--run_dir"][-1] == report[-1] == folder
+    assert train[train.index("--task") + 1] == variables[0][len("TASK="):]
+
+
 def test_every_command_in_the_makefile_parses():
     """Recipes call scripts with flags, too: all targets that `make help` lists, as `make -n` shows them."""
     targets = re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)

@@ -559,6 +559,20 @@ def test_a_claim_can_be_about_a_difference_of_differences(tmp_path):
     assert row[1:4] == ["points", "+15, +15", "100"] and "near-mod4-a0" in record["missing"]
 
 
+def test_what_is_not_of_all_seeds_or_not_of_one_code_is_named(tmp_path):
+    for seed in (0, 1):
+        path = irpo_run(tmp_path / "irpo" / f"s{seed}", [0.5, 0.7])
+        if seed:
+            rows = json.loads((path / "results.json").read_text())
+            rows = [{key: value for key, value in row.items() if key != "maj@8"} for row in rows]
+            (path / "results.json").write_text(json.dumps(rows))
+            with open(path / "log.jsonl", "a") as log:
+                log.write('{"folder": "s1", "event": "edited", "files": ["losses.py"]}\n')
+    text, _ = table(tmp_path, "table")
+    assert "Not of all seeds: maj@8 of IRPO, M0, maj@8 of IRPO, M1." in text
+    assert "Continued after code was edited (--anyway), irpo/s1: losses.py." in text
+
+
 def test_rerank_rows_starts_and_ranges_over_seeds(tmp_path):
     for seed, value in enumerate([0.8, 0.9, 1.0]):
         reft_run(tmp_path / "reft" / f"s{seed}", value, warm_up=0.5 + 0.1 * seed, seed=seed)

@@ -116,7 +116,7 @@ NO_NUMBER = r"""7*6|6-4|4^3|6³|4**3|x²|\sqrt{49}|√49|\frac{8}{4}|8/4|4!|7x|6
 7 x|7/x|7-|9%+9%|twice 6|half of 44|square root of 49|log 100|sqrt(49)|6 squared|7 plus tax|7 times 2|2 of 8|6 2/4|6 5/4
 4 4|7 and a half|7 and one third|7 dollars and forty cents|not 7|it isn't 7|never 7|7 is wrong|7 or more|neither 7
 more than 7|at least 7|up to 7|> 7|7±1|7 below zero|15% of 60 is 9|7. 8. 9.|7, 8|7 = 8|x=7, y=8|x = 7 or x = 8
-1.000,50|7 000"""
+1.000,50|7 000|7π|7 pi|7e|7 hundredths"""
 NUMBER_SPELLINGS = {
     "-7": ["–7", "—7", "−7", "- 7", "-$7", "$-7", "minus 7", "negative 7", "Negative $7"],
     "7": ["+7", "$7$", r"\(7\)", r"\mathbf{7}", r"\text{7 cm}", r"\textcolor{red}{7}", "*7*", "It is **7**.",
@@ -137,6 +137,12 @@ NUMBER_SPELLINGS = {
 def test_no_number_is_picked_out_of_an_expression_or_a_denial(phrase):
     """9*2 was 2, 3**2 was 32 (without its "bold"), \\sqrt{16} was 16, 5² was 5, and "not 18" was 18."""
     assert rewards.read_number(phrase) is None
+
+
+def test_commas_belong_to_answers_in_words():
+    """The hash format dropped those between digits from every answer."""
+    assert grade("So.\n#### 1,2,3", "1,2,3", "text", "hash").verdict == "correct"
+    assert grade("So.\n#### 1,3", "13", "gsm8k", "hash").answer == "13"
 
 
 @pytest.mark.parametrize("number, phrases", NUMBER_SPELLINGS.items())
@@ -234,7 +240,7 @@ SAME_SPELLING = [
     (r"44\%", "44"),
     (r"39^{\circ}", "39"),
     ("39 degrees", r"39^\circ"),
-    (r"440\text{ cm}^2", "440"),
+    (r"440\text{ cm}^2", "440"), ("5 miles per hour", "5"), ("8 cm", "8"),
     (r"10\,\mathrm{units}", "10"),
     ("x = 5", "5"),
     (r"x\in[-2,7]", r"\left[-2, 7\right]"),
@@ -280,6 +286,9 @@ DIFFERENT = [  # answer, gold: decided without math-verify
     *[(answer, "34") for answer in ("3 4", r"3\ 4", r"3\,4", r"3\;4", "3~4", r"3\qquad 4")],
     ("2 3/8", r"\frac{23}{8}"), ("2 3 x", "23x"), (r"5\mathrm{i}", "5"), ("13", "x^2+y^2=13"),
     ("x^2+y^2", "x^2+y^2=13"),
+    *[(rf"5 \text{{ {words} }}", "5") for words in ("but 8", "not 8", "plus x", "thousand")],
+    *[(f"5 {words}", "5") for words in ("plus x", "minus two", "squared", "choose two", "is wrong", "xy")],
+    ("12", "12ab"), ("2", "2ab"),
     ("x_2=8", "9"), ("(p,q)=(9,8)", "(8,9)"), (r"\frac{3}{-8}", r"\frac38"), (r"{1\over 3}", r"\frac12"),
 ]
 

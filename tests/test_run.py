@@ -194,6 +194,13 @@ def test_a_last_line_that_is_cut_short_goes(tmp_path, torn):
     assert before == torn.split("\n")[:-1] and json.loads(last)["event"] == "next"
 
 
+def test_a_run_needs_no_git(tmp_path, monkeypatch):
+    """Without it the run directory was said to be missing."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    open_run(config(tmp_path / "run"))
+    assert "\ncommit   unknown\n" in (tmp_path / "run" / "command.txt").read_text()
+
+
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path):
     """A file in the place of a folder, a folder in the place of a file, and a name that is too long."""
     write(tmp_path / "iter1")

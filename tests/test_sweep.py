@@ -9,6 +9,7 @@ import pytest
 from commands import command_faults
 
 import irpo
+from infra import InputError
 from infra.run import ROOT, copy_source, read_json, write_json
 from tools import sweep, tune
 
@@ -153,6 +154,24 @@ def test_done_runs_of_edited_code_are_refused(log, monkeypatch):
     assert not log and call(monkeypatch, *flags, "--anyway") == 0
 
 
+def test_done_runs_with_other_flags_are_refused(log, monkeypatch):
+    """After another tuning, runs with the old settings would have been the new table."""
+    for cell in ("k1", "k6"):
+        write(f"runs/rft/{cell}/s0", "results.json")
+        copy_source(Path(f"runs/rft/{cell}/s0/source"))
+        flags = sweep.command(f"runs/rft/{cell}/s0") + " --anyway" + " --lr 9" * (cell == "k6")
+        write(f"runs/rft/{cell}/s0", "command.txt", f"command  python {flags}\ncommit   a\n")
+    refused = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k1", "k6")
+    assert "\n  runs/rft/k6/s0: other flags\n" in refused and "k1" not in refused and not log
+
+
+def test_a_damaged_record_of_a_tuning_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "ROOT", tmp_path)
+    write(str(tmp_path / "results" / "tune"), "x.json", "{}")
+    with pytest.raises(InputError, match="x.json is no record of tools/tune.py"):
+        sweep.best_settings.__wrapped__()
+
+
 def test_pairs_of_the_nll_map_are_made_by_irpo_and_its_own_files(log):
     run = "runs/nll/near-exact-a0/s0"
     own = [ROOT / "results" / name for name in ("pairs.py", "controls.py")]
@@ -287,6 +306,21 @@ def test_the_better_half_of_the_settings_goes_on(failing, tmp_path, monkeypatch,
     assert [(one["iterations"], one["dev"]) for one in found["tried"]] == [
         (2, [0.5]), (4, [0.0 if failing else 0.6]), (4, [0.7])]
     assert found["best"] == tune.settings("x")["irpo"][2]
+
+
+@pytest.mark.parametrize("flags", [[], ["--failed_as_zero"]])
+def test_a_tuning_with_failed_runs_leaves_no_record_unless_asked(flags, tmp_path, monkeypatch):
+    """A full disk had given every setting accuracy 0, and the first one was called the best."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "work_on", lambda runs, jobs: runs)
+    monkeypatch.setattr(sys, "argv", ["tune", "toy", *flags])
+    if flags:
+        Path("results/tune").mkdir(parents=True)
+        tune.main()
+    else:
+        with pytest.raises(SystemExit, match="no record, since these failed: runs/tune-toy/irpo-0/s8 "):
+            tune.main()
+    assert Path("results/tune/toy.json").exists() == bool(flags)
 
 
 def test_tuning_does_not_mix_runs_of_other_code(log, monkeypatch):

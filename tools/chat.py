@@ -11,9 +11,9 @@ import torch
 
 from checkpoint import load_sampler
 from data.chat import CHATS
-from data.check import note_unused_chat
+from data.check import check_tokens, note_unused_chat
 from data.prompts import encode_prompt, end_ids, prompt_text, template_of
-from data.task import prompt_option
+from data.task import check_system, prompt_option
 from data.tokenizer import load_tokenizer, pieces
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
@@ -39,6 +39,7 @@ class Config(ComputeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         template_of(self.prompt)
+        check_system(self.chat, self.system)
 
 
 @torch.inference_mode()
@@ -78,6 +79,7 @@ def main() -> None:
         print("Type a question; an empty line ends.")
     while question := read_question():
         prompt = encode_prompt(tokenizer, prompt_text(config.prompt, "", question), config.chat, config.system)
+        check_tokens(config.model, [prompt])
         if len(prompt) >= model.config.max_length:
             print(f"[{len(prompt)} tokens are too long for this model's {model.config.max_length} positions]")
             continue

@@ -110,6 +110,8 @@ def read_run(path: Path) -> Run:
     card = path / "command.txt"
     card = read_card(card.read_text(encoding="utf-8", errors="replace") if card.exists() else "")
     card["minutes"] = round(sum(log.values()) / 60, 1)
+    if edited := [name for line in read_jsonl(path / "log.jsonl", "files") for name in line["files"]]:
+        card["edited"] = ", ".join(dict.fromkeys(edited))
     steps = read_jsonl(path / f"iter{models[-1]['iteration']}" / "train.jsonl", "step")
     if warned := Counter(name for step in steps for name in step.get("warnings", ())):
         card["warnings"] = ", ".join(f"{name} at {count} batches" for name, count in warned.items())
@@ -173,7 +175,7 @@ def how_made(run: Run) -> dict[str, str]:
               for key, value in run.config.items() if key not in NO_METHOD}
     flags = {key: re.sub(r"(?<=[-/]s)\d+\b", "SEED", value) for key, value in values.items()
              if not re.fullmatch("[0-9a-f]{64}", value)}
-    source = [path for path in sorted(run.path.glob("source/**/*.py")) if path.parent.name != "tools"]
+    source = [path for path in sorted(run.path.glob("source*/**/*.py")) if path.parent.name != "tools"]
     return {"": run.kind, **flags, "source": hash_of(run.config.get("problems"), *source)}
 
 
@@ -500,6 +502,11 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
               for run in runs if not run.finished]
     if warned := [f"{'/'.join(run.path.parts[-2:])}: {run.card['warnings']}" for run in runs if "warnings" in run.card]:
         facts.append(f"Warnings of {'; '.join(warned)}.")
+    if edited := [f"{'/'.join(run.path.parts[-2:])}: {run.card['edited']}" for run in runs if "edited" in run.card]:
+        facts.append(f"Continued after code was edited (--anyway), {'; '.join(edited)}.")
+    fewer = [f"{key} of {cell['label']}, {name}" for cell in summary.values() for name, model in cell["models"].items()
+             for key, _ in COLUMNS if key in model and key != "seeds" and model[key]["n"] < model["seeds"]]
+    facts += [f"Not of all seeds: {', '.join(fewer)}."] if fewer else []
     starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
     if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
         facts.append("The runs differ in their first models already: not the same base, or not the same questions.")

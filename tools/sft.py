@@ -9,6 +9,7 @@ import data
 from checkpoint import model_hash
 from data import toy
 from data.fresh import HEADS, fresh_model
+from data.check import check_tokens
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from infra import InputError
@@ -53,6 +54,7 @@ def main() -> None:
     def train() -> Llama:
         tokenizer, model = load_tokenizer(start), load_for_training(start, config)
         examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
+        check_tokens(start, (example.prompt + example.response for example in examples))
         fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
         return model
 

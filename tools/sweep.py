@@ -17,18 +17,29 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
-from infra.run import ROOT, edited_files, read_json, source_copies
+from infra import InputError
+from infra.run import ROOT, edited_files, read_json, run_script, source_copies
 
 ALL = read_json(ROOT / "results" / "tables.json")
 TABLES = ALL["tables"]
-for tuned in sorted(ROOT.glob("results/tune/*.json")):  # what tools/tune.py has found, for cells of tables
-    for method, found in read_json(tuned)["methods"].items():
-        ALL["parts"][f"BEST_{tuned.stem}_{method}"] = found["best"]
 
 
 # --- one run, named by its directory --------------------------------------------------------------
+
+@cache
+def best_settings() -> dict[str, str]:
+    """Read what tools/tune.py has found, for cells of tables."""
+    found = {}
+    for path in sorted(ROOT.glob("results/tune/*.json")):
+        try:
+            found |= {f"BEST_{path.stem}_{method}": one["best"] for method, one in read_json(path)["methods"].items()}
+        except (KeyError, TypeError, AttributeError):
+            raise InputError(f"{path} is no record of tools/tune.py: remove it, or restore it") from None
+    return found
+
 
 def command(run: str) -> str:
     """Return what makes runs/FOLDER/CELL/sSEED or runs/NAME-sSEED: a script with flags, or another table's run that is
@@ -38,7 +49,7 @@ def command(run: str) -> str:
     text = table_of(folder)["cells"][cell] if cell else ALL["starts"][name]
     try:
         while "{" in text:  # parts have parts
-            text = text.format(seed=seed, run=run, **ALL["parts"])
+            text = text.format(seed=seed, run=run, **best_settings() | ALL["parts"])
     except KeyError as error:
         raise SystemExit(f"{run} needs {error}. BEST_NAME_METHOD is found by `python -m tools.tune NAME`: "
                          "run it first") from None
@@ -89,11 +100,19 @@ def edited(run: str) -> list[str]:
     return found
 
 
-def refuse_edited(runs: list[str]) -> None:
-    """Stop where one of these runs, or of those whose files they share, was made by other code."""
+def has_other_flags(run: str) -> bool:
+    """Tell whether a run was begun with other flags than those of its cell."""
+    flags, card = command(run).partition(" --")[2], Path(run, "command.txt")
+    begun = card.read_text(encoding="utf-8").partition("\n")[0] if card.exists() else ""
+    return bool(flags and begun) and not begun.removesuffix(" --anyway").endswith(flags)
+
+
+def refuse_other(runs: list[str], flags_too: bool = True) -> None:
+    """Stop where one of these runs, or of those whose files they share, was made by other code or with other flags."""
     used = [run for run in dict.fromkeys([*runs, *map(source, runs)]) if run and done(run)]
-    if old := [f"  {run}: {', '.join(names)}" for run in used if (names := edited(run))]:
-        sys.exit("\n".join(["these runs were made before files were edited:", *old,
+    if old := [f"  {run}: {', '.join(names)}" for run in used if (
+            names := edited(run) + ["other flags"] * (flags_too and has_other_flags(run)))]:
+        sys.exit("\n".join(["these runs were made before files were edited, or with other flags:", *old,
                             "Remove the runs to make them again, or give --anyway to keep them."]))
 
 
@@ -200,7 +219,7 @@ def main() -> None:
         return
 
     if not args.anyway:
-        refuse_edited(runs)
+        refuse_other(runs)
     if left := work_on(runs, args.jobs, args.gpus):
         sys.exit(f"no report, since these are missing: {' '.join(left)}")
     partial = set(cells) < set(table["cells"]) or not set(table["seeds"]) <= set(seeds)
@@ -208,4 +227,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

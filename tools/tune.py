@@ -4,9 +4,9 @@
     python -m tools.tune real --list      # the settings that all begin with, as commands
 
 What is tuned is in results/tables.json, under "tune". Cells of tables use the best settings as {BEST_NAME_METHOD}. A
-setting's score is the mean over seeds of the last iteration's dev accuracy; a run that fails, such as one whose weights
-diverge, has 0. With "iterations": [2, 4], all settings have two iterations and the better half of them has four
-(successive halving, arXiv 1502.07943). Ctrl-C stops the runs, and the same command resumes.
+setting's score is the mean over seeds of the last iteration's dev accuracy; with --failed_as_zero, 0 for a run that
+fails, such as one whose weights diverge. With "iterations": [2, 4], all settings have two iterations and the better
+half of them has four (successive halving, arXiv 1502.07943). Ctrl-C stops the runs, and the same command resumes.
 """
 import argparse
 import random
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
-from infra.run import read_json, write_json
+from infra.run import read_json, run_script, write_json
 from tools import sweep
 
 
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("name", choices=sweep.ALL["tune"])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     parser.add_argument("--list", action="store_true", help="only print the commands")
+    parser.add_argument("--failed_as_zero", action="store_true", help="a run that fails has accuracy 0")
     parser.add_argument("--anyway", action="store_true", help="keep runs that were made before the code was edited")
     args = parser.parse_args()
     for rung in range(max(len(rungs(args.name, method)) for method in settings(args.name))):
@@ -117,11 +118,13 @@ def main() -> None:
             print(*(f"python {sweep.command(run)}" for run in runs), sep="\n")
             return
         if not args.anyway:
-            sweep.refuse_edited(runs)
+            sweep.refuse_other(runs, flags_too=False)
         for run in runs:
             reopen(run, sweep.command(run))
-        if first := [run for run in sweep.work_on(runs, args.jobs) if run not in runs]:
-            sys.exit(f"no record, since these are missing: {' '.join(first)}")
+        failed = sweep.work_on(runs, args.jobs)
+        if failed and not (args.failed_as_zero and set(failed) <= set(runs)):
+            sys.exit(f"no record, since these failed: {' '.join(failed)}\nTheir output.txt says why. Where training "
+                     "diverged, --failed_as_zero gives the setting accuracy 0.")
     out = Path("results/tune", f"{args.name}.json")
     write_json(out, found := record(args.name))
     for method, what in found["methods"].items():
@@ -130,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
