@@ -569,7 +569,7 @@ def test_what_is_not_of_all_seeds_or_not_of_one_code_is_named(tmp_path):
             with open(path / "log.jsonl", "a") as log:
                 log.write('{"folder": "s1", "event": "edited", "files": ["losses.py"]}\n')
     text, _ = table(tmp_path, "table")
-    assert "Not of all seeds: maj@8 of IRPO, M0, maj@8 of IRPO, M1." in text
+    assert "\nNot of all seeds: maj@8 of IRPO, M0, maj@8 of IRPO, M1.\n" in text
     assert "Continued after code was edited (--anyway), irpo/s1: losses.py." in text
 
 

@@ -505,7 +505,8 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     if edited := [f"{'/'.join(run.path.parts[-2:])}: {run.card['edited']}" for run in runs if "edited" in run.card]:
         facts.append(f"Continued after code was edited (--anyway), {'; '.join(edited)}.")
     fewer = [f"{key} of {cell['label']}, {name}" for cell in summary.values() for name, model in cell["models"].items()
-             for key, _ in COLUMNS if key in model and key != "seeds" and model[key]["n"] < model["seeds"]]
+             for key, value in model.items() if re.fullmatch(r"accuracy|(maj|pass)@\d+", key)
+             and value["n"] < model["seeds"]]
     facts += [f"Not of all seeds: {', '.join(fewer)}."] if fewer else []
     starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
     if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
