@@ -13,6 +13,7 @@ from tiny import tiny_model
 from checkpoint import load_model, save_model
 from data import __main__ as show
 from data.prompts import encode_prompt, encode_solution, end_ids, prompt_text
+from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
 from runs import call, read_lines
 from sample import generate
@@ -154,6 +155,13 @@ def apply(theirs, messages: list[tuple[str, str]], ask: bool) -> list[int]:
     """The token ids of transformers' apply_chat_template."""
     return theirs.apply_chat_template([dict(role=role, content=text) for role, text in messages if text],
                                          add_generation_prompt=ask, return_dict=False)
+
+
+@pytest.mark.parametrize("config", [TaskOptions, chat.Config])
+def test_a_system_message_needs_a_chat(config):
+    """It was recorded, and not in the prompt."""
+    with pytest.raises(ValueError, match="--system Be terse.: only a chat has a system message; give --chat"):
+        config(model="m", system="Be terse.") if config is chat.Config else config(system="Be terse.")
 
 
 @pytest.mark.parametrize("system", ["", "Be terse."])

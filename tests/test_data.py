@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from contextlib import nullcontext
 from decimal import Decimal
 from types import SimpleNamespace
 
@@ -555,6 +556,23 @@ def test_inputs_that_fit_are_accepted(gsm8k_run, tmp_path, capsys, trained_on, w
     tokenizer.eos_id = tokenizer.vocab_size  # an added end token that the embedding has no row for
     with pytest.raises(InputError, match="the tokenizer gives token .*, and the model in .* knows"):
         check_inputs(config, tokenizer, [], config.problems("test"))
+
+
+def test_a_start_with_another_tokenizer_is_refused(gsm8k_run, tmp_path, capsys):
+    """It would train on another model's token ids. And a folder's config.json that no run made says nothing."""
+    config = dataclasses.replace(gsm8k_run, model=str(tmp_path / "model"))
+    shutil.copytree(gsm8k_run.model, config.model)
+    (tmp_path / "config.json").write_text(json.dumps({"prompt": "\x1b[31m"}))
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["She has 3 pens and buys 4 . How many ? #### 7"] * 9),
+        model_prefix=str(tmp_path / "other"), vocab_size=30, hard_vocab_limit=False, minloglevel=2)
+    (tmp_path / "start").mkdir()
+    shutil.copy(tmp_path / "other.model", tmp_path / "start" / "tokenizer.model")
+    for start, refused in ((config.model, False), (str(tmp_path / "start"), True)):
+        object.__setattr__(config, "start_from", start)
+        with pytest.raises(InputError, match="--start_from .* has another tokenizer") if refused else nullcontext():
+            check_inputs(config, load_tokenizer(config.model), config.problems("train"), config.problems("test"))
+    assert "\x1b" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, tokenizer, said", [
