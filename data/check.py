@@ -23,7 +23,7 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     if longest + config.max_new_tokens > shape.max_length:
         raise InputError(f"the longest prompt has {longest} tokens, and with --max_new_tokens {config.max_new_tokens} "
                          f"it exceeds the model's {shape.max_length} positions")
-    check_tokens(config.model, [[tokenizer.eos_id], *prompts, *(ids for ids, _ in golds)])
+    check_tokens(config.model, shape.vocab_size, [[tokenizer.eos_id], *prompts, *(ids for ids, _ in golds)])
     if start := getattr(config, "start_from", ""):
         other = load_tokenizer(start)
         if [config.prompt_ids(other, p) for p in problems] != prompts[:len(problems)]:
@@ -59,11 +59,10 @@ def check_inputs(config, tokenizer, problems: list[data.Problem], others: list[d
     warn_if_trained_otherwise(config)
 
 
-def check_tokens(directory: str, sequences: Iterable[list[int]]) -> None:
-    """Refuse token ids for which a directory's model has no embedding."""
-    last, known = max(map(max, sequences)), load_config(directory).vocab_size
-    if last >= known:
-        raise InputError(f"the tokenizer gives token {last}, and the model in {directory} knows {known}: they do not "
+def check_tokens(model: str, vocab_size: int, sequences: Iterable[list[int]]) -> None:
+    """Refuse token ids for which a model, named by its directory, has no embedding."""
+    if (last := max(map(max, sequences))) >= vocab_size:
+        raise InputError(f"the tokenizer gives token {last}, and the model in {model} knows {vocab_size}: they do not "
                          "belong together")
 
 

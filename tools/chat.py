@@ -79,7 +79,7 @@ def main() -> None:
         print("Type a question; an empty line ends.")
     while question := read_question():
         prompt = encode_prompt(tokenizer, prompt_text(config.prompt, "", question), config.chat, config.system)
-        check_tokens(config.model, [prompt])
+        check_tokens(config.model, model.config.vocab_size, [prompt])
         if len(prompt) >= model.config.max_length:
             print(f"[{len(prompt)} tokens are too long for this model's {model.config.max_length} positions]")
             continue

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from checkpoint import model_hash
+from checkpoint import load_config, model_hash
 from data.check import check_tokens
 from evaluate import Answered, summarize, wilson
 from infra import InputError
@@ -136,8 +136,9 @@ def rerank(labelled: list[Labelled], candidates: list[Answered], config: Config,
 def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
     labelled, candidates, split = read_inputs(config)
-    check_tokens(config.model, [[*q.prompt_ids, *s.ids] for q in candidates for s in q.samples])
-    check_tokens(config.model, [response.prompt + response.response for response in labelled])
+    check_tokens(config.model, load_config(config.model).vocab_size, [
+        *(response.prompt + response.response for response in labelled),
+        *(q.prompt_ids + s.ids for q in candidates for s in q.samples)])
     print(f"{len(labelled):,} labelled responses, {fmean(response.right for response in labelled):.0%} of them right")
     run = open_run(config, weights=model_hash(config.model), labelled_hash=hash_of(Path(config.labelled)),
                    candidates_hash=hash_of(Path(config.candidates)))

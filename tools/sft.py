@@ -54,7 +54,7 @@ def main() -> None:
     def train() -> Llama:
         tokenizer, model = load_tokenizer(start), load_for_training(start, config)
         examples = [Example(p.id, config.prompt_ids(tokenizer, p), config.gold_ids(tokenizer, p)) for p in problems]
-        check_tokens(start, (example.prompt + example.response for example in examples))
+        check_tokens(start, model.config.vocab_size, (example.prompt + example.response for example in examples))
         fit_sft(model, examples, config, config.seed, run, config.prompt_weight)
         return model
 
