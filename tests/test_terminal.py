@@ -11,7 +11,7 @@ from evaluate import Answered, Sample
 from infra import InputError
 from infra.progress import printable
 from infra.run import run_script, write_records
-from runs import call
+from runs import call, refusal
 from tiny import tiny_model
 from tools import chat, evaluation
 
@@ -42,6 +42,17 @@ def test_a_chat_streams_text(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"how?")))
     call(chat, "--model", "m")
     assert capsys.readouterr().out == f"{SEEN} [truncated]\n"
+
+
+def test_a_chat_refuses_token_ids_that_its_model_does_not_know(monkeypatch, capsys):
+    """It ended in an IndexError."""
+    model = tiny_model()
+    monkeypatch.setattr(chat, "load_sampler", lambda path, precision: model)
+    tokenizer = SimpleNamespace(eos_ids=(2,), bos_id=1, encode=lambda text: [model.config.vocab_size], chat_template="")
+    monkeypatch.setattr(chat, "load_tokenizer", lambda path: tokenizer)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"how?")))
+    said = refusal(capsys, chat, "--model", "m")
+    assert f"gives token {model.config.vocab_size}, and the model in m knows {model.config.vocab_size}: they" in said
 
 
 def test_a_verdict_that_changed_is_shown_as_text(tmp_path, capsys):
