@@ -90,9 +90,8 @@ def edited(run: str) -> list[str]:
     import irpo  # noqa: F401 (here, since they load torch, and their files and those that they load count)
     import reft  # noqa: F401
     import rft  # noqa: F401
-    script = command(run).split()[0]
-    others = {"irpo.py", "reft.py", "rft.py"} - {"irpo.py" if "results.pairs" in command(run) else script}
-    found = []
+    made_by, found = command(run), []
+    others = {"irpo.py", "reft.py", "rft.py"} - {"irpo.py" if "results.pairs" in made_by else made_by.split()[0]}
     for copy in source_copies(Path(run))[-1:]:
         found += [name for name in edited_files(copy) if name not in others]
         found += [f"results/{own.name}" for own in sorted(copy.glob("own/*.py"))
