@@ -2,8 +2,8 @@
 
     python -m results.describe_pairs runs/nll > results/nll/pairs.md
 
-Distance: edits of tokens from the chosen response to the rejected one. Wrong winners: those without the right answer,
-which the run's reward calls right all the same.
+Distance: edits of tokens from the chosen response to the rejected one. Gold winners: those that are no sample. Wrong
+winners: those without the right answer, which the run's reward calls right all the same.
 """
 import sys
 from pathlib import Path
@@ -14,18 +14,20 @@ from infra.run import read_records
 from irpo import Pair
 from results.pairs import edit_distance
 
-FORMATS = {"pairs": ",.0f", "tokens of a winner": ".1f", "distance": ".1f", "wrong winners": ".1%"}
+FORMATS = {"pairs": ",.0f", "tokens of a winner": ".1f", "distance": ".1f", "gold winners": ".1%",
+           "wrong winners": ".1%"}
 
 
 def describe(folder: Path) -> dict[str, float]:
-    """Describe the pairs of an iteration, none of which has gold as its winner."""
+    """Describe the pairs of an iteration."""
     pairs, answered = (read_records(folder / name, kind)[1] for name, kind in (
         ("pairs.jsonl", Pair), ("samples.jsonl", Answered)))
     wrong = {(question.id, *sample.ids): sample.answer != question.gold for question in answered
              for sample in question.samples}
+    winners = [wrong.get((pair.id, *pair.chosen)) for pair in pairs]  # None: gold
     return {"pairs": len(pairs), "tokens of a winner": fmean(len(pair.chosen) for pair in pairs),
             "distance": fmean(edit_distance(pair.chosen, pair.rejected) for pair in pairs),
-            "wrong winners": fmean(wrong[pair.id, *pair.chosen] for pair in pairs)}
+            "gold winners": winners.count(None) / len(pairs), "wrong winners": winners.count(True) / len(pairs)}
 
 
 def main(root: Path) -> None:

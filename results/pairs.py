@@ -11,6 +11,7 @@ import irpo
 from evaluate import Answered
 from infra.config import option
 from infra.run import run_script
+from rft import levenshtein
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,7 @@ class Config(irpo.Config):
 
 def edit_distance(a: list[int], b: list[int]) -> int:
     """Count the insertions, deletions and replacements of tokens that make a into b (Levenshtein)."""
-    row = list(range(len(b) + 1))  # distances of what has been read of a to each beginning of b
-    for i, x in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (x != y))
-    return row[-1]
+    return levenshtein("".join(map(chr, a)), "".join(map(chr, b)))
 
 
 def preference_pairs(answered: list[Answered], golds: dict[str, list[int]], config: Config) -> list[irpo.Pair]:

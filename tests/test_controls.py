@@ -44,13 +44,14 @@ def test_lucky_and_random_winners():
 
 
 def test_what_pairs_are_like(tmp_path, capsys):
-    """A winner is wrong if it does not have the right answer, whatever its reward was."""
+    """A winner is wrong if it does not have the right answer, whatever its reward was, and gold if it is no sample."""
     def sample(ids: list[int], answer: str, right: bool) -> Sample:
         return Sample(ids, True, "", "correct" if right else "wrong", answer)
     for seed, lucky in enumerate(("7", "3")):  # 3 is 7 modulo 4
         folder = tmp_path / "mod4" / f"s{seed}" / "iter1"
         samples = [sample([1, 2], "7", True), sample([1, 2, 3], lucky, True), sample([4, 4], "5", False)]
         write_records(folder / "samples.jsonl", [Answered("q", "?", [0], "7", samples)], {"a": 1})
-        write_records(folder / "pairs.jsonl", [Pair("q", [0], [1, 2], [4, 4]), Pair("q", [0], [1, 2, 3], [4, 4])], {})
+        write_records(folder / "pairs.jsonl", [Pair("q", [0], ids, [4, 4]) for ids in (
+            [1, 2], [1, 2, 3], [9, 9, 9, 9], [9, 9, 9])], {})
     describe_pairs.main(tmp_path)
-    assert capsys.readouterr().out.splitlines()[2] == "| mod4 | 1 | 2 | 2.5 | 2.5 | 25.0% |"
+    assert capsys.readouterr().out.splitlines()[2] == "| mod4 | 1 | 4 | 3.0 | 3.0 | 50.0% | 12.5% |"
