@@ -18,7 +18,7 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """(N, V), (N,) -> (N,): log-probability of each target, in float32.
 
     A softmax in bfloat16 would bias the sum over the 200 tokens of a response. Logits that a product in bfloat16 has
-    made carry noise all the same, about 0.3 nats in that sum; with --precision fp32 they do not.
+    made carry its noise all the same; with --precision fp32 they do not.
     """
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 
