@@ -4,7 +4,6 @@ Nothing here chooses anything: a method that picks a checkpoint or a setting doe
 
     python evaluate.py --preset toy --model runs/base-s0/model    # see tools/evaluation.py
 """
-import math
 import os
 import runpy
 import warnings
@@ -20,6 +19,7 @@ from checkpoint import load_sampler, model_hash
 from data.own import reward_all
 from data.task import TaskOptions
 from data.tokenizer import load_tokenizer
+from grading.counts import majority, pass_at_k, wilson, wilson_of_mean
 from infra import InputError
 from infra.config import option
 from infra.hardware import ComputeOptions
@@ -31,7 +31,6 @@ from rewards import grade_all
 from sample import Response, cache_budget, generate
 
 PIECE = 2 * 10**10  # responses times parameters that a CPU samples together: 148 responses of a model with 135 M
-Z = 1.959964  # 97.5 % of a normal distribution is below this many standard deviations
 
 
 @dataclass(frozen=True)
@@ -210,45 +209,6 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
 
 # --- counting --------------------------------------------------------------------------------------
 
-def wilson(successes: float, n: float) -> tuple[float, float]:
-    """95 % score interval of a proportion (Wilson 1927): it never leaves [0, 1] and is sound near its ends."""
-    p = successes / n
-    center = (p + Z * Z / (2 * n)) / (1 + Z * Z / n)
-    half = Z / (1 + Z * Z / n) * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return max(0.0, center - half), min(1.0, center + half)
-
-
-def wilson_of_mean(shares: list[float]) -> tuple[float, float]:
-    """95 % interval of the mean of values in [0, 1]: Wilson's, with the number of zeros and ones that tells as much.
-
-    The variance of zeros and ones with mean p is p (1 - p); values that vary less count as more of them. Equal values
-    would count as infinitely many, so Z^2 / 2 zeros and Z^2 / 2 ones are added first (as Agresti and Coull do, 1998).
-    """
-    n = len(shares) + Z * Z
-    p = (sum(shares) + Z * Z / 2) / n
-    variance = (sum(share * share for share in shares) + Z * Z / 2) / n - p * p
-    count = len(shares) * p * (1 - p) / variance
-    return wilson(fmean(shares) * count, count)
-
-
-def pass_at_k(n: int, c: int, k: int) -> float:
-    """Chance that k of n samples, drawn without replacement, include one of the c right ones (unbiased)."""
-    if not 0 < k <= n:
-        raise ValueError(f"pass@{k} needs 1 to {n} samples")
-    return 1.0 - math.comb(n - c, k) / math.comb(n, k)
-
-
-def majority(answers: list[tuple[str | None, bool]]) -> float:
-    """Share of the most frequent answers that is right, from (answer, is right); no answer has no vote.
-
-    A tie is shared rather than broken, and so is an answer with several verdicts: any sample that gives it could be the
-    one to hand in. So the order of samples cannot matter.
-    """
-    votes = Counter(answer for answer, _ in answers if answer is not None)
-    most = max(votes.values(), default=0)
-    return fmean(right for answer, right in answers if votes[answer] == most) if most else 0.0
-
-
 def summarize(answered: list[Answered], task: str) -> dict:
     """Count over each question's first sample (accuracy, verdicts, lengths), and over all of several (pass@k, maj@k).
 
@@ -284,15 +244,6 @@ def print_summary(name: str, found: dict) -> None:
     for kind, share in shares.items():
         if share > MANY:
             print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
-
-
-def print_tags(name: str, tags: dict) -> None:
-    """Print the accuracy of the responses that have a tag's value, and their share of all, for the eight most frequent
-    values."""
-    for tag, values in tags.items():
-        often = sorted(values, key=lambda value: -values[value]["share"])[:8]
-        print(f"{name} by {tag}: " + ", ".join(f"{value} ({part['share']:.1%} of all) {part['accuracy']:.1%} right"
-                                               for value, part in values.items() if value in often))
 
 
 def by_tags(samples: list[tuple[Answered, Sample]], task: str) -> dict:

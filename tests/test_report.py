@@ -485,19 +485,20 @@ def test_a_table_of_one_seed_compares_its_runs(tmp_path):
     assert "### Right in IRPO, M1, not in DPO, M1: 50 questions" in text
 
 
-def test_sweep_has_a_panel_per_beta_and_names_missing_cells(tmp_path):
-    for alpha, beta, fall in (("0", "0.1", 8.0), ("1", "0.1", -0.5), ("0", "0.05", 2.0)):
+def test_a_panel_per_part_of_a_label_and_missing_cells_are_named(tmp_path):
+    for name, fall in (("near-exact-a0", 8.0), ("near-exact-a1", -0.5), ("far-mod4-a0", 2.0)):
         for seed in (0, 1):
-            irpo_run(tmp_path / "sweep" / f"alpha{alpha}-beta{beta}" / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
-    text, record = table(tmp_path / "sweep", "sweep")
-    assert "alpha1-beta0.05" in record["missing"] and len(record["missing"]) == 17
-    assert table_cell(text, "β=0.1: α=0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
-    assert table_cell(text, "β=0.1: α=1 M1", "chosen change") == "+0.00 ± 6.35"
-    assert claim(text, "NLL keeps the chosen log-prob up at beta 0.1")[1:] == ["nats", "+8.5, +8.5", "1", "shown"]
-    kind, cells, _ = report.load_table(tmp_path / "sweep")
+            irpo_run(tmp_path / "nll" / name / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
+    text, record = table(tmp_path / "nll", "nll")
+    assert "far-mod4-a1" in record["missing"] and len(record["missing"]) == 9
+    assert table_cell(text, "alike, no luck: α = 0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
+    assert table_cell(text, "alike, no luck: α = 1 M1", "chosen change") == "+0.00 ± 6.35"
+    falls = "alike, no luck: without the term, the chosen log-prob falls"
+    assert claim(text, falls)[1:] == ["nats", "+8, +9", "1", "not shown"]
+    kind, cells, _ = report.load_table(tmp_path / "nll")
     panels = report.over_models(report.summarize(kind, cells))
     assert {name: [*lines] for name, lines in panels.items() if any(lines.values())} == {
-        "β=0.05": ["α=0"], "β=0.1": ["α=0", "α=1"]}
+        "alike, no luck": ["α = 0", "α = 1"], "unlike, modulo 4": ["α = 0"]}
 
 
 def test_rft_over_k_and_the_pool(tmp_path):

@@ -10,10 +10,11 @@ from statistics import fmean
 
 import data
 from data import toy
-from evaluate import Answered, SampleOptions, Sampler, answer, print_tags, summarize
+from evaluate import Answered, SampleOptions, Sampler, answer, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.run import run_script
+from tools.evaluation import print_tags
 
 DEEP = (6, 7, 8)  # steps of questions that are longer than all in the corpus
 RANGES = {"greedy accuracy": (0.35, 0.55), "pass@8": (0.60, 0.85), "lucky share": (0.0, 0.05)}

@@ -12,7 +12,7 @@ import data
 from checkpoint import model_hash
 from data.check import check_inputs
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, SampleOptions, answer_once, print_summary, print_tags, summarize
+from evaluate import Answered, SampleOptions, answer_once, print_summary, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
@@ -75,6 +75,15 @@ def print_shares(name: str, found: dict) -> None:
     if "num_samples" in found:
         print(", ".join(f"{name} {value:.1%}" for name, value in found.items()
                         if re.fullmatch(r"(pass|maj)@\d+", name)))
+
+
+def print_tags(name: str, tags: dict) -> None:
+    """Print the accuracy of the responses that have a tag's value, and their share of all, for the eight most frequent
+    values."""
+    for tag, values in tags.items():
+        often = sorted(values, key=lambda value: -values[value]["share"])[:8]
+        print(f"{name} by {tag}: " + ", ".join(f"{value} ({part['share']:.1%} of all) {part['accuracy']:.1%} right"
+                                               for value, part in values.items() if value in often))
 
 
 def main() -> None:
