@@ -465,6 +465,8 @@ def test_table_has_means_the_paper_and_what_is_missing(tmp_path, capsys):
     assert table_cell(text, "DPO M1", "chosen change") == "-5.00"
     cell = record["cells"]["irpo"]
     assert cell["models"]["M1"]["accuracy"]["values"] == {"0": 0.6, "1": 0.7, "2": 0.9}
+    assert cell["models"]["M2"]["worst_fall"]["values"] == pytest.approx({"0": 0, "1": 0, "2": 0.1})
+    assert "worst_fall" not in record["cells"]["dpo"]["models"]["M1"], "one training run cannot fall back"
     assert cell["runs"]["2"] == {"command": "python irpo.py --seed 0", "commit": "abc123", "minutes": 1.5}
     absent = report.PAPER["irpo"]["cells"].keys() - {"irpo", "dpo"}
     assert sorted(record["missing"]) == sorted(["dpo/s0", "dpo/s2", *absent])

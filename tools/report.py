@@ -12,6 +12,7 @@ RUN is a run directory, or a folder of them, sSEED. Runs that differ in the seed
 by the flags that differ.
 """
 import argparse
+import itertools
 import json
 import math
 import re
@@ -118,6 +119,8 @@ def read_run(path: Path) -> Run:
     if dev := curve([steps], "dev"):
         middle = next(accuracy for step, accuracy, *_ in dev if 2 * step >= dev[-1][0])
         models[-1] |= {"dev_lowest": min(accuracy for _, accuracy, *_ in dev), "dev_halfway": middle}
+    if len(tested := [model["accuracy"] for model in models if "accuracy" in model]) > 2:
+        models[-1]["worst_fall"] = max(best - now for best, now in zip(itertools.accumulate(tested, max), tested))
     kind = {"M0": "irpo", "SFT": "rft", "RFT": "rft"}.get(models[0]["name"], "reft")
     return Run(path, models, steps, read_json(path / "config.json"), card, finished, kind)
 
