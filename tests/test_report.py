@@ -337,7 +337,7 @@ def test_a_method_has_one_colour_and_marker_in_all_pictures(tmp_path, monkeypatc
     places = {}
     for label, place in (item for labels in drawn for item in labels.items()):
         assert places.setdefault(label, place) == place, label
-    assert places == {"ReFT": 0, "SFT": 5, "Offline-ST": 6}
+    assert places == {"ReFT": 0, "SFT": 4, "Offline-ST": 5}
 
 
 def test_accuracy_over_compute(tmp_path):
@@ -505,23 +505,23 @@ def test_a_panel_per_part_of_a_label_and_missing_cells_are_named(tmp_path):
 
 def test_rft_over_k_and_the_pool(tmp_path):
     for seed, value in enumerate([0.6, 0.7, 0.8]):
-        rft_run(tmp_path / "k50" / f"s{seed}", value, sft=0.5 + 0.01 * seed, kept=10 * seed, paths=1.5)
+        rft_run(tmp_path / "k40" / f"s{seed}", value, sft=0.5 + 0.01 * seed, kept=10 * seed, paths=1.5)
         rft_run(tmp_path / "k1" / f"s{seed}", 0.55, sft=None)
         rft_run(tmp_path / "pool" / f"s{seed}", 0.9, sft=None, exclusive=(0.2, 0.3 + 0.1 * seed))
         rft_run(tmp_path / "half" / f"s{seed}", 0.5, sft=0.4)
     text, record = table(tmp_path, "rft")
-    assert table_cell(text, "RFT, k = 50 RFT", "accuracy") == f"70.0% ± {HALF:.1%}"
-    assert table_cell(text, "RFT, k = 50 RFT", "kept").startswith("10 ±")
-    assert table_cell(text, "RFT, k = 50 SFT", "accuracy").startswith("51.0%")
-    assert table_cell(text, "1/2 of the questions, k = 50 SFT", "accuracy") == "40.0% (35.0% to 45.0%)"
+    assert table_cell(text, "RFT, k = 40 RFT", "accuracy") == f"70.0% ± {HALF:.1%}"
+    assert table_cell(text, "RFT, k = 40 RFT", "kept").startswith("10 ±")
+    assert table_cell(text, "RFT, k = 40 SFT", "accuracy").startswith("51.0%")
+    assert table_cell(text, "1/2 of the questions, k = 40 SFT", "accuracy") == "40.0% (35.0% to 45.0%)"
     assert table_cell(text, "6", "correct paths") == "9.00 ± 0.00", "of the largest k"
     assert table_cell(text, "6", "distinct paths and gold") == "1.60 ± 0.00 [1.74]"
-    assert table_cell(text, "RFT, paths of 3 models, k = 50 each RFT", "only model 1").startswith("40.0%")
+    assert table_cell(text, "RFT, paths of 3 models, k = 40 each RFT", "only model 1").startswith("40.0%")
     assert "SFT" not in record["cells"]["pool"]["models"], "a pooled run has no SFT of its own"
     assert claim(text, "F3: RFT beats SFT")[1:] == ["points", "+10, +19, +28", "100", "not shown"]
     kind, cells, _ = report.load_table(tmp_path)
     points = report.over_k(report.summarize(kind, cells))[""]["RFT"]
-    assert [(x, pytest.approx(y)) for x, y, *_ in points] == [(0, 0.51), (1, 0.55), (50, 0.7)], "SFT is k = 0"
+    assert [(x, pytest.approx(y)) for x, y, *_ in points] == [(0, 0.51), (1, 0.55), (40, 0.7)], "SFT is k = 0"
 
 
 def test_claims_follow_from_the_numbers(tmp_path):
@@ -615,7 +615,7 @@ def test_dev_accuracy_on_the_way(tmp_path):
 def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         call(report, "--table", tmp_path)
-    rft_run(tmp_path / "k50" / "s0", 0.6)
+    rft_run(tmp_path / "k40" / "s0", 0.6)
     reft_run(tmp_path / "reft" / "s0", 0.6)
     with pytest.raises(InputError, match="runs of reft, rft"):
         call(report, "--table", tmp_path)

@@ -82,7 +82,7 @@ def call(monkeypatch, *arguments: str):
      "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --lr 1e-4 --iterations 1 "
      "--start_from runs/table/sft_chosen/s0/iter1/model"),
     ("runs/rft/pool/s1", "rft.py --preset toy --model runs/base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
-     "--pool runs/rft/k50/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
+     "--lr 1e-4 --eval_samples 0 --pool runs/rft/k40/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
     ("runs/reft/rerank-sft/s2", "-m tools.rerank --preset toy --model runs/reft/sft/s2/iter1/model --labelled "
      "runs/labelled-s2/eval_samples.jsonl --candidates runs/reft/sft/s2/iter1/eval_sampled.jsonl --seed 2 "
      "--run_dir runs/reft/rerank-sft/s2")])
@@ -106,11 +106,11 @@ def test_every_command_parses(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("run, others", [
-    ("rft/pool/s2", {"base-s2", "base-w96-s2", "base-w160-s2", "rft/k50/s2", "rft/w96/s2", "rft/w160/s2"}),
+    ("rft/pool/s2", {"base-s2", "base-w96-s2", "base-w160-s2", "rft/k40/s2", "rft/w96/s2", "rft/w160/s2"}),
     ("table/irpo_from_sft_chosen/s0", {"base-s0", "table/irpo/s0", "table/sft_chosen/s0"}),
     ("reft/rerank-sft/s1", {"base-s1", "reft/reft/s1", "reft/sft/s1", "labelled-s1"}),
-    ("reft/reft+gae_lambda@0/s0", {"base-s0", "reft/reft/s0"}),
-    ("reft/reft+warmup_epochs@1/s0", {"base-s0"})])
+    ("reft/nokl/s0", {"base-s0", "reft/reft/s0"}),
+    ("compare/ppo+max_steps@27/s0", {"base-s0"})])
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_runs_start_after_those_that_they_need(run, others, jobs, log):
     """Without whatever is done, and never more than --jobs at a time."""
@@ -124,19 +124,19 @@ def test_runs_start_after_those_that_they_need(run, others, jobs, log):
 
 
 def test_a_failing_run_stops_only_those_that_need_it(log, monkeypatch, capsys):
-    Process.failing.add("runs/rft/k50/s0")
-    status = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k50", "k1", "pool", "half")
-    assert status == "no report, since these are missing: runs/rft/k50/s0 runs/rft/k1/s0 runs/rft/pool/s0"
+    Process.failing.add("runs/rft/k40/s0")
+    status = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k40", "k1", "pool", "half")
+    assert status == "no report, since these are missing: runs/rft/k40/s0 runs/rft/k1/s0 runs/rft/pool/s0"
     assert {run for what, run in log if what == "start"} == {f"runs/{name}" for name in (
-        "base-s0", "rft/k50/s0", "rft/half/s0", "base-w96-s0", "rft/w96/s0", "base-w160-s0", "rft/w160/s0")}
-    assert "FAILED  runs/rft/k50/s0, 0.0 minutes, see runs/rft/k50/s0/output.txt\n" in capsys.readouterr().out
+        "base-s0", "rft/k40/s0", "rft/half/s0", "base-w96-s0", "rft/w96/s0", "base-w160-s0", "rft/w160/s0")}
+    assert "FAILED  runs/rft/k40/s0, 0.0 minutes, see runs/rft/k40/s0/output.txt\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("cells, out", [((), "results/rft"), (("--cells", "k1"), "runs/rft-report"),
                                         (("--seeds", "0"), "runs/rft-report")])
 def test_done_runs_are_not_run_again_and_a_part_is_reported_elsewhere(cells, out, log, monkeypatch):
     for cell in sweep.TABLES["rft"]["cells"]:
-        for seed in range(3):
+        for seed in range(5):
             write(f"runs/rft/{cell}/s{seed}", "results.json")
     assert call(monkeypatch, "rft", *cells) == 0
     assert log == [("report", out)]
@@ -144,25 +144,25 @@ def test_done_runs_are_not_run_again_and_a_part_is_reported_elsewhere(cells, out
 
 def test_done_runs_of_edited_code_are_refused(log, monkeypatch):
     """With the loss changed, `make rft` printed the table of the old one. Other methods' files may change."""
-    for cell, file in (("k1", "losses.py"), ("k50", "irpo.py"), ("k6", "data/toy.py")):
+    for cell, file in (("k1", "losses.py"), ("k40", "irpo.py"), ("k12", "data/toy.py")):
         write(f"runs/rft/{cell}/s0", "results.json")
         copy_source(Path(f"runs/rft/{cell}/s0/source"))
         write(f"runs/rft/{cell}/s0/source", file, "# as it was")
-    flags = ["rft", "--seeds", "0", "--cells", "k1", "k50", "k6"]
+    flags = ["rft", "--seeds", "0", "--cells", "k1", "k40", "k12"]
     refused = call(monkeypatch, *flags)
-    assert "  runs/rft/k1/s0: losses.py\n  runs/rft/k6/s0: data/toy.py\n" in refused and "k50" not in refused
+    assert "  runs/rft/k1/s0: losses.py\n  runs/rft/k12/s0: data/toy.py\n" in refused and "k40" not in refused
     assert not log and call(monkeypatch, *flags, "--anyway") == 0
 
 
 def test_done_runs_with_other_flags_are_refused(log, monkeypatch):
     """After another tuning, runs with the old settings would have been the new table."""
-    for cell in ("k1", "k6"):
+    for cell in ("k1", "k4"):
         write(f"runs/rft/{cell}/s0", "results.json")
         copy_source(Path(f"runs/rft/{cell}/s0/source"))
-        flags = sweep.command(f"runs/rft/{cell}/s0") + " --anyway" + " --lr 9" * (cell == "k6")
+        flags = sweep.command(f"runs/rft/{cell}/s0") + " --anyway" + " --lr 9" * (cell == "k4")
         write(f"runs/rft/{cell}/s0", "command.txt", f"command  python {flags}\ncommit   a\n")
-    refused = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k1", "k6")
-    assert "\n  runs/rft/k6/s0: other flags\n" in refused and "k1" not in refused and not log
+    refused = call(monkeypatch, "rft", "--seeds", "0", "--cells", "k1", "k4")
+    assert "\n  runs/rft/k4/s0: other flags\n" in refused and "/k1/" not in refused and not log
 
 
 def test_a_damaged_record_of_a_tuning_is_named(tmp_path, monkeypatch):
@@ -183,7 +183,7 @@ def test_pairs_of_the_nll_map_are_made_by_irpo_and_its_own_files(log):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--cells k51", "--cells k51: choose from k50"), ("--jobs 0", "--jobs and --gpus start at 1"),
+    ("--cells k41", "--cells k41: choose from k40"), ("--jobs 0", "--jobs and --gpus start at 1"),
     ("--seeds -1", "--seeds at 0")])
 def test_what_cannot_be_run_is_refused(flags, said, log, monkeypatch, capsys):
     assert call(monkeypatch, "rft", *flags.split()) == 2
@@ -240,7 +240,7 @@ def test_shared_files_are_copied_only_when_complete(complete, tmp_path, monkeypa
         name: name for name in ("iter0/eval.json", "iter1/samples.jsonl")}
 
 
-@pytest.mark.parametrize("run", ["table/irpo/s0", "reft/reft+warmup_epochs@1/s0", "base-s0", "rft/k1/s0"])
+@pytest.mark.parametrize("run", ["table/irpo/s0", "compare/ppo+max_steps@27/s0", "base-s0", "rft/k1/s0"])
 def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
     """Another length of the warm-up makes another model in iter0."""
     monkeypatch.chdir(tmp_path)

@@ -1,8 +1,8 @@
 """Run the missing cells of a table in results/tables.json, and then write its report.
 
-    python -m tools.sweep rft                                     # every cell with seeds 0, 1 and 2
+    python -m tools.sweep rft                                     # every cell with all seeds
     python -m tools.sweep irpo --jobs 2                           # two runs at a time, one thread each
-    python -m tools.sweep rft --seeds 0 --cells k50 pool          # these and what they need; report in runs/rft-report
+    python -m tools.sweep rft --seeds 0 --cells k40 pool          # these and what they need; report in runs/rft-report
     python -m tools.sweep reft --list                             # cells and flags, as commands
 
 What a run prints is in its output.txt; where one runs at a time, progress and errors are on the screen. Ctrl-C stops
