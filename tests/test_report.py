@@ -227,6 +227,29 @@ def test_two_runs_are_compared_question_by_question(tmp_path, capsys):
     assert (a / "report.md").read_text().count("#### question") == 12 + 12 + 10
 
 
+def test_seeds_and_questions_of_single_runs_are_named(tmp_path, capsys):
+    """Two runs of seed 3 were said to be of seed 0, and answers to dev questions to be greedy, to test questions."""
+    a, b, c = (named(tmp_path / name, 0.7, alpha=alpha, seed=seed) for name, alpha, seed in (
+        ("a", 0.0, 3), ("b", 1.0, 3), ("c", 2.0, 4)))
+    d = named(tmp_path / "d", 0.7, seed=3, split="dev", temperature=0.7)
+    for runs, seed, said in (((a, b), 3, ""), ((a, c), 0, "The runs have different seeds."), (
+            (a, d), 3, f"{d} has answers to dev questions at temperature 0.7.")):
+        call(report, *runs)
+        text = (a / "report.md").read_text()
+        assert f"q-30, seed {seed}; gold" in text or f"q-50, seed {seed}; gold" in text
+        assert said in text and text.count("different seeds") + text.count("dev questions") == bool(said)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("config.json", "[]"), ("iter1/eval_samples.jsonl", '{"id": "q", "samples": 3}'),
+    ("iter1/eval_samples.jsonl", '{"id": "q", "samples": ["text"]}')])
+def test_files_of_another_program_are_passed_over(name, text, tmp_path):
+    a, b = named(tmp_path / "a", 0.7), named(tmp_path / "b", 0.6, alpha=0.5)
+    (b / name).write_text(text)
+    call(report, a, b)
+    assert (a / "report.md").exists()
+
+
 @pytest.mark.parametrize("runs, groups", [
     ([dict(method="irpo", loss="hinge"), dict(method="irpo", loss="dpo")], {"loss hinge": [0], "loss dpo": [0]}),
     ([dict(loss="hinge"), {}], {"loss hinge": [0], "r1": [0]}),
@@ -492,7 +515,8 @@ def test_a_panel_per_part_of_a_label_and_missing_cells_are_named(tmp_path):
         for seed in (0, 1):
             irpo_run(tmp_path / "nll" / name / f"s{seed}", [0.5, 0.7 + seed / 10], fall + seed)
     text, record = table(tmp_path / "nll", "nll")
-    assert "far-mod4-a1" in record["missing"] and len(record["missing"]) == 9
+    assert "far-mod4-a1" in record["missing"] and len(record["missing"]) == 14
+    assert record["missing"][11:] == [f"seed {seed} of all cells" for seed in (2, 3, 4)], "planned"
     assert table_cell(text, "alike, no luck: α = 0 M1", "accuracy") == "75.0% (11.5% to 100.0%)"  # 12.706 * 0.05
     assert table_cell(text, "alike, no luck: α = 1 M1", "chosen change") == "+0.00 ± 6.35"
     falls = "alike, no luck: without the term, the chosen log-prob falls"
@@ -543,8 +567,8 @@ def test_claims_follow_from_the_numbers(tmp_path):
     assert claim(text, "R5: without KL it is worse")[1:] == ["points", "+30", "100", "not shown (one seed)"]
     assert claim(text, "R5: without KL it falls")[4] == "not shown (one seed)"
     assert claim(text, "R7: a critic of its own")[4] == "not shown", "an interval that contains 0"
-    assert claim(text, "R8: its vote beats SFT's") == ["+70 ± 0", "points", "+70, +70, +70", "1", "shown"]
-    assert claim(text, "R11: dev accuracy first dips")[0] == "+79 ± 0"  # 99 to 20
+    assert claim(text, "R8: its vote beats SFT's") == ["+70", "points", "+70, +70, +70", "1", "not shown"], "no spread"
+    assert claim(text, "R11: dev accuracy first dips")[0] == "+79"  # 99 to 20, the first on the way
     assert "R6" not in text.partition("## Claims")[2] and "undecided: R6: " in text, "without runs"
     assert "; nokl/s1: kl at 1 batches;" in text and "nokl/s0" in record["missing"]
     levels = [row["difference"]["level"] for row in record["claims"] if len(row["difference"]["values"]) > 1]
@@ -609,7 +633,7 @@ def test_cells_are_named_by_their_flags_and_keep_their_warm_ups_apart(tmp_path):
 def test_dev_accuracy_on_the_way(tmp_path):
     """Dev is 0.2, 0.6, 1.0 after 2, 4, 6 steps: the lowest, and the first from step 3 on."""
     last = report.load_run(reft_run(tmp_path / "run", 0.8, steps=6)).models[-1]
-    assert (last["dev_lowest"], last["dev_halfway"]) == (pytest.approx(0.2), pytest.approx(0.6))
+    assert (last["dev_early"], last["dev_halfway"]) == (pytest.approx(0.2), pytest.approx(0.6))
 
 
 def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path):

@@ -5,7 +5,8 @@ the seeds and that of the questions, which all seeds share. Each has its standar
 over questions, tends to) and its Student t; half of the interval is the root of the sum of the squares of both
 products. Percentiles of a bootstrap would be simpler, but those of three seeds are too narrow: with methods that do not
 differ they left out 0 in 24 % of 400 simulations. This rule leaves it out in 5 % where seeds vary much, in fewer where
-they do not.
+they do not. But no rule knows what no seed has shown: where a method collapses in three of ten runs, 95 % intervals of
+five seeds hold the truth in about 80 %.
 """
 import math
 from functools import cache
@@ -40,21 +41,28 @@ def standard_error(values: numpy.ndarray) -> float:
     return round(float(values.std(ddof=1)) / math.sqrt(len(values)), 9) if len(values) > 1 else 0.0
 
 
-def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]], unit: str) -> dict | None:
+def by_same(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]]) -> tuple[dict, dict]:
+    """Return both sides by question, or as means ({"": value}) where one of them has a value without a question."""
+    if not any("" in values for side in (first, second) for values in side.values()):
+        return first, second
+    return tuple({seed: {"": fmean(values.values())} for seed, values in side.items() if values}
+                 for side in (first, second))
+
+
+def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]], unit: str,
+               bound: float = 100) -> dict | None:
     """seed -> question -> value, of two groups -> the mean difference first - second, with its two standard errors.
 
-    Shares are compared in points, of which there are at most 100; other units stay as they are. Seeds and questions
+    Shares are compared in points, of which there are at most `bound`; other units stay as they are. Seeds and questions
     that one side lacks do not count; None where nothing is left. A value without a question ("") is compared with the
     other side's mean.
     """
-    if any("" in values for side in (first, second) for values in side.values()):
-        first, second = ({seed: {"": fmean(values.values())} for seed, values in side.items() if values}
-                         for side in (first, second))
+    first, second = by_same(first, second)
     seeds = sorted(first.keys() & second.keys())
     sides = [side[seed] for seed in seeds for side in (first, second)]
     if not (questions := [q for q in (sides or [{}])[0] if all(q in side for side in sides)]):
         return None
-    scale, bound = (100, 100.0) if unit == "points" else (1, math.inf)
+    scale, bound = (100, float(bound)) if unit == "points" else (1, math.inf)
     table = scale * numpy.array([[first[seed][q] - second[seed][q] for q in questions] for seed in seeds])
     drawn = table.mean(0)
     if unit == "points" and len(drawn) > 1 and drawn.min() == drawn.max():
@@ -66,10 +74,11 @@ def difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, f
 
 
 def half_width(one: dict, level: float) -> float | None:
-    """Half of a difference's interval at a level; None for one number of one seed, about which nothing is known."""
+    """Half of a difference's interval at a level; None for one number of one seed, or the same number of all, about
+    whose draw nothing is known."""
     draws = [(len(one["values"]), one["error_of_seeds"]), (one["questions"], one["error_of_questions"])]
     parts = [quantile(level, n - 1) * error for n, error in draws if n > 1]
-    return math.hypot(*parts) if parts else None
+    return math.hypot(*parts) or None
 
 
 def judge(found: list[dict], unrun: int = 0) -> None:
@@ -81,8 +90,8 @@ def judge(found: list[dict], unrun: int = 0) -> None:
     which stay undecided, so that what is left out cannot make the rest easier to show.
     """
     for one in found:
-        one |= {"level": LEVEL, "verdict": "not shown (one seed)"}
-    left, before = [one for one in found if len(one["values"]) > 1], 0
+        one |= {"level": LEVEL, "verdict": "not shown (one seed)" if len(one["values"]) == 1 else "not shown"}
+    left, before = [one for one in found if len(one["values"]) > 1 and half_width(one, LEVEL) is not None], 0
     undecided = unrun + len(found) - len(left)
     while len(left) != before:
         before, level = len(left), LEVEL / max(1, len(left) + undecided)

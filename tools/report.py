@@ -30,11 +30,11 @@ from data.toy import KINDS
 from evaluate import majority, pass_at_k
 from infra import InputError
 from infra.run import ROOT, hash_of, read_json, run_card, run_script, write_json
-from tools.evidence import LEVEL, difference, interval, judge, mcnemar, quantile
+from tools.evidence import LEVEL, by_same, difference, interval, judge, mcnemar, quantile
 from tools.page import fenced, make_table, plain, point, publish, render
 
 PAPER = read_json(ROOT / "results" / "paper.json")
-PLANNED = {Path(table["folder"]).name: [*table["cells"]]  # cells of a table, whether run or not
+PLANNED = {Path(table["folder"]).name: table  # cells and seeds, whether run or not
            for table in read_json(ROOT / "results" / "tables.json")["tables"].values()}
 TABLES = PAPER["tables"]  # title, note, columns
 COLUMNS = [column.rsplit(":", 1) for name, (*_, columns) in TABLES.items() if name != "others"
@@ -42,7 +42,7 @@ COLUMNS = [column.rsplit(":", 1) for name, (*_, columns) in TABLES.items() if na
 SHARES = "|".join(key for key, spec in COLUMNS if spec.endswith("%"))  # are in [0, 1]
 KNOWN = "|".join([key for key, _ in COLUMNS] + [f"train_{key}" for key, *_ in PAPER["curves"].values()] + [
     r"(train_)?(iteration|lr|step|tokens|skipped)", r"dev_\w+", r"\w+_(before|after)",
-    "empty|num_samples|vote_gain"])  # what is shown elsewhere, or tells nothing
+    "empty|num_samples"])  # what is shown elsewhere, or tells nothing
 NO_METHOD = {"seed", "run_dir", *(field.name for script in (irpo, rft, reft) for field in fields(script.Config)
                                   if field.metadata["free"])}
 RIGHT = {  # measures of questions: the file of the answers, and the value of one question's samples
@@ -118,11 +118,11 @@ def read_run(path: Path) -> Run:
         card["warnings"] = ", ".join(f"{name} at {count} batches" for name, count in warned.items())
     if dev := curve([steps], "dev"):
         middle = next(accuracy for step, accuracy, *_ in dev if 2 * step >= dev[-1][0])
-        models[-1] |= {"dev_lowest": min(accuracy for _, accuracy, *_ in dev), "dev_halfway": middle}
+        models[-1] |= {"dev_early": dev[0][1], "dev_halfway": middle}
     if len(tested := [model["accuracy"] for model in models if "accuracy" in model]) > 2:
         models[-1]["worst_fall"] = max(best - now for best, now in zip(itertools.accumulate(tested, max), tested))
     kind = {"M0": "irpo", "SFT": "rft", "RFT": "rft"}.get(models[0]["name"], "reft")
-    return Run(path, models, steps, read_json(path / "config.json"), card, finished, kind)
+    return Run(path, models, steps, dict(read_json(path / "config.json")), card, finished, kind)
 
 
 def read_card(text: str) -> dict[str, str]:
@@ -145,8 +145,6 @@ def model_record(rows: list[dict], log: dict) -> dict:
         record |= {f"misread {kind}": shares[f"{kind} misread"] for kind in KINDS if KINDS[kind].misread >= 0.4}
         record |= {"sound": shares["nothing"], "other errors": 1 - shares["nothing"] - sum(
             value for key, value in record.items() if key.startswith("misread "))}
-    for vote in [value for key, value in record.items() if key.startswith("maj@") and "accuracy" in record]:
-        record["vote_gain"] = vote - record["accuracy"]
     if probe := record.get("train_probe"):
         for key, before in probe[0].items():
             record |= {f"{key}_before": before, f"{key}_after": probe[-1][key],
@@ -205,7 +203,8 @@ def load_runs(paths: list[Path]) -> dict[str, dict[int, Run]]:
         directory = str(runs[group[0]].path)
         if not name or names.count(name) > 1 or len(differing) > 4:
             name = directory if len(group) == 1 else re.sub(r"[-/]s\d+$", "", directory)
-        found[name] = {seeds[i]: runs[i] for i in group} if len(groups) < len(runs) else {0: runs[group[0]]}
+        single = len(groups) == len(runs) and len({*seeds}) > 1  # runs of different seeds, compared all the same
+        found[name] = {0: runs[group[0]]} if single else {seeds[i]: runs[i] for i in group}
     return found
 
 
@@ -220,12 +219,15 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     if len(kinds) > 1 and not has_own:
         raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
     kind = root.name if has_own else kinds[0]
-    known = PLANNED.get(root.name, PAPER[kind]["cells"])  # all are expected, but not in a table that has others, too
-    order = [cell for cell in known if cell in names or names <= set(known)] + sorted(names.difference(known))
+    planned = PLANNED.get(root.name, {})
+    known = planned.get("cells", PAPER[kind]["cells"])
+    expected = planned or names <= set(known)  # not in a folder of one's own that has other cells, too
+    order = [cell for cell in known if expected or cell in names] + sorted(names.difference(known))
     seeds = sorted({int(path.name[1:]) for path in folders})
     cells = {cell: {s: found[path] for s in seeds if (path := root / cell / f"s{s}") in found} for cell in order}
     missing = [f"{cell}/s{seed}" if runs else cell for cell, runs in cells.items()
                for seed in (seeds if runs else seeds[:1]) if seed not in runs]
+    missing += [f"seed {seed} of all cells" for seed in planned.get("seeds", ()) if seed not in seeds]
     return kind, {cell: runs for cell, runs in cells.items() if runs}, missing
 
 
@@ -268,7 +270,8 @@ def summarize(kind: str, cells: dict) -> dict:
         models = {name: estimates({seed: model for seed, run in runs.items() for model in run.models
                                    if model["name"] == name}) for name in names}
         for name in models.keys() & paper.get(cell, {}).keys():
-            models[name]["accuracy"]["paper"] = paper[cell][name]
+            if "accuracy" in models[name]:
+                models[name]["accuracy"]["paper"] = paper[cell][name]
         summary[cell] = {"label": label_of(kind, cell), "models": models,
                          "runs": {seed: run.card for seed, run in runs.items()}}
     return summary
@@ -299,7 +302,8 @@ def answers(run: Run, model: dict, name: str) -> dict[str, dict]:
     folder = run.path / f"iter{model['iteration']}"  # evaluate.py has none
     rows = read_jsonl((folder if folder.exists() else run.path) / f"{name}.jsonl", "id", "samples")
     return {json.dumps([row["id"], row.get("question"), row.get("gold")]): row for row in rows
-            if row["samples"] and all(sample.keys() >= {"verdict", "text", "answer"} for sample in row["samples"])}
+            if isinstance(row["samples"], list) and row["samples"] and all(
+                isinstance(one, dict) and one.keys() >= {"verdict", "text", "answer"} for one in row["samples"])}
 
 
 def by_question(run: Run, model: dict, measure: str) -> dict[str, float]:
@@ -327,13 +331,14 @@ def find_claims(kind: str, cells: dict) -> tuple[list[dict], list[str]]:
         found = {seed: by_question(run, model, key) for seed, (run, model) in pick(cells.get(cell, {}), name).items()
                  for key in model if re.fullmatch(measure, key)}
         for less in (values(" ".join(other)) for other in others):
-            found = {seed: {question: value - less[seed][question] for question, value in found[seed].items()
-                            if question in less[seed]} for seed in found.keys() & less.keys()}
+            found, less = by_same({seed: found[seed] for seed in found if seed in less}, less)
+            found = {seed: {question: value - less[seed][question] for question, value in of_seed.items()
+                            if question in less[seed]} for seed, of_seed in found.items()}
         return found
 
     found, unrun = [], []
     for text, high, low, unit in ([*claim, "points"][:4] for claim in PAPER[kind]["claims"]):
-        if between := difference(values(high), values(low), unit):
+        if between := difference(values(high), values(low), unit, bound=200 if " - " in high + low else 100):
             found.append({"claim": text, "difference": between, "unit": unit, "questions": between["questions"],
                           "by_seed": ", ".join(f"{value:+.3g}" for value in between["values"].values())})
         else:
@@ -348,7 +353,8 @@ def compare(cells: dict[str, dict[int, Run]]) -> list[dict]:
 
     A row has the counts and McNemar's p of each seed, and all questions that changed: only one answers them right.
     """
-    names = {label: [model["name"] for model in next(iter(runs.values())).models] for label, runs in cells.items()}
+    names = {label: [*dict.fromkeys(model["name"] for run in runs.values() for model in run.models)]
+             for label, runs in cells.items()}
     main, *others = names
     pairs = [(main, names[main][-1], main, names[main][0])] * (len(names[main]) > 1)
     for other in others:
@@ -514,6 +520,11 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
     if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
         facts.append("The runs differ in their first models already: not the same base, or not the same questions.")
+    if kind == "runs" and len(cells) == len(runs) and len({run.config.get("seed") for run in runs}) > 1:
+        facts.append("The runs have different seeds.")
+    facts += [f"{run.path} has answers to {run.config['split']} questions at temperature {run.config['temperature']}."
+              for run in runs if (run.config.get("split", "test"), run.config.get("temperature") or 0) != ("test", 0)
+              and "split" in run.config]
     facts += [f"{label} has no seed and question in common with {next(iter(cells))}, so they are not compared."
               for label in [*cells][1:] if kind == "runs" and label not in {row["with"] for row in compared}]
 
