@@ -46,9 +46,8 @@ def load_config(directory: str | Path) -> ModelConfig:
     """Read a ModelConfig from a directory's config.json, as transformers 4 or 5 writes it."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        meta = (path.parent / "params.json").is_file()
-        raise InputError(f"{path} does not exist: give a directory with config.json and weights" + (
-            ". This one is Meta's: transformers' convert_llama_weights_to_hf writes such a directory" if meta else ""))
+        raise InputError(f"{path} does not exist: give a directory with config.json and weights (of Meta's files, "
+                         "params.json and *.pth, transformers' convert_llama_weights_to_hf makes one)")
     raw = read_object(path)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 4 or 5
     if not isinstance(rope, dict):
@@ -275,8 +274,8 @@ def model_hash(directory: str | Path) -> str:
     """
     directory = Path(directory)
     tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    return hash_of(load_config(directory), read_json(directory / "config.json").get("eos_token_id"),
-                   *weight_files(directory), *tokenizer)
+    return by_first(lambda: hash_of(load_config(directory), read_json(directory / "config.json").get("eos_token_id"),
+                                    *weight_files(directory), *tokenizer))
 
 
 # --- saving ----------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from infra import InputError
 from infra.config import option
 from infra.hardware import ComputeOptions
 from infra.parallel import by_first, collected, dealt, gather, rank, world
-from infra.progress import Progress
+from infra.progress import REMEDIES, Progress, print_summary
 from infra.run import Pieces, hash_of, once, read_records, write_json
 from model import Llama
 from rewards import grade_all
@@ -94,15 +94,6 @@ class SampleOptions(TaskOptions, ComputeOptions):
         return hash_of(Path(file), name, self.right_at) if file else ""
 
 
-MANY = 0.1  # of the responses: more that cannot be judged deserve a warning
-REMEDIES = {  # of what makes an accuracy say little about a model
-    "unparsed": "ask as the model was trained (--chat own for a chat model; its --prompt or --answer_format), and see "
-                "that responses are not cut off",
-    "unfinished": "raise --max_new_tokens, or declare the token that ends this model's responses as eos_token_id in "
-                  "its generation_config.json",
-    "empty": "ask as the model was trained: --chat own for a chat model, and its --prompt"}
-
-
 # --- sampling and grading --------------------------------------------------------------------------
 
 def answer(model: Llama, tokenizer, problems: list[data.Problem], options: SampleOptions, *, num_samples: int = 1,
@@ -114,22 +105,22 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
     responses wait for the others.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
+    asked = [options.prompt_text(problem) for problem in problems]
     responses = sample_all(model, prompts, options, options.end_ids(tokenizer), num_samples, temperature, seed, label,
                            pieces or Pieces())
     texts = [[tokenizer.decode(response.ids) for response in group] for group in responses]
-    grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks,
-                       [options.prompt_text(problem) for problem in problems])
+    grades = grade_all(texts, [problem.answer for problem in problems], options.kind, options.marks, asked)
     if reward and options.reward:  # the answers stay those that the graders read
         judged = reward_all(texts, problems, options.reward, options.right_at)
         grades = [[replace(new, answer=old.answer) for new, old in zip(*groups)] for groups in zip(judged, grades)]
     samples = [[Sample(response.ids, response.finished, text, *astuple(verdict))
                 for response, text, verdict in zip(*groups)] for groups in zip(responses, texts, grades)]
-    return [Answered(problem.id, options.prompt_text(problem), prompt, problem.answer, group, problem.question)
-            for problem, prompt, group in zip(problems, prompts, samples)]
+    return [Answered(problem.id, text, prompt, problem.answer, group, problem.question)
+            for problem, text, prompt, group in zip(problems, asked, prompts, samples)]
 
 
 class Sampler:
-    """The model of a directory, hashed and loaded when that is first needed, and once for several files of answers."""
+    """The model of a directory, hashed once and loaded once, both when first needed, for several files of answers."""
 
     def __init__(self, directory: str, options: SampleOptions) -> None:
         self.directory, self.options = directory, options
@@ -176,7 +167,7 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
     """Sample responses to each prompt; groups of prompts of similar length are distributed over the samplers.
 
     A finished group is a piece. How prompts are grouped does not depend on what is finished, nor on the number of
-    ranks: in another company a response could be rounded to another one.
+    ranks: rounding depends on a batch's other rows, so other groups could give other responses.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     # about 64 groups, whatever the number of ranks; in one that is larger than a batch, new responses take over the
@@ -212,8 +203,8 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
 def summarize(answered: list[Answered], task: str) -> dict:
     """Count over each question's first sample (accuracy, verdicts, lengths), and over all of several (pass@k, maj@k).
 
-    Samples of a question are not independent, so the interval of pass@1, the accuracy of one sample, is that of a mean
-    over questions. InputError without questions.
+    Samples of one question are alike, so pass@1, the accuracy of one sample, has the interval of a mean over questions.
+    InputError without questions.
     """
     if not answered or not all(q.samples for q in answered):
         raise InputError("nothing to measure: there is no question, or one without a sample")
@@ -232,18 +223,6 @@ def summarize(answered: list[Answered], task: str) -> dict:
     return found | {"pass@1_ci95": wilson_of_mean([fmean(right) for right in rights]),
                     f"maj@{k}": fmean(majority([(s.answer, s.right) for s in q.samples]) for q in answered),
                     "num_samples": k, "sampled_tags": by_tags([(q, s) for q in answered for s in q.samples], task)}
-
-
-def print_summary(name: str, found: dict) -> None:
-    """Print a model's accuracy and the shares of responses that could not be judged; warn where these are high."""
-    shares = {"unparsed": found["verdicts"].get("unparsed", 0.0), "unfinished": 1 - found["finished"],
-              "empty": found["empty"]}
-    print("{}: accuracy {:.1%}, 95 % interval {:.1%} to {:.1%}, {} questions; {}".format(
-        name, found["accuracy"], *found["ci95"], found["n"],
-        ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items())))
-    for kind, share in shares.items():
-        if share > MANY:
-            print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 
 def by_tags(samples: list[tuple[Answered, Sample]], task: str) -> dict:

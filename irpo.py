@@ -166,25 +166,20 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def with_reference(pairs: list[Pair], directory: str, config: Config, path: Path | None = None) -> list[Pair]:
-    """Step 4: two numbers per pair, so that training needs no second model. path: of the file that they are for."""
+    """Step 4: two numbers per pair, so that training needs no second model. path: the file that they will be in."""
     model, parts = load_for_training(directory, config), micro_batches(pairs, config.micro_batch_tokens)
-    pieces = Pieces(path, model_hash(directory), config.precision, parts)
-    found = dict(pieces.read())  # number of a part -> log-probs
 
-    def scored(number: int) -> list[list[float]]:
+    def logps(part: list[Pair]) -> list[list[float]]:
         with autocast(config.precision):
-            logps = pair_logps(model, parts[number])[0].tolist()  # (2, B)
-        pieces.add([number, logps])
-        return logps
+            return pair_logps(model, part)[0].tolist()  # (2, B)
 
-    left = [number for number in range(len(parts)) if number not in found]
-    found |= zip(left, computed(left, scored, label="reference"))
-    found = [found[number] for number in range(len(parts))]  # in the order of parts, which are sorted by length
-    if not math.isfinite(sum(sum(map(sum, logps)) for logps in found)):
+    found = Pieces(path, model_hash(directory), config.precision, parts).computed(parts, logps, label="reference")
+    if not math.isfinite(sum(sum(map(sum, both)) for both in found)):
         raise InputError(f"{directory} gives log-probabilities that are not finite: its logits are NaN or infinite, so "
                          "its weights are damaged, or its training diverged")
-    refs = {id(pair): ref for part, logps in zip(parts, found) for pair, *ref in zip(part, *logps)}
-    return [replace(pair, ref_chosen=refs[id(pair)][0], ref_rejected=refs[id(pair)][1]) for pair in pairs]
+    scored = {id(pair): replace(pair, ref_chosen=chosen, ref_rejected=rejected)
+              for part, both in zip(parts, found) for pair, chosen, rejected in zip(part, *both)}
+    return [scored[id(pair)] for pair in pairs]
 
 
 def preference_loss(model: Llama, pairs: list[Pair], config: Config, mean_length: float = 0) -> dict[str, Tensor]:
@@ -220,7 +215,8 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
              folder: Path, after_step: Callable[[Llama, int], dict] = lambda model, step: {}) -> Llama:
     """Step 5: train M_{t-1}, from a directory, on items; return M_t.
 
-    The pairs are only checked and probed. after_step(model, number of steps done) may add to a record.
+    `pairs` serve only the check before the first step and the curves. after_step(model, number of steps done) may add
+    to a record.
     """
     model = load_for_training(directory, config)
     check_start(model, pairs, config)
@@ -277,9 +273,9 @@ def check_selection(items: int, config: Config) -> None:
                          "training run: lower it, or give 0 to train without selection")
 
 
-def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]],
-                   dev: list[data.Problem], tokenizer, config: Config, seed: int, folder: Path) -> list[dict]:
-    """Measure dev accuracy every select_every steps of a trial run without the dev questions' pairs."""
+def dev_accuracies(train: Callable[..., Llama], items: list, dev: list[data.Problem], tokenizer, config: Config,
+                   folder: Path) -> list[dict]:
+    """Measure dev accuracy every select_every steps of a trial run, train(), on the items of other questions."""
     dev_ids = {problem.id for problem in dev}
     items = [item for item in items if item.id not in dev_ids]
     check_selection(len(items), config)
@@ -290,7 +286,7 @@ def dev_accuracies(directory: str, items: list, pairs: list[Pair], golds: dict[s
         sampler = sampler_of(model, config.precision, config.tensor_parallel)
         return {"dev": summarize(answer(sampler, tokenizer, dev, config, label="dev"), config.task)["accuracy"]}
 
-    minimise(directory, items, pairs, golds, config, seed, folder, accuracy)
+    train(items, config=config, folder=folder, after_step=accuracy)
     records = by_first(lambda: read_jsonl(folder / "train.jsonl"))
     return [{"step": record["step"] + 1, "accuracy": record["dev"]} for record in records if "dev" in record]
 
@@ -341,21 +337,22 @@ def main() -> None:
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,
                                temperature=config.temperature[min(t, len(config.temperature)) - 1], label="sample")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3
-        kept = kept_pairs(made, config, t)
+        trained = replace(config, model=start)  # its positions limit the pairs
+        kept = kept_pairs(made, trained, t)
         path = folder / "pairs.jsonl"
         pairs = once(path, partial(with_reference, kept, start, config, path), Pair,  # step 4
                      dict(reference=model_hash(start)))
 
-        items = training_items(pairs, answered, golds, config)  # step 5
-        options = config
+        items, options = training_items(pairs, answered, golds, trained), config  # step 5
+        train = partial(minimise, start, pairs=pairs, golds=golds, seed=seed)
         if config.select_every:
-            measured = once(folder / "select.json", partial(dev_accuracies, start, items, pairs, golds, dev, tokenizer,
-                                                            config, seed, folder / "select"))
+            measured = once(folder / "select.json",
+                            partial(dev_accuracies, train, items, dev, tokenizer, config, folder / "select"))
             options = replace(config, max_steps=max(measured, key=lambda row: row["accuracy"])["step"])
-        M = train_once(folder, start, partial(minimise, start, items, pairs, golds, options, seed, folder))
+        M = train_once(folder, start, partial(train, items, config=options, folder=folder))
 
         now = {q.id for q in answered if any(s.right and s.finished for s in q.samples)}
-        rows.append(training_row(t, folder, answered, made, pairs, config) | {"newly_solved": len(now - solved)})
+        rows.append(training_row(t, folder, answered, made, pairs, trained) | {"newly_solved": len(now - solved)})
         solved |= now
         rows += evaluate_model(f"M{t}", t, M, config, folder, **notes)  # step 6
     write_json(run / "results.json", rows)

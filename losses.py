@@ -17,8 +17,8 @@ ROWS = 128  # the LM head is applied to multiples of this many tokens
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
     """(N, V), (N,) -> (N,): log-probability of each target, in float32.
 
-    A softmax in bfloat16 would bias the sum over the 200 tokens of a response. Logits that a product in bfloat16 has
-    made carry its noise all the same; with --precision fp32 they do not.
+    In bfloat16, rounding would bias the sum over a response's 200 tokens. Logits that were computed in bfloat16 stay
+    noisy; --precision fp32 avoids that, too.
     """
     return -F.cross_entropy(logits.float(), targets, reduction="none")
 

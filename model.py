@@ -145,8 +145,7 @@ class KVCache:
     def look_at(self, columns: int) -> None:
         """Set the window, and allocate the columns that are missing.
 
-        On a CPU, attention to part of an allocation would copy that part first: allocating everything at once made
-        sampling 17 % slower. So a cache is never larger than needed.
+        A CPU's cache grows as needed: attention to a part of a larger one would copy that part first (17 % slower).
         """
         if (more := columns - self.keys[0].shape[2]) > 0:
             self.change(lambda x: F.pad(x, (0, 0, 0, more)))
@@ -206,9 +205,7 @@ def beyond(last: Tensor, window: int) -> Tensor:
 
 def check_length(tokens: int, config: ModelConfig) -> None:
     if tokens > config.max_length:
-        raise ValueError(f"{tokens} tokens exceed the {config.max_length} positions of this model "
-                         f"(max_position_embeddings {config.max_position_embeddings}, sliding_window "
-                         f"{config.sliding_window})")
+        raise ValueError(f"{tokens} tokens exceed the {config.max_length} positions of this model")
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
@@ -361,8 +358,8 @@ class Llama(nn.Module):
               segments: Tensor | None = None) -> Tensor:
         """tokens (B, T), mask (B, T-1) -> float32 log-probs (B, T-1) of tokens[:, 1:], 0 where the mask is off.
 
-        Column t belongs to token t + 1, as in losses.token_logps. The head sees only places under the mask, a chunk at
-        a time: logits (B, T, V) are never built. It is one call, since sharded weights are whole only inside one.
+        Column t belongs to token t + 1. The head sees only places under the mask, a chunk at a time: logits (B, T, V)
+        are never built. All happens inside one call, since sharded weights are gathered only while a call runs.
 
         A row may be packed with a prompt and several responses to it: segments (B, T) are 0 for the prompt and 1, 2,
         ... for the responses, which see the prompt and themselves; positions (B, T) are those each would have alone.
@@ -370,7 +367,7 @@ class Llama(nn.Module):
         return self.score(self.model(tokens, None, positions, segments), tokens, mask)
 
     def score(self, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Do the same from the last hidden states (B, T, D)."""
+        """logps, where the last hidden states (B, T, D) are known already."""
         logps = in_chunks(lambda x, target: target_logps(self.lm_head(x), target), self.rows_at_once,
                           hidden[:, :-1][mask], tokens[:, 1:][mask])  # (tokens under the mask,)
         return logps.new_zeros(mask.shape).masked_scatter(mask, logps)

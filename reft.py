@@ -132,7 +132,7 @@ SMOKE = TOY | dict(num_questions=40, batch_size=16, max_steps=6, eval_every=3, o
 
 @dataclass(frozen=True)
 class Rollout(Example):
-    """A sampled response, what the checker says of it, and its row in the table of what is known about its tokens."""
+    """A sampled response, what the checker says of it, and its row in the table that `measure` returns."""
     finished: bool
     right: bool
     score: float

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import fmean
 
 import data
-from checkpoint import flops, model_hash
+from checkpoint import flops, load_config, model_hash
 from data.check import check_inputs
 from data.prompts import gold_text
 from data.task import prompt_option
@@ -39,7 +39,7 @@ from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, read_records, run_script, write_json
 from model import Llama
 from rewards import OWN_FORMAT, equations, equations_hold, grade, plain_equations
-from train import Example, TrainOptions, fit_sft, load_for_training, num_steps, train_once
+from train import Example, TrainOptions, fit_sft, fitting, load_for_training, num_steps, train_once
 
 COUNTS = (1, 3, 6, 12, 25, 50, 100)  # k, as in the paper's figures
 
@@ -341,7 +341,8 @@ def main() -> None:
     paths = once(rft / "paths.jsonl", partial(kept_paths, samples, right, problems, tokenizer, config),  # step 4
                  KeptPath)
 
-    start, examples, options = config.model if config.restart_from == "base" else pi, gold + paths, config  # step 5
+    start = config.model if config.restart_from == "base" else pi
+    examples, options = fitting(gold + paths, load_config(start).max_length), config  # step 5
     if config.steps_matched:
         steps = num_steps(len(examples), config)
         examples, options = gold, replace(config, epochs=steps, max_steps=steps)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infra import InputError
+from infra.hardware import cache_budget, recorded
 from model import KVCache, Llama, pad
 
 BLOCK = 64  # tokens are drawn in two steps: first a block of the vocabulary, then a token of the block
@@ -118,6 +119,11 @@ class Batch:
     def rounded(self, tokens: int) -> int:
         """Round a number of columns up, so that windows change seldom."""
         return -(-tokens // self.columns) * self.columns
+
+    @property
+    def layout(self) -> tuple[int, int, int]:
+        """Rows and windows, on which the shapes of a step depend."""
+        return len(self.owner), self.cache.window, self.cache.prompts.window
 
     def room(self) -> list[int]:
         """Slots for questions that can start now (each also needs N free rows)."""
@@ -238,36 +244,6 @@ def require_finite(token: int) -> None:
     if token < 0:
         raise InputError("the model's logits are not finite (NaN or infinity), so nothing can be sampled: its weights "
                          "are damaged, or its training diverged. Fetch it again, or train it with a smaller --lr")
-
-
-def cache_budget(model: Llama) -> int:
-    """Tokens whose keys and values fit into 60 % of a GPU's free memory, or into 1 GiB on a CPU."""
-    config, weight = model.config, model.lm_head.weight
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
-    if not weight.is_cuda:
-        return 2**30 // token
-    held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
-    return int(0.6 * (torch.cuda.mem_get_info(weight.device)[0] + held) / token)
-
-
-def recorded(batch: Batch) -> Callable[[], None]:
-    """Make batch.step a CUDA graph: recorded when the rows or the windows have changed, replayed otherwise."""
-    graph, recorded_for = None, None
-
-    def run() -> None:
-        nonlocal graph, recorded_for
-        layout = len(batch.owner), batch.cache.window, batch.cache.prompts.window
-        if layout == recorded_for:
-            return graph.replay()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            batch.step()  # a step like any other, and the warm-up that recording needs
-        torch.cuda.current_stream().wait_stream(stream)
-        graph, recorded_for = torch.cuda.CUDAGraph(), layout
-        with torch.cuda.graph(graph):  # records without running
-            batch.step()
-    return run
 
 
 if __name__ == "__main__":

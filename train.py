@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from checkpoint import load_model, save_model
 from infra import InputError
-from infra.hardware import dtype_of
+from infra.hardware import autocast, dtype_of
 from infra.parallel import by_first, collected, dealt, device, full_weight, shard, world
 from infra.progress import Progress, mean_or_max
-from infra.run import StopAsked, append, cut_back, flush, hash_of, timed
+from infra.run import append, cut_back, flush, hash_of, stop_asked, timed
 from infra.state import drop_states, load_state, save_state
 from infra.steps import TrainOptions, batch_at, learning_rate, micro_batches, num_steps
 from infra.track import tracked
@@ -59,7 +59,8 @@ def packed_logps(model: Llama, prompts: list[list[int]], responses: list[list[li
     """Score n responses to each of B prompts in one packed row; return summed log-probs (n, B) and lengths (n, B).
 
     A row is prompt[:-1] and then, for each response, prompt[-1] + response, at the positions they would have alone.
-    The repeated token predicts the response's first token. Segments hide the responses from each other (Llama.logps).
+    prompt[-1] is repeated, since it predicts the first token of each. Segments hide the responses from each other
+    (Llama.logps).
     """
     rows = []
     for prompt, group in zip(prompts, responses):
@@ -80,18 +81,13 @@ def packed_logps(model: Llama, prompts: list[list[int]], responses: list[list[li
 
 # --- one step --------------------------------------------------------------------------------------
 
-def autocast(precision: str):
-    """Compute matrix products in bfloat16 where precision says so; parameters stay float32."""
-    return torch.autocast(device(), torch.bfloat16, enabled=dtype_of(precision) == torch.bfloat16)
-
-
 def accumulate(model: nn.Module, parts: list[list], loss: Callable, precision: str) -> dict[str, list[float]]:
     """Add the gradients of the mean of loss(model, items)["loss"] (B,) over the items of all micro-batches.
 
     Each micro-batch runs on one rank. Return every measured value for every item, in a fixed order.
     """
     size, found = sum(map(len, parts)), []
-    for part, is_mine in dealt(parts):  # another rank's part is computed, too, and weighs 0: see `dealt`
+    for part, is_mine in dealt(parts):  # a rank without a part of its own computes one that weighs 0: see `dealt`
         with autocast(precision):
             values = loss(model, part)
         (values["loss"].sum() / size * is_mine).backward()
@@ -105,7 +101,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
             options: TrainOptions) -> dict[str, list[float]]:
     """Take one optimizer step on the mean loss; return the values of all items, and figures of the step.
 
-    If the loss or gradient is not finite, skip the step or stop; the weights are not touched.
+    Where the loss or the gradient is not finite, the weights stay as they are: stop, or skip with --skip_nonfinite.
     """
     values = accumulate(model, parts, loss, options.precision)
     norm = float(full_weight(nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)))
@@ -116,8 +112,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
         check_weights(model)
         if not options.skip_nonfinite:
             raise InputError(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
-                             f"{[item.id for part in parts for item in part]}. Try a smaller --lr, or "
-                             "--skip_nonfinite.")
+                             f"{[item.id for part in parts for item in part]}. Try a smaller --lr or --skip_nonfinite.")
     model.zero_grad()  # also what the optimizer was not given
     return values | {"grad_norm": [norm]} | ({"skipped": [float(not finite)]} if options.skip_nonfinite else {})
 
@@ -135,20 +130,16 @@ def check_weights(model: nn.Module) -> None:
 def load_for_training(directory: str | Path, options: TrainOptions, wrap: Callable = lambda model: model,
                       dtype: torch.dtype = torch.float32) -> nn.Module:
     """Load wrap(the model of a directory), ready for training: on this device, or sharded over all ranks."""
-    if world() == 1:
-        module = wrap(load_model(directory, device(), dtype))
-    else:
-        module = wrap(load_model(directory, dtype=None))  # mapped as it is stored: a rank reads what it keeps
+    alone = world() == 1  # otherwise weights stay mapped as they are stored: a rank reads what it keeps
+    module = wrap(load_model(directory, device(), dtype) if alone else load_model(directory, dtype=None))
+    blocks = [part for part in module.modules() if isinstance(part, Block)]
     for part in module.modules():
         if isinstance(part, Decoder):
             part.checkpoint_activations = options.checkpoint_activations
-        if isinstance(part, Block) and options.compile:
-            part.compile(dynamic=True)
-    if world() == 1:
-        return module
-    blocks = [block for block in module.modules() if isinstance(block, Block)]
-    return shard(module, blocks, dtype_of(options.precision), within_node=options.shard_within_node,
-                 cpu_offload=options.cpu_offload).to(dtype)
+    for block in blocks if options.compile else ():
+        block.compile(dynamic=True)
+    return module if alone else shard(module, blocks, dtype_of(options.precision), cpu_offload=options.cpu_offload,
+                                      within_node=options.shard_within_node).to(dtype)
 
 
 def new_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
@@ -186,7 +177,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
     made_of, path = hash_of(made_of, steps, options.lr, options.batch_size), folder / "train.jsonl"
     done = load_state(folder / "state", model, optimizer, made_of)
     records = by_first(lambda: cut_back(path, done))
-    with (StopAsked() as stop_asked, tracked(options.track, folder, records) as track,
+    with (stop_asked() as asked, tracked(options.track, folder, records) as track,
           Progress(f"train {folder.name}", steps, "step", done) as bar):
         for step in range(done, steps):
             rate = learning_rate(step, steps, options)
@@ -201,7 +192,7 @@ def loop(step_once: Callable[[int], dict], steps: int, model: nn.Module, optimiz
                                  "finite: that is no training, and no model is saved. Try a smaller --lr.")
             bar.advance(1, record["tokens"], **{name: record[name] for name in shown if name in record})
 
-            stop = stop_asked()
+            stop = asked()
             if stop or len(records) % options.save_every == 0 and len(records) < steps:
                 by_first(lambda: flush(path))
                 save_state(folder / "state", model, optimizer, len(records), made_of)

@@ -106,9 +106,7 @@ def checksum(path: Path, file: File) -> str:
         return ""
     digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False) if file.git else hashlib.sha256()
     with open(path, "rb") as content:
-        while chunk := content.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(content, lambda: digest).hexdigest()
 
 
 class HttpsOnly(HTTPRedirectHandler):

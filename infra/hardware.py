@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def dtype_of(precision: str) -> torch.dtype:
     return PRECISIONS[faster_precision()[0] if precision == "auto" else precision]
 
 
+def autocast(precision: str):
+    """Compute matrix products in bfloat16 where precision says so; parameters stay float32."""
+    return torch.autocast(parallel.device(), torch.bfloat16, enabled=dtype_of(precision) == torch.bfloat16)
+
+
 def faster_precision() -> tuple[str, str]:
     """bf16 or fp32, and why."""
     if parallel.device() == "cuda":
@@ -125,3 +131,34 @@ def idle_cores() -> int:
     busy = (used() - before) / (time.perf_counter() - began)
     free = (os.cpu_count() or 1) - busy
     return max(1, min(usable_cores(), round(free)))
+
+
+# --- sampling -----------------------------------------------------------------------------------------
+
+def cache_budget(model) -> int:
+    """Tokens whose keys and values fit into 60 % of a GPU's free memory, or into 1 GiB on a CPU."""
+    config, weight = model.config, model.lm_head.weight
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * weight.element_size()
+    if not weight.is_cuda:
+        return 2**30 // token
+    held = torch.cuda.memory_reserved(weight.device) - torch.cuda.memory_allocated(weight.device)
+    return int(0.6 * (torch.cuda.mem_get_info(weight.device)[0] + held) / token)
+
+
+def recorded(batch) -> Callable[[], None]:
+    """Make batch.step a CUDA graph: recorded when batch.layout has changed, replayed otherwise."""
+    graph, recorded_for = None, None
+
+    def run() -> None:
+        nonlocal graph, recorded_for
+        if batch.layout == recorded_for:
+            return graph.replay()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            batch.step()  # a step like any other, and the warm-up that recording needs
+        torch.cuda.current_stream().wait_stream(stream)
+        graph, recorded_for = torch.cuda.CUDAGraph(), batch.layout
+        with torch.cuda.graph(graph):  # records without running
+            batch.step()
+    return run

@@ -8,6 +8,14 @@ from tqdm import tqdm
 
 from infra.parallel import rank
 
+MANY = 0.1  # of the responses: more that cannot be judged deserve a warning
+REMEDIES = {  # kind of response that makes an accuracy say little about a model -> what to do
+    "unparsed": "ask as the model was trained (--chat own for a chat model; its --prompt or --answer_format), and see "
+                "that responses are not cut off",
+    "unfinished": "raise --max_new_tokens, or declare the token that ends this model's responses as eos_token_id in "
+                  "its generation_config.json",
+    "empty": "ask as the model was trained: --chat own for a chat model, and its --prompt"}
+
 
 class Progress(tqdm):
     """A bar on rank 0 that shows the time left and tokens per second; without a label it is hidden."""
@@ -46,6 +54,18 @@ def printable(text: str) -> str:
     """
     return "".join(c if c.isprintable() or c in "\n\t" or unicodedata.category(c) == "Zs"
                    else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_summary(name: str, found: dict) -> None:
+    """Print a model's accuracy and the shares of responses that could not be judged; warn where these are high."""
+    shares = {"unparsed": found["verdicts"].get("unparsed", 0.0), "unfinished": 1 - found["finished"],
+              "empty": found["empty"]}
+    print("{}: accuracy {:.1%}, 95 % interval {:.1%} to {:.1%}, {} questions; {}".format(
+        name, found["accuracy"], *found["ci95"], found["n"],
+        ", ".join(f"{share:.1%} {kind}" for kind, share in shares.items())))
+    for kind, share in shares.items():
+        if share > MANY:
+            print(f"warning: {share:.0%} of the responses are {kind}: {REMEDIES[kind]}")
 
 
 def summary(records: list[dict]) -> dict:

@@ -55,31 +55,28 @@ def run_script(main: Callable[[], None]) -> None:
         parallel.leave(printable(error.code) if isinstance(error.code, str) else error.code)
 
 
-class StopAsked:
-    """A context in which Ctrl-C and SIGTERM only ask: calling the object tells whether any rank was asked to stop.
+@contextlib.contextmanager
+def stop_asked() -> Iterator[Callable[[], bool]]:
+    """Let Ctrl-C and SIGTERM only ask to stop; the function that this yields tells whether any rank was asked.
 
     A second Ctrl-C does not wait. (Under torchrun it does: ranks hear of Ctrl-C from torchrun alone, which kills them
     after 30 seconds.)
     """
+    asked: list[int] = []
 
-    def __enter__(self) -> "StopAsked":
-        self.asked: list[int] = []
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def ask(number: int, frame) -> None:
+        if number == signal.SIGINT and number in asked and parallel.world() == 1:
+            raise KeyboardInterrupt
+        asked.append(number)
 
-    def __exit__(self, kind, *error) -> None:
-        for number, handler in self.before.items():
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: any(parallel.gather(bool(asked)))
+    finally:
+        for number, handler in before.items():
             signal.signal(number, handler)
-        if self.asked and kind is None:  # after the last time that somebody looked
-            raise KeyboardInterrupt
-
-    def ask(self, number: int, frame) -> None:
-        if number == signal.SIGINT and number in self.asked and parallel.world() == 1:
-            raise KeyboardInterrupt
-        self.asked.append(number)
-
-    def __call__(self) -> bool:
-        return any(parallel.gather(bool(self.asked)))
+    if asked:  # after the last time that somebody looked; not reached where the body has raised
+        raise KeyboardInterrupt
 
 
 # --- the run directory -----------------------------------------------------------------------------
@@ -284,10 +281,22 @@ class Pieces:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(file, "a", encoding="utf-8") as lines:
                 lines.write(f"\n{hash_of(self.made_of, text)} {text}\n")  # a line before it may have been cut short
-                lines.flush()
-                os.fsync(lines.fileno())
+            flush(file)
         except OSError as error:
             raise unwritten(file, error) from None
+
+    def computed(self, items: list, compute: Callable, label: str) -> list:
+        """Do as parallel.computed, but read the results that are there already, and keep each new one as a piece."""
+        found = dict(self.read())  # number of an item -> its result
+
+        def kept(number: int):
+            result = compute(items[number])
+            self.add([number, result])
+            return result
+
+        left = [number for number in range(len(items)) if number not in found]
+        found |= zip(left, parallel.computed(left, kept, label))
+        return [found[number] for number in range(len(items))]
 
     def remove(self) -> None:
         if parallel.rank() == 0:
@@ -327,10 +336,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
         os.replace(temporary, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -435,8 +442,7 @@ def hash_of(*things) -> str:
     for thing in things:
         if isinstance(thing, Path):
             with open(thing, "rb") as file:
-                while part := file.read(1 << 20):
-                    digest.update(part)
+                hashlib.file_digest(file, lambda: digest)
         else:
             digest.update(repr(thing).encode() + b"\0")  # or 12, 0.01 would be 1, 20.01
     return digest.hexdigest()

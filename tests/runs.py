@@ -1,5 +1,6 @@
 """Runs of the scripts in this process, on a toy world and a base model that are small enough for tests."""
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,6 +55,14 @@ def call(module, *argv) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module.__file__, *map(str, argv)])
         module.main()
+
+
+def narrower(model: Path, copy: Path, positions: int) -> Path:
+    """Copy a model directory as one with fewer positions."""
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
+    return copy
 
 
 def refusal(capsys, module, *argv) -> str:

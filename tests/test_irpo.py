@@ -18,7 +18,7 @@ from infra import InputError
 from infra.run import derive_seed, read_json, read_records, write_jsonl
 from irpo import (TOY, Config, Pair, check_start, kept_pairs, make_pairs, minimise, preference_loss,
                   preference_pairs, probe, right_and_wrong, training_items, training_row, with_reference)
-from runs import SMALL, call, read_lines, settings
+from runs import SMALL, call, narrower, read_lines, settings
 from sample import generate
 from tiny import random_tokens, slow_logps, tiny_model
 from train import Example, batch_at
@@ -480,6 +480,17 @@ def test_start_from_another_model(method, base, run, tmp_path):
         assert ("dpo" in steps[0]) == (method == "irpo") and steps[0]["loss"] > 0
         if method == "sft_chosen":
             assert sum(step["tokens"] for step in steps) == sum(len(pair.prompt + pair.chosen) for pair in pairs)
+
+
+def test_pairs_are_limited_by_the_model_that_trains_on_them(base, run, tmp_path):
+    """That of --start_from: pairs past its positions were trained on without a word."""
+    files = [run / "iter1" / "samples.jsonl", *(run / "iter0" / f"eval_{name}.jsonl" for name in ("dev", "samples"))]
+    longest = 24 + max(len(question.prompt_ids) for file in files for question in read_records(file, Answered)[1])
+    other = narrower(base, tmp_path / "narrow", longest)
+    [row] = [row for row in short_run(base, tmp_path / "run", "--start_from", other, "--eval_samples", "0")
+             if row["split"] == "train"]
+    pairs = read_records(tmp_path / "run" / "iter1" / "pairs.jsonl", Pair)[1]
+    assert max(pair.longest for pair in pairs) <= longest and row["pairs_overlong"] > 0
 
 
 def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path, monkeypatch):

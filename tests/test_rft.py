@@ -1,4 +1,5 @@
 """Rejection-sampling fine-tuning: which paths are kept, what is counted on them, and the run."""
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from evaluate import Answered, Sample
 from infra import InputError
 from infra.run import derive_seed, read_json, read_records, write_jsonl, write_records
 from rft import diversity, levenshtein, path_key, right_paths, select_paths
-from runs import call, read_lines, refusal, settings
+from runs import call, narrower, read_lines, refusal, settings
 from train import num_steps
 
 GOLD = "Ann has 2+3=<<2+3=5>>5. That makes 5*2=<<5*2=10>>10.\n#### 10"
@@ -306,6 +307,17 @@ def test_steps_matched_sees_gold_alone_for_as_many_steps(started, base, pool):
     assert last.start == base and len(last.examples) == 10
     assert num_steps(10, last.options) == 2 * 8  # as for 30 examples
     assert training_row(run)["kept"] == 0 and training_row(run)["distinct_paths"] == 2
+
+
+def test_steps_matched_counts_what_is_trained_on(started, base, pool, tmp_path):
+    """Gold solutions that the model has no positions for are in neither of the two runs that are compared."""
+    tokenizer, config = load_tokenizer(base), rft.Config(model="m", **rft.TOY)
+    lengths = [len(config.prompt_ids(tokenizer, p)) + len(config.solution_ids(tokenizer, p, text))
+               for p in questions() for text in (p.solution, texts_for(p)[3], texts_for(p)[2])]
+    positions = sorted(lengths)[-9]
+    _, [last] = started("--pool", pool, "--steps_matched", "--model", narrower(base, tmp_path / "narrow", positions))
+    count = sum(length <= positions for length in lengths)
+    assert count <= 24 and num_steps(10, last.options) == 2 * math.ceil(count / 4)
 
 
 @pytest.mark.parametrize("flags, kept", [

@@ -17,7 +17,7 @@ import infra.state
 import torture
 from infra import InputError
 from infra.progress import Progress, iterations
-from infra.run import StopAsked, read_jsonl
+from infra.run import read_jsonl, stop_asked
 from infra.state import load_state, save_state, states
 from infra.track import TRACKERS, numbers
 from test_train import FP32, examples, nll
@@ -96,7 +96,7 @@ def test_asked_to_stop_it_finishes_the_step_and_says_how_to_resume(whole, tmp_pa
 
 
 def test_a_second_ctrl_c_does_not_wait():
-    with pytest.raises(KeyboardInterrupt), StopAsked() as asked:
+    with pytest.raises(KeyboardInterrupt), stop_asked() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
         os.kill(os.getpid(), signal.SIGINT)
@@ -106,7 +106,7 @@ def test_a_second_ctrl_c_does_not_wait():
 def test_ctrl_c_that_nobody_saw_is_not_lost():
     """Between the last step's look and the end of the loop, it was forgotten, and the run went on."""
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), StopAsked() as asked:
+    with pytest.raises(KeyboardInterrupt), stop_asked() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGINT) is before

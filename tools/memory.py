@@ -12,12 +12,10 @@ FSDP2 holds two blocks at a time, and --reserve_gb. ReFT holds 2 P / n bytes mor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from checkpoint import load_config
+from checkpoint import load_config, without_weights
 from infra.config import Options, option, parse_config
 from infra.run import run_script
-from model import LOGITS_AT_ONCE, Llama, ModelConfig
+from model import LOGITS_AT_ONCE, ModelConfig
 from tools.page import make_table
 
 SHAPES = {  # as in their config.json: vocabulary, width, inner, layers, heads, kv heads, tied, bias
@@ -65,8 +63,7 @@ def model_config(name: str) -> ModelConfig:
 
 def parameters(model: ModelConfig) -> tuple[int, int]:
     """Count the parameters of the model and those of one block."""
-    with torch.device("meta"):
-        llama = Llama(model)
+    llama = without_weights(model)
     return tuple(sum(p.numel() for p in module.parameters()) for module in (llama, llama.model.layers[0]))
 
 
