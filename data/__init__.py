@@ -44,10 +44,8 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
                          f"{', '.join(name for name in FILES if task in FILES[name])}")
 
     names = FILES[source][task]
-    path = Path(path or DOWNLOADS / task)
-    no_dev_file = "dev" not in names
-    own_files = names["train" if split == "dev" and no_dev_file else split]
-    files = [path / name for name in own_files]
+    own_files = names.get(split, names["train"])  # dev may be held out of train
+    files = [Path(path or DOWNLOADS / task, name) for name in own_files]
     problems = with_unique_ids([problem for file in files for problem in read_problems(file, task)])
 
     if task == "math":  # prm800k's files mix the original 7,500 and 5,000
@@ -55,7 +53,7 @@ def load_problems(task: str, split: str, path: str | Path | None = None, source:
         problems = [problem for problem in problems if problem.id.startswith(original)]
         if not problems:
             raise InputError(f"{files[0]} has no problem whose unique_id begins with {original}")
-    if no_dev_file and split != "test":
+    if "dev" not in names and split != "test":
         problems = held_out(problems, ["dev"], files[0])[split]
     return problems
 
@@ -138,7 +136,11 @@ def held_out(problems: list[Problem], splits: list[str], file: Path,
 @functools.cache
 def examples(task: str, path: str | None, answer: str = "") -> list[Problem]:
     """Choose five short training problems for few-shot prompts: four, and one to replace the question itself."""
-    short = [problem for problem in load_problems(task, "train", path, answer=answer) if len(problem.solution) <= 400]
+    short = [problem for problem in load_problems(task, "train", path, answer=answer)
+             if 0 < len(problem.solution) <= 400]
+    if len(short) < 5:
+        raise InputError(f"--prompt irpo shows four solved problems, and {task} has {len(short)} with a solution of at "
+                         "most 400 characters: give another --prompt")
     return sorted(short, key=lambda problem: hashlib.sha256(problem.id.encode()).digest())[:5]
 
 

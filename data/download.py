@@ -82,6 +82,8 @@ def fetch(task: str, directory: str | Path = DOWNLOADS, sources: dict = SOURCES)
                 unpack(file, parts, folder)
             elif parts:
                 download(file, folder)
+        except InputError:
+            raise
         except (*TROUBLE, ValueError, KeyError, zipfile.BadZipFile) as error:
             names = ", ".join(part.name for part in parts)
             raise InputError(f"{file.source}: {error}. Check the network and run this again, or put {names} into "
@@ -125,7 +127,8 @@ def download(file: File, folder: Path) -> None:
             with build_opener(HttpsOnly).open(file.source, timeout=TIMEOUT) as response:
                 return save(file, folder, response, file.size if response.length is None else response.length)
         except TROUBLE as error:
-            no_use = getattr(error, "code", 500) < 500 or isinstance(getattr(error, "reason", 0), socket.gaierror)
+            refused = getattr(error, "code", 500) not in (408, 429, *range(500, 600))  # others may pass with time
+            no_use = refused or isinstance(getattr(error, "reason", 0), socket.gaierror)
             if no_use or wait is None:
                 raise
             print(f"{file.name}: {error}, trying again in {wait} s", flush=True)

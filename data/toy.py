@@ -21,6 +21,7 @@ Splits never share a question: the hash of a question's text decides which split
 """
 import argparse
 import hashlib
+import operator
 import random
 import re
 from collections import Counter
@@ -40,6 +41,8 @@ DEPTHS = (2, 3, 4, 5)  # steps of a question's solution
 SIZES = {"train": 1500, "dev": 500, "test": 1000}
 MAX_VALUE = 30  # every quantity of a question is in 1..MAX_VALUE
 VALUES = frozenset(range(1, MAX_VALUE + 1))
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul,
+              "/": lambda left, right: left // right if right and left % right == 0 else -1}
 MAX_STATED = 60  # what a solution with mistakes may state is in 0..MAX_STATED
 COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
 DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
@@ -139,16 +142,7 @@ class Ledger:
 def read(reading: str, a: int, b: int, k: int) -> int | None:
     """Compute what a fact says by a reading; None unless that is a whole number from 0 to MAX_STATED."""
     numbers = {"a": a, "b": b, "k": k}
-    left, right = numbers[reading[0]], numbers[reading[2]]
-    match reading[1]:
-        case "+":
-            value = left + right
-        case "-":
-            value = left - right
-        case "*":
-            value = left * right
-        case "/":
-            value = left // right if right and left % right == 0 else -1
+    value = OPERATIONS[reading[1]](numbers[reading[0]], numbers[reading[2]])
     return value if 0 <= value <= MAX_STATED else None
 
 
@@ -208,11 +202,9 @@ def draw_fact(rng: random.Random, x: str, kind: str, a: str, given: list[str], v
 @lru_cache(maxsize=4096)
 def parse(question: str) -> Ledger:
     """Read a question back from any text that contains it. InputError if it is none of this world."""
-    facts = {}
+    facts, names = {}, {name: rf"(?P<{name}>[A-Z]\w+)" for name in "xab"} | {"k": r"(?P<k>\d+)"}
     for kind, text in [("", "{x} {k}."), *((name, kind.text) for name, kind in KINDS.items())]:
-        pattern = re.escape(text).replace(r"\{", "{").replace(r"\}", "}")
-        pattern = pattern.format(x=r"(?P<x>[A-Z]\w+)", a=r"(?P<a>[A-Z]\w+)", b=r"(?P<b>[A-Z]\w+)", k=r"(?P<k>\d+)")
-        for match in re.finditer(rf"\b{pattern}", question):
+        for match in re.finditer(r"\b" + text.replace(".", r"\.").format(**names), question):
             found = match.groupdict()
             k = int(found["k"]) if "k" in found else 2 if kind == "half" else 0
             facts[match.start()] = Fact(found["x"], kind, k, found.get("a", ""), found.get("b", ""))

@@ -34,10 +34,8 @@ def _marked(text: str, marker: re.Pattern) -> str | None:
     first = marker.search(text)
     if first is None:
         return None
-    end = text.find("\nQuestion:", first.end())
-    text = text[:end] if end >= 0 else text
-    *_, last = marker.finditer(text)
-    return text[last.end():].strip().partition("\n")[0] or None
+    own = text[first.end():].partition("\nQuestion:")[0]
+    return marker.split(own)[-1].strip().partition("\n")[0] or None
 
 
 def boxed(text: str) -> str | None:
@@ -70,10 +68,9 @@ def program(text: str) -> str | None:
     """Cut the program out of a text: no code fence, and nothing that the model wrote after the program.
 
     Fences cut a text into pieces, whatever their language; the last piece with `def solution` is the program. If the
-    prompt ends with that line, put it back in front. The ReFT authors
-    stop at the first blank line, which truncates programs that contain one. Here a blank line ends the program only
-    if the next line is neither indented nor a definition or an import. They also turn sys.exit into print; here a
-    program that exits has returned no answer.
+    prompt ends with that line, put it back in front. The ReFT authors stop at the first blank line, which truncates
+    programs that contain one. Here a blank line ends the program only if the next line is neither indented nor a
+    definition or an import. They also turn sys.exit into print; here a program that exits has returned no answer.
     """
     pieces = _FENCE.split(text.replace("\r\n", "\n").partition("\nQuestion:")[0])
     programs = [piece for piece in pieces if re.search(r"^[ \t]*def solution\b", piece, re.MULTILINE)]

@@ -79,11 +79,7 @@ _LEAF = "\0"  # stands for an element in a shape: "(\0, \0)" is the shape of eve
 
 def spell(value: Fraction) -> str:
     """Spell a rational in one way: "18", "-0.5", and "1/3" where no decimal is exact."""
-    rest = value.denominator
-    for prime in (2, 5):
-        while rest % prime == 0:
-            rest //= prime
-    if rest != 1:
+    if 10 ** value.denominator.bit_length() % value.denominator:  # it has a prime factor besides 2 and 5
         return str(value)
     exact = Context(prec=10 * MAX_DIGITS)  # 2 ** -330 has 330 places
     return format(exact.divide(value.numerator, value.denominator), "f")
@@ -164,7 +160,7 @@ def _shape(latex: str, leaves: list[str]) -> str:
         if len(parts := _split(latex, separator)) > 1:
             return _joined(parts, spelling, leaves)
     if inner := _inside(latex):
-        open_, close = _TOKEN.findall(latex)[0], _TOKEN.findall(latex)[-1]
+        open_, *_, close = _TOKEN.findall(latex)
         elements = _split(inner, ",")
         if len(elements) == 1 and open_ in ("(", "{"):  # (C) and {5} are C and 5
             return _shape(inner, leaves)

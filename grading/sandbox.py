@@ -42,7 +42,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from queue import SimpleQueue
 
 CPU_SECONDS = 2  # of its own CPU time per job: a verdict must not depend on what else the machine does
@@ -106,8 +106,9 @@ class Server:
                 self.process.stdin.flush()
                 reply = self.receive()
             except BaseException:  # Ctrl-C too: the next job would get this one's late reply
-                self.process.kill()
-                self.process.wait()
+                if self.process:
+                    self.process.kill()
+                    self.process.wait()
                 raise
             if not reply:  # without seccomp, a program can kill its server; only its own job fails
                 self.process.wait()
@@ -123,7 +124,7 @@ def decode(status: str, output: str) -> Outcome:
         return Outcome("failed")
 
 
-@lru_cache
+@cache
 def _server(kind: str, worker: int, pid: int) -> Server:
     return Server(kind)  # one per pid of ours: after a fork, parent and child must not share pipes
 
@@ -274,7 +275,7 @@ def seccomp_filter() -> bytes | None:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-@lru_cache
+@cache
 def libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
@@ -292,7 +293,7 @@ def prepare_program() -> None:
         __import__(name)
 
 
-@lru_cache
+@cache
 def load_sympy() -> None:
     """Import sympy (torch installs it) once, when a program first names it, as ReFT's programs may.
 
@@ -320,14 +321,12 @@ def work_program(job: dict) -> str | None:
     value = names["solution"]()
     if isinstance(value, str):
         return value if len(value) < OUTPUT // 8 else None
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not hasattr(value, "__float__"):
         return None
     if isinstance(value, numbers.Rational):
         return str(value)
-    if hasattr(value, "__float__"):
-        # 12 of a float's 16 digits: the last ones are rounding noise, 71.99999999999999 is 72
-        return format(round(float(value), 12), ".12g")
-    return None
+    # 12 of a float's 16 digits: the last ones are rounding noise, 71.99999999999999 is 72
+    return format(round(float(value), 12), ".12g")
 
 
 def prepare_verify() -> None:

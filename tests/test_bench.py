@@ -142,6 +142,16 @@ def test_a_measurement_that_fails_keeps_those_before_it(monkeypatch, tmp_path):
     assert "| toy |  | ours |  | 32 | 1 | 500 (500 to 500) | 250 |" in (tmp_path / "bench.md").read_text()
 
 
+def test_parts_alone_are_written_and_nothing_to_measure_is_said(monkeypatch, tmp_path):
+    """Minutes of measuring were lost, or the page of an earlier run was printed."""
+    shares = {half: {"attention": 1.0} for half in ("sampling", "training")}
+    monkeypatch.setattr(bench, "measure_elsewhere", lambda python, job: shares)
+    run_main(monkeypatch, "--halves", "parts", "--shapes", "toy", "--out", tmp_path)
+    assert "| attention | 100% | 100% |" in (tmp_path / "bench.md").read_text()
+    with pytest.raises(InputError, match="nothing to measure: toy, 6.5m, 1b are trained"):
+        run_main(monkeypatch, "--halves", "training", "--shapes", "135m", "--out", tmp_path)
+
+
 def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(monkeypatch, tmp_path, capsys):
     """What is asked for and not there to measure, like the parts of the time of another model, is left out, too."""
     monkeypatch.setitem(bench.ENGINES, "sampling", {

@@ -283,6 +283,22 @@ def test_math_has_four_examples_and_never_its_own_answer(tmp_path):
         assert text.count("Final answer: 2\n\n") == 4 and text.endswith("\nSolution:")
 
 
+def test_problems_without_solutions_are_no_examples(tmp_path):
+    """Four empty solutions were shown as examples."""
+    rows = [row | {"solution": "" if i >= 40 else row["solution"]} for i, row in enumerate(numbered("math", 45))]
+    write(tmp_path / "train.jsonl", rows[:40])
+    write(tmp_path / "test.jsonl", rows[40:])
+    ids = [problem.id for problem in data.load_problems("math", "train", tmp_path) if problem.solution]
+    for solved in (5, 4):
+        write(tmp_path / "train.jsonl", [row if row["unique_id"] in ids[:solved] else row | {"solution": ""}
+                                         for row in rows[:40]])
+        data.examples.cache_clear()
+        if solved == 5:
+            assert {problem.id for problem in data.examples("math", str(tmp_path))} == {*ids[:5]}
+    with pytest.raises(InputError, match="math has 4 with a solution of at most 400 characters"):
+        data.examples("math", str(tmp_path))
+
+
 @pytest.mark.parametrize("task, answer_format, text", [
     ("gsm8k", "hash", ROWS["gsm8k"]["answer"]),
     ("gsm8k", "final_answer", "She has 4+3 = 7 pens.\nFinal answer: 7"),

@@ -224,6 +224,16 @@ def test_a_killed_server_is_started_again():
     assert server.run({"code": GOOD}).value == "72"
 
 
+def test_a_server_that_cannot_start_says_why(monkeypatch):
+    """Without memory for a process, the message was that None cannot be killed."""
+    def refused(*words, **options):
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(sandbox.subprocess, "Popen", refused)
+    with pytest.raises(OSError, match="Cannot allocate memory"):
+        sandbox.Server("program").run({"code": GOOD})
+
+
 def test_parent_and_forked_child_do_not_share_a_server():
     """Two processes on the ends of one pipe would read each other's verdicts."""
     assert grade(GOOD, "72", "gsm8k", "python").verdict == "correct"

@@ -63,7 +63,6 @@ def log(tmp_path, monkeypatch) -> list:
     monkeypatch.setattr(sweep.subprocess, "Popen", Process)
     monkeypatch.setattr(sweep.subprocess, "call", lambda words: Process.log.append(("report", words[-1])) or 0)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(sweep.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(sweep, "copy_shared", lambda run: None)
     return Process.log
 
@@ -284,7 +283,7 @@ def test_the_better_half_of_the_settings_goes_on(failing, tmp_path, monkeypatch,
     monkeypatch.setitem(sweep.ALL, "tune", {"x": tuning})
     accuracies, started = {0: [0.5, 0.5], 1: [0.9, 0.6], 2: [0.8, 0.7]}, []
 
-    def work_on(runs, jobs):
+    def work(runs, jobs):
         for run in runs:
             if not sweep.done(run):
                 started.append((run, words := sweep.command(run).split()[-1]))
@@ -296,7 +295,7 @@ def test_the_better_half_of_the_settings_goes_on(failing, tmp_path, monkeypatch,
                     write_json(tmp_path / run / f"iter{row['iteration']}" / "eval.json", [row])
                 write_json(tmp_path / run / "results.json", rows)
         return []
-    monkeypatch.setattr(sweep, "work_on", work_on)
+    monkeypatch.setattr(sweep, "work", work)
     for _ in range(1 if failing else 2):  # the second time there is nothing left to do
         monkeypatch.setattr(sys, "argv", ["tune", "x"])
         (tmp_path / "results" / "tune").mkdir(parents=True, exist_ok=True)
@@ -312,7 +311,7 @@ def test_the_better_half_of_the_settings_goes_on(failing, tmp_path, monkeypatch,
 def test_a_tuning_with_failed_runs_leaves_no_record_unless_asked(flags, tmp_path, monkeypatch):
     """A full disk had given every setting accuracy 0, and the first one was called the best."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sweep, "work_on", lambda runs, jobs: runs)
+    monkeypatch.setattr(sweep, "work", lambda runs, jobs: runs)
     monkeypatch.setattr(sys, "argv", ["tune", "toy", *flags])
     if flags:
         Path("results/tune").mkdir(parents=True)

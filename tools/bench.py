@@ -23,7 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 
@@ -31,10 +31,11 @@ import torch
 
 import irpo
 import sample
-from checkpoint import load_config, load_model, save_model
+from checkpoint import load_model, load_sampler, save_model
 from data.fresh import initialize
 from infra import InputError
 from infra.config import Options, option, parse_config
+from infra.hardware import PRECISIONS, dtype_of
 from infra.parallel import device
 from infra.run import read_json, run_card, run_script, write_json, write_text
 from irpo import Pair, preference_loss
@@ -47,7 +48,6 @@ SHAPES = {  # random weights
     "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),  # SmolLM2's
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's
 TRAINED = ("toy", "6.5m", "1b")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ENOUGH = 5  # seconds: where sampling took longer, more rows at once are not tried
 BATCH, STEPS = 32, 4  # pairs of a training step, steps of an epoch
 WORDS = {0: "<unk>", 1: "<s>", 2: "</s>"}  # other tokens are t3, t4, ...
@@ -60,12 +60,12 @@ Tick = Callable[[], None]
 
 def random_prompts(job: dict, count: int) -> list[list[int]]:
     """Draw prompts of random tokens; number i does not depend on how many there are."""
-    return [random.Random(i).choices(range(3, load_config(job["model"]).vocab_size), k=job["prompt_tokens"])
-            for i in range(count)]
+    vocabulary = range(3, SHAPES[job["shape"]].vocab_size)
+    return [random.Random(i).choices(vocabulary, k=job["prompt_tokens"]) for i in range(count)]
 
 
 def sample_ours(job: dict) -> Sample:
-    model = load_model(job["model"], device(), DTYPES[job["dtype"]])
+    model = load_sampler(job["model"], job["dtype"])
 
     def run(prompts: list[list[int]], n: int, new_tokens: int) -> int:
         groups = sample.generate(model, prompts, num_samples=n, max_new_tokens=new_tokens, eos_ids=(), seed=0)
@@ -76,7 +76,7 @@ def sample_ours(job: dict) -> Sample:
 
 def sample_transformers(job: dict) -> Sample:
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=DTYPES[job["dtype"]]).to(device()).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=dtype_of(job["dtype"])).to(device()).eval()
 
     def run(prompts: list[list[int]], n: int, new_tokens: int) -> int:
         tokens = torch.tensor(prompts, device=device())
@@ -92,7 +92,7 @@ def sample_vllm(job: dict) -> Sample:
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
                    "VLLM_CPU_KVCACHE_SPACE": "4", "VLLM_LOGGING_LEVEL": "ERROR"}
     import vllm
-    llm = vllm.LLM(job["model"], dtype=str(DTYPES[job["dtype"]])[6:], skip_tokenizer_init=True, seed=0,
+    llm = vllm.LLM(job["model"], dtype=str(dtype_of(job["dtype"]))[6:], skip_tokenizer_init=True, seed=0,
                    max_model_len=job["prompt_tokens"] + job["new_tokens"], max_num_seqs=max(job["rows"]))
 
     def run(prompts: list[list[int]], n: int, new_tokens: int) -> int:
@@ -363,7 +363,7 @@ def table(results: list[dict]) -> str:
     best = {key: max(by_rows.values(), key=lambda group: median(rates(group, speed)))
             for key, by_rows in groups.items()}
     lines = ["| model | N | engine | setting | rows | rounds | tokens per CPU second (lowest to highest) | per "
-             "second | peak MB | ours is faster by |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
+             "second | peak MB, all rows | ours is faster by |", "|---|---:|---|---|---:|---:|---:|---:|---:|---:|"]
     for (shape, n, engine, setting), group in best.items():
         cpu, ours = rates(group, "cpu"), best[shape, n, "ours", ""]
         lines.append(f"| {shape} | {n} | {engine} | {setting} | {group[0]['rows']} | {len(group)} | {median(cpu):,.0f} "
@@ -397,7 +397,7 @@ class Config(Options):
     prompt_tokens: int = option(65, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
     micro_batch_tokens: int = option(1024, "of our training", low=1)
-    dtype: str = option("fp32", "of all engines where the setting names no other", choices=DTYPES)
+    dtype: str = option("fp32", "of all engines where the setting names no other", choices=PRECISIONS)
     rounds: int = option(3, "measurements behind each median", low=1)
     threads: int = option(1, "on a CPU", low=1)
     peers: tuple[str, ...] = option((), "Pythons that have what this one lacks, like vllm")
@@ -409,24 +409,19 @@ PRESETS = {"gpu": dict(shapes=("1b",), rows=(1024,), prompt_tokens=512, new_toke
                        dtype="bf16")}
 
 
-def compare(config: Config, found: dict) -> Iterator[None]:
-    """Measure all engines and settings in turns, and add results to `found`; yield after each measurement."""
-    pythons = {half: pythons_of(half, config.peers) for half in ENGINES}
-    with tempfile.TemporaryDirectory() as folder:
-        for shape in config.shapes:
-            write_model(shape, Path(folder) / shape)
-            job = asdict(config) | {"shape": shape, "model": f"{folder}/{shape}"}
-            if "parts" in config.halves and shape == "toy":
-                found["parts"] = measure_elsewhere(sys.executable, job | {
-                    "half": "parts", "engine": "ours", "setting": ""})
-            for _ in range(config.rounds):
-                for half in [half for half in ENGINES if half in config.halves
-                             and (half == "sampling" or shape in TRAINED)]:
-                    for name, python in pythons[half].items():
-                        for setting, changes in ENGINES[half][name].settings.items():
-                            found[half] += measure_elsewhere(python, job | changes | {
-                                "half": half, "engine": name, "setting": setting})
-                            yield
+def jobs(config: Config, folder: Path) -> Iterator[tuple[str, dict]]:
+    """Yield every measurement as (Python, job), engines and settings in turns."""
+    pythons = {half: pythons_of(half, config.peers) for half in ENGINES if half in config.halves}
+    for shape in config.shapes:
+        write_model(shape, folder / shape)
+        job = asdict(config) | {"shape": shape, "model": f"{folder}/{shape}"}
+        if "parts" in config.halves and shape == "toy":
+            yield sys.executable, job | {"half": "parts", "engine": "ours", "setting": ""}
+        halves = [half for half in pythons if half == "sampling" or shape in TRAINED]
+        for _, half in product(range(config.rounds), halves):
+            for name, python in pythons[half].items():
+                for setting, changes in ENGINES[half][name].settings.items():
+                    yield python, job | changes | {"half": half, "engine": name, "setting": setting}
 
 
 def main() -> None:
@@ -443,10 +438,16 @@ def main() -> None:
     text = "# Benchmark\n\n" + "".join(f"- {name}: {value}\n" for name, value in record.items())
     text += f"- {config.dtype}, {config.threads} threads; load of the machine at the start {os.getloadavg()[0]:.1f}\n"
     found = {half: [] for half in ENGINES}
-    for _ in compare(config, found):
-        write_json(Path(config.out) / "bench.json", record | found)
-        write_text(Path(config.out) / "bench.md", text + "".join(section(*half) for half in found.items() if half[1]))
-    print(Path(config.out, "bench.md").read_text())
+    out = Path(config.out)
+    with tempfile.TemporaryDirectory() as folder:
+        for python, job in jobs(config, Path(folder)):
+            measured = measure_elsewhere(python, job)
+            found[job["half"]] = measured if job["half"] == "parts" else found[job["half"]] + measured
+            write_json(out / "bench.json", record | found)
+            write_text(out / "bench.md", text + "".join(section(*half) for half in found.items() if half[1]))
+    if not any(found.values()):
+        raise InputError(f"nothing to measure: {', '.join(TRAINED)} are trained, and parts are those of toy")
+    print((out / "bench.md").read_text())
 
 
 if __name__ == "__main__":

@@ -18,8 +18,7 @@ from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
 from infra.progress import printable
 from infra.run import hash_of, open_run, read_records, run_script, write_json
-from grading.latex import read_latex
-from rewards import READ, grade_all, require_math_verify
+from rewards import grade_all
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,6 @@ def rescore(path: Path) -> None:
         raise InputError(f"{path} was judged by --reward {settings['reward']}, and --rescore knows only right answers")
     if not task or not marks:
         raise InputError(f"{path} does not say its task and how answers are marked, so they cannot be graded again")
-    if READ.get(kind) is read_latex:
-        require_math_verify()
     grades = grade_all([[s.text for s in q.samples] for q in before], [q.gold for q in before], kind, marks,
                        [q.prompt for q in before])
     after = [replace(question, samples=[replace(sample, **asdict(verdict)) for sample, verdict in zip(

@@ -10,7 +10,6 @@ GB are 10^9 bytes. Activations and gradients on their way are upper bounds, unde
 FSDP2 holds two blocks at a time, and --reserve_gb. ReFT holds 2 P / n bytes more, its reference.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 from checkpoint import load_config, without_weights
 from infra.config import Options, option, parse_config
@@ -77,7 +76,7 @@ def activation_bytes(model: ModelConfig, config: Config, again: bool) -> int:
     """
     D, inner, H, V = model.hidden_size, model.intermediate_size, model.num_attention_heads, model.vocab_size
     pair = config.prompt_tokens + 2 * config.max_new_tokens + 1  # one row, which has the prompt once
-    tokens, size = max(config.micro_batch_tokens, pair), bytes_of(config)
+    tokens, size = max(config.micro_batch_tokens, pair), 4 if config.cpu else 2
     block = 2 * (4 * D + 4 + size * D) + 4 * size * H * model.head_dim + 4 * H + 4 * size * inner
     block += 2 * 4 * D * config.cpu
     kept = model.num_hidden_layers * (4 * D if again else block) + 2 * 4 * D + size * pair  # and last norm, head, mask
@@ -85,17 +84,12 @@ def activation_bytes(model: ModelConfig, config: Config, again: bool) -> int:
     return tokens * kept + max(3 * 4 * logits, tokens * (again * block + 4 * D + 4 * inner))
 
 
-def bytes_of(config: Config) -> int:
-    """Bytes of a number in matrix products: float32 on a CPU, bfloat16 on GPUs."""
-    return 4 if config.cpu else 2
-
-
 def memory(model: ModelConfig, config: Config) -> dict[str, float]:
     """List what one GPU holds, in GB: parts, and sums with the reserve."""
     (P, block), n, head = parameters(model), config.gpus, model.vocab_size * model.hidden_size
     ends = head if model.tie_word_embeddings else 2 * head  # embedding and head, which FSDP2 gathers in float32
     split = model.num_hidden_layers * (block - 2 * model.hidden_size)  # norms, embedding and head stay complete
-    size = bytes_of(config)
+    size = 4 if config.cpu else 2  # bytes of a number in matrix products: float32 on a CPU, bfloat16 on GPUs
     cache = 2 * size * model.num_hidden_layers * model.num_key_value_heads * model.head_dim  # keys and values
     gb = {name: value / 1e9 for name, value in {
         "training state": 16 * P / n,  # float32 parameters, gradients and both moments of AdamW
@@ -126,7 +120,7 @@ def responses(needed: dict[str, float], config: Config) -> int:
 
 def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
-    models = {config.model: load_config(Path(config.model))} if config.model else {
+    models = {config.model: load_config(config.model)} if config.model else {
         name: model_config(name) for name in ([config.model_shape] if config.model_shape else SHAPES)}
     needed = {name: memory(model, config) for name, model in models.items()}
     rows = [([name, f"{parameters(model)[0]:,}", f"{responses(needed[name], config):,}"], needed[name])

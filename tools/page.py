@@ -97,7 +97,7 @@ def render(panels: dict[str, dict[str, list[tuple]]], y_label: str, x_label: str
     """Draw panels side by side, title -> label -> points (x, y, low, high, values of seeds); None without points, or
     without matplotlib.
 
-    order: labels, each with the same style in all pictures; others come after them. Scales: linear; log; symlog, which
+    order: labels, each with the same style in all pictures; others come after them. Scales: linear; symlog, which
     shows 0, too; share for a y in [0, 1]; free for panels that do not share y.
     """
     panels = {literal(title): {literal(label): points for label, points in lines.items()}
@@ -146,7 +146,7 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
             marker=MARKERS[i % len(MARKERS)], linewidth=1.5, markersize=4.5)
         dots = [(x + shift + 0.025 * gap, value) for x, *_, values in points[::every] for value in values]
         axis.plot(*numpy.array(dots).reshape(-1, 2).T, ".", color=color, markersize=4, alpha=0.7)
-    if len(xs) <= 12 and x_scale != "log":
+    if len(xs) <= 12:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()
     if y_scale == "symlog":

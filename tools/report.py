@@ -509,10 +509,9 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     facts += [f"Claims without runs, undecided: {'; '.join(unrun)}."] if unrun and claims else []
     facts += [f"{run.path} is unfinished: {run.models[-1]['name']} is the last model evaluated."
               for run in runs if not run.finished]
-    if warned := [f"{'/'.join(run.path.parts[-2:])}: {run.card['warnings']}" for run in runs if "warnings" in run.card]:
-        facts.append(f"Warnings of {'; '.join(warned)}.")
-    if edited := [f"{'/'.join(run.path.parts[-2:])}: {run.card['edited']}" for run in runs if "edited" in run.card]:
-        facts.append(f"Continued after code was edited (--anyway), {'; '.join(edited)}.")
+    for key, said in (("warnings", "Warnings of"), ("edited", "Continued after code was edited (--anyway),")):
+        if told := [f"{'/'.join(run.path.parts[-2:])}: {run.card[key]}" for run in runs if key in run.card]:
+            facts.append(f"{said} {'; '.join(told)}.")
     fewer = [f"{key} of {cell['label']}, {name}" for cell in summary.values() for name, model in cell["models"].items()
              for key, value in model.items() if re.fullmatch(r"accuracy|(maj|pass)@\d+", key)
              and value["n"] < model["seeds"]]

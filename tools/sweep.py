@@ -13,7 +13,6 @@ import argparse
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -152,9 +151,9 @@ def missing(runs: list[str]) -> list[str]:
     return [*dict.fromkeys(first + runs)]
 
 
-def work(waiting: list[str], jobs: int, gpus: int = 1) -> list[str]:
-    """Run these, each after those that it needs; return those that failed or could not start."""
-    waiting, running, failed = [*waiting], {}, []
+def work(runs: list[str], jobs: int, gpus: int = 1) -> list[str]:
+    """Run what is missing of these, each after those that it needs; return those that failed or could not start."""
+    waiting, running, failed = missing(runs), {}, []
     try:
         while True:
             ready = [run for run in waiting if all(done(other) and other not in running for other in needs(run))]
@@ -177,22 +176,6 @@ def work(waiting: list[str], jobs: int, gpus: int = 1) -> list[str]:
             process.terminate()
         for process, _ in running.values():
             process.wait()
-
-
-def work_on(runs: list[str], jobs: int, gpus: int = 1) -> list[str]:
-    """Run what is missing of these, as `work` does; Ctrl-C and SIGTERM end it with a sentence."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return work(missing(runs), jobs, gpus)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped; the same command resumes")
-
-
-def report(table: str, partial: bool) -> int:
-    """Write the report; return its exit status. A part of a table does not replace the table in results/."""
-    folder, out = TABLES[table]["folder"], TABLES[table]["report"]
-    return subprocess.call([sys.executable, "-m", "tools.report", "--table", folder,
-                            "--out", f"{folder}-report" if partial else out])
 
 
 def main() -> None:
@@ -219,10 +202,11 @@ def main() -> None:
 
     if not args.anyway:
         refuse_other(runs)
-    if left := work_on(runs, args.jobs, args.gpus):
+    if left := work(runs, args.jobs, args.gpus):
         sys.exit(f"no report, since these are missing: {' '.join(left)}")
     partial = set(cells) < set(table["cells"]) or not set(table["seeds"]) <= set(seeds)
-    sys.exit(report(args.table, partial))
+    out = f"{table['folder']}-report" if partial else table["report"]  # a part does not replace the table in results/
+    sys.exit(subprocess.call([sys.executable, "-m", "tools.report", "--table", table["folder"], "--out", out]))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ def main() -> None:
             sweep.refuse_other(runs, flags_too=False)
         for run in runs:
             reopen(run, sweep.command(run))
-        failed = sweep.work_on(runs, args.jobs)
+        failed = sweep.work(runs, args.jobs)
         if failed and not (args.failed_as_zero and set(failed) <= set(runs)):
             sys.exit(f"no record, since these failed: {' '.join(failed)}\nTheir output.txt says why. Where training "
                      "diverged, --failed_as_zero gives the setting accuracy 0.")
