@@ -376,7 +376,9 @@ def test_accuracy_over_compute(tmp_path):
         (path / "results.json").write_text(json.dumps(rows))
     _, record = table(root, "compare")
     kind, cells, _ = report.load_table(root)
-    lines = report.over_compute(report.summarize(kind, cells))["accuracy"]
+    panels = report.over_compute(report.summarize(kind, cells))
+    assert [*panels] == ["accuracy", "pass@2"], "the largest k alone"
+    lines = panels["accuracy"]
     assert {label: [point[:2] for point in points] for label, points in lines.items()} == {
         "IRPO": [(0, 0.4), (10**12, 0.5), (2 * 10**12, 0.6)], "IRPO with winners at random": [(0, 0.4), (10**12, 0.3)],
         "GRPO": [(28 * 10**11, 0.65), (55 * 10**11, 0.7)]}

@@ -143,10 +143,10 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
         bars = [numpy.where(end > 0, end, numpy.nan) for end in (y - low, high - y)]
         drawn[label] = axis.errorbar(
             x + shift, y, bars, errorevery=every, markevery=every, capsize=2, elinewidth=1, color=color,
-            marker=MARKERS[i % len(MARKERS)], linewidth=1.5, markersize=4.5)
+            marker=MARKERS[i % len(MARKERS)], linestyle="-" if i < len(COLORS) else "--", linewidth=1.5, markersize=4.5)
         dots = [(x + shift + 0.025 * gap, value) for x, *_, values in points[::every] for value in values]
         axis.plot(*numpy.array(dots).reshape(-1, 2).T, ".", color=color, markersize=4, alpha=0.7)
-    if len(xs) <= 12:
+    if len(xs) <= 12 and max(xs) < 10**6:
         axis.set_xticks(xs, [f"{x:g}" for x in xs])
         axis.minorticks_off()
     if y_scale == "symlog":

@@ -448,18 +448,19 @@ def over_models(summary: dict) -> dict[str, dict]:
 
 
 def over_compute(summary: dict) -> dict[str, dict]:
-    """Accuracy and pass@k over the FLOPs that sampling and training have taken so far. The cells METHOD+FLAG@VALUE of a
-    method are one line, and so are a run's models, from the base on, which has cost nothing."""
+    """Accuracy, and pass@k of the largest k, over the FLOPs that sampling and training have taken so far. The cells
+    METHOD+FLAG@VALUE of a method are one line, and so are a run's models, from the base on, which has cost nothing."""
     panels: dict[str, dict[str, dict]] = {}
     for cell in summary.values():
         spent, line = 0, cell["label"].partition(", ")[0]
         for name, model in cell["models"].items():
             spent += model.get("train_flops", {"mean": 0})["mean"]
             for key in model:
-                if (spent or name in ("M0", "base")) and re.fullmatch(r"accuracy|pass@(?!1$)\d+", key):
+                if (spent or name in ("M0", "base")) and re.fullmatch(r"accuracy|pass@\d+", key):
                     panels.setdefault(key, {}).setdefault(line, {})[spent] = point(spent, model[key])
+    k = max((int(key[5:]) for key in panels if key != "accuracy"), default=0)
     return {key: {line: [points[x] for x in sorted(points)] for line, points in lines.items()}
-            for key, lines in panels.items()}
+            for key, lines in panels.items() if key in ("accuracy", f"pass@{k}")}
 
 
 def over_k(summary: dict) -> dict[str, dict]:
