@@ -81,7 +81,7 @@ def call(monkeypatch, *arguments: str):
      "runs/table/dpo_from_sft_chosen/s0 --alpha 0 --lr 1e-4 --iterations 1 "
      "--start_from runs/table/sft_chosen/s0/iter1/model"),
     ("runs/rft/pool/s1", "rft.py --preset toy --model runs/base-s1/model --seed 1 --run_dir runs/rft/pool/s1 "
-     "--lr 1e-4 --eval_samples 0 --pool runs/rft/k40/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
+     "--eval_samples 0 --pool runs/rft/k40/s1 runs/rft/w96/s1 runs/rft/w160/s1"),
     ("runs/reft/rerank-sft/s2", "-m tools.rerank --preset toy --model runs/reft/sft/s2/iter1/model --labelled "
      "runs/labelled-s2/eval_samples.jsonl --candidates runs/reft/sft/s2/iter1/eval_sampled.jsonl --seed 2 "
      "--run_dir runs/reft/rerank-sft/s2")])
