@@ -46,8 +46,8 @@ def load_config(directory: str | Path) -> ModelConfig:
     """Read a ModelConfig from a directory's config.json, as transformers 4 or 5 writes it."""
     path = Path(directory) / "config.json"
     if not path.is_file():
-        raise InputError(f"{path} does not exist: give a directory with config.json and weights (of Meta's files, "
-                         "params.json and *.pth, transformers' convert_llama_weights_to_hf makes one)")
+        raise InputError(f"{path} does not exist: give a directory with config.json and weights (Meta's params.json "
+                         "and *.pth: convert them with transformers' convert_llama_weights_to_hf first)")
     raw = read_object(path)
     rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # transformers 4 or 5
     if not isinstance(rope, dict):

@@ -139,8 +139,8 @@ def examples(task: str, path: str | None, answer: str = "") -> list[Problem]:
     short = [problem for problem in load_problems(task, "train", path, answer=answer)
              if 0 < len(problem.solution) <= 400]
     if len(short) < 5:
-        raise InputError(f"--prompt irpo shows four solved problems, and {task} has {len(short)} with a solution of at "
-                         "most 400 characters: give another --prompt")
+        raise InputError("--prompt irpo needs five solved problems with at most 400 characters, four to show and one "
+                         f"more for when one of them is asked, and {task} has {len(short)}: give another --prompt")
     return sorted(short, key=lambda problem: hashlib.sha256(problem.id.encode()).digest())[:5]
 
 

@@ -295,7 +295,7 @@ def test_problems_without_solutions_are_no_examples(tmp_path):
         data.examples.cache_clear()
         if solved == 5:
             assert {problem.id for problem in data.examples("math", str(tmp_path))} == {*ids[:5]}
-    with pytest.raises(InputError, match="math has 4 with a solution of at most 400 characters"):
+    with pytest.raises(InputError, match="needs five solved problems .* and math has 4:"):
         data.examples("math", str(tmp_path))
 
 

@@ -106,8 +106,8 @@ def memory(model: ModelConfig, config: Config) -> dict[str, float]:
 
 
 def responses(needed: dict[str, float], config: Config) -> int:
-    """Count the responses, in complete questions, that fit at once into 60 % of what is left (sample.cache_budget), or
-    into 1 GiB on a CPU.
+    """Count the responses, in complete questions, that fit at once into 60 % of what is left, or on a CPU into 1 GiB
+    (infra/hardware.py:cache_budget).
 
     A question has room for two prompts, since one is still needed when most of its samples have ended and the next
     begin. Caches grow by 128 columns.

@@ -203,8 +203,8 @@ def load_runs(paths: list[Path]) -> dict[str, dict[int, Run]]:
         directory = str(runs[group[0]].path)
         if not name or names.count(name) > 1 or len(differing) > 4:
             name = directory if len(group) == 1 else re.sub(r"[-/]s\d+$", "", directory)
-        single = len(groups) == len(runs) and len({*seeds}) > 1  # runs of different seeds, compared all the same
-        found[name] = {0: runs[group[0]]} if single else {seeds[i]: runs[i] for i in group}
+        mixed = len(groups) == len(runs) and len({*seeds}) > 1  # different seeds, compared all the same
+        found[name] = {None if mixed else seeds[i]: runs[i] for i in group}
     return found
 
 
@@ -395,8 +395,9 @@ def changed_texts(rows: list[dict], limit: int) -> list[str]:
             changed = [one for one in row["changed"] if one["right"] == better]
             texts.append("### " + plain(f"Right in {better}, not in {worse}: {len(changed):,} questions"))
             for one in changed[:limit]:
+                seed = "" if one["seed"] is None else f", seed {one['seed']}"
                 texts.append("#### " + plain(one["question"] or one["prompt"] or one["id"]))
-                texts.append(plain(f"{one['id']}, seed {one['seed']}; gold answer: {one['gold']}"))
+                texts.append(plain(f"{one['id']}{seed}; gold answer: {one['gold']}"))
                 texts += [text for end in (better, worse) for text in (plain(end + ":"), fenced(one[end].strip()))]
     return ["## Questions that changed", *texts] if texts else []
 
