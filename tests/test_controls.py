@@ -7,7 +7,7 @@ from data import Problem
 from evaluate import Answered, Sample
 from infra.run import write_records
 from irpo import Pair
-from results import controls, describe_pairs, pairs
+from results import controls, describe_pairs, describe_samples, pairs
 
 
 @pytest.mark.parametrize("a, b", [([], []), ([1], []), ([], [1, 2]), ([1, 2, 3], [1, 2, 3]),
@@ -55,3 +55,17 @@ def test_what_pairs_are_like(tmp_path, capsys):
             [1, 2], [1, 2, 3], [9, 9, 9, 9], [9, 9, 9])], {})
     describe_pairs.main(tmp_path)
     assert capsys.readouterr().out.splitlines()[2] == "| mod4 | 1 | 4 | 3.0 | 3.0 | 50.0% | 12.5% |"
+
+
+def test_samples_of_questions_that_need_a_kind(tmp_path, capsys):
+    """A fact that is stated and not needed does not count, and right is what has the right answer."""
+    def asked(text: str, *answers: str) -> Answered:
+        samples = [Sample([1], True, "", "correct", answer) for answer in answers]
+        return Answered(text, text, [0], "7", samples, text)
+    needs, spares = ("Ann 4. Ben loses 3 to match Ann. Tom 9. How many has Ben?",
+                     "Ann 4. Ben loses 3 to match Ann. Tom 9. How many has Tom?")
+    for seed, answer in enumerate(("7", "1")):
+        write_records(tmp_path / "irpo" / f"s{seed}" / "iter1" / "samples.jsonl", [
+            asked(needs, "7", answer), asked(needs, "1", answer), asked(spares, "1", "1")], {"a": 1})
+    describe_samples.main(tmp_path, "spare")
+    assert capsys.readouterr().out.splitlines()[2] == "| irpo | 1 | 2 | 75.0% | 50.0% |"
