@@ -501,6 +501,7 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
 
 def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out: Path, examples: int) -> None:
     """Write NAME.json, NAME.md, NAME.html and the pictures of cells and seeds."""
+    card = read_card(run_card())  # before a written file makes the commit a dirty one
     name, runs = PAPER[kind]["name"], [run for seeds in cells.values() for run in seeds.values()]
     summary, (claims, unrun), paths = summarize(kind, cells), find_claims(kind, cells), estimate_paths(cells)
     labelled = {label_of(kind, cell): runs for cell, runs in cells.items()}
@@ -536,7 +537,6 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     cards = ["## How the runs were made", *(
         plain(f"{run.path}: " + "; ".join(f"{key} {value}" for key, value in run.card.items())) for run in runs)]
     heading = PAPER[kind].get("heading") or " against ".join(cells)
-    card = read_card(run_card())
     facts.insert(0, f"{card['start'].split()[0]}, commit {card['commit']}: python -m tools.report "
                     f"{shlex.join(sys.argv[1:])}")
     publish(out, name, heading, facts, pictures(kind, cells, summary),
