@@ -205,7 +205,9 @@ def beyond(last: Tensor, window: int) -> Tensor:
 
 def check_length(tokens: int, config: ModelConfig) -> None:
     if tokens > config.max_length:
-        raise ValueError(f"{tokens} tokens exceed the {config.max_length} positions of this model")
+        raise ValueError(f"{tokens} tokens exceed the {config.max_length} positions of this model "
+                         f"(max_position_embeddings {config.max_position_embeddings}, sliding_window "
+                         f"{config.sliding_window})")
 
 
 def cached_attention(q: Tensor, k: Tensor, v: Tensor, cache: KVCache, layer: int) -> Tensor:
