@@ -6,6 +6,7 @@ Distance: edits of tokens from the chosen response to the rejected one. Gold win
 winners: those without the right answer, which the run's reward calls right all the same.
 """
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 
@@ -30,14 +31,15 @@ def describe(folder: Path) -> dict[str, float]:
             "gold winners": winners.count(None) / len(pairs), "wrong winners": winners.count(True) / len(pairs)}
 
 
-def main(root: Path) -> None:
-    print(f"| cell | iteration | {' | '.join(FORMATS)} |\n|---|---|{'---:|' * len(FORMATS)}")
+def print_means(root: Path, file: str, describe: Callable[[Path], dict[str, float]], formats: dict[str, str]) -> None:
+    """Print a row for each cell and iteration that has the file: means over seeds of describe(its folder)."""
+    print(f"| cell | iteration | {' | '.join(formats)} |\n|---|---|{'---:|' * len(formats)}")
     for cell in sorted(root.iterdir()):
-        for name in sorted({file.parent.name for file in cell.glob("s*/iter*/pairs.jsonl")}):
-            found = [describe(file.parent) for file in sorted(cell.glob(f"s*/{name}/pairs.jsonl"))]
-            means = [format(fmean(one[key] for one in found), spec) for key, spec in FORMATS.items()]
+        for name in sorted({path.parent.name for path in cell.glob(f"s*/iter*/{file}")}):
+            found = [describe(path.parent) for path in sorted(cell.glob(f"s*/{name}/{file}"))]
+            means = [format(fmean(one[key] for one in found), spec) for key, spec in formats.items()]
             print(f"| {cell.name} | {name[4:]} | {' | '.join(means)} |")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    print_means(Path(sys.argv[1]), "pairs.jsonl", describe, FORMATS)

@@ -5,33 +5,29 @@
 The kinds are those of the toy world (data/toy.py:KINDS).
 """
 import sys
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
 from data import toy
 from evaluate import Answered
 from infra.run import read_records
+from results.describe_pairs import print_means
+
+FORMATS = {"questions that need it": ".0f", "with a right sample": ".1%", "right samples": ".1%"}
 
 
-def describe(path: Path, kind: str) -> tuple[int, float, float]:
+def describe(folder: Path, kind: str) -> dict[str, float]:
     """Count the questions that need the kind; the shares of them with a right sample, and of their samples."""
     found = []
-    for question in read_records(path, Answered)[1]:
+    for question in read_records(folder / "samples.jsonl", Answered)[1]:
         ledger = toy.parse(question.question)
         if any(ledger.facts[x].kind == kind for x in ledger.needed()):
             found.append([sample.answer == question.gold for sample in question.samples])
-    return len(found), fmean(map(any, found)), fmean(map(fmean, found))
-
-
-def main(root: Path, kind: str) -> None:
-    print(f"| cell | iteration | questions that need {kind!r} | with a right sample | right samples |")
-    print("|---|---|---:|---:|---:|")
-    for cell in sorted(root.iterdir()):
-        for name in sorted({file.parent.name for file in cell.glob("s*/iter*/samples.jsonl")}):
-            rows = [describe(file, kind) for file in sorted(cell.glob(f"s*/{name}/samples.jsonl"))]
-            questions, solved, right = map(fmean, zip(*rows))
-            print(f"| {cell.name} | {name[4:]} | {questions:.0f} | {solved:.1%} | {right:.1%} |")
+    return dict(zip(FORMATS, (len(found), fmean(map(any, found)), fmean(map(fmean, found)))))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    if len(sys.argv) != 3 or sys.argv[2] not in toy.KINDS:
+        sys.exit(f"give the folder of a table and a kind of fact: {', '.join(toy.KINDS)}")
+    print_means(Path(sys.argv[1]), "samples.jsonl", partial(describe, kind=sys.argv[2]), FORMATS)

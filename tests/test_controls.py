@@ -1,5 +1,5 @@
 """Experiments of results/ that are code: pairs by edit distance, and rewards that luck or chance decides."""
-from functools import cache
+from functools import cache, partial
 
 import pytest
 
@@ -53,7 +53,7 @@ def test_what_pairs_are_like(tmp_path, capsys):
         write_records(folder / "samples.jsonl", [Answered("q", "?", [0], "7", samples)], {"a": 1})
         write_records(folder / "pairs.jsonl", [Pair("q", [0], ids, [4, 4]) for ids in (
             [1, 2], [1, 2, 3], [9, 9, 9, 9], [9, 9, 9])], {})
-    describe_pairs.main(tmp_path)
+    describe_pairs.print_means(tmp_path, "pairs.jsonl", describe_pairs.describe, describe_pairs.FORMATS)
     assert capsys.readouterr().out.splitlines()[2] == "| mod4 | 1 | 4 | 3.0 | 3.0 | 50.0% | 12.5% |"
 
 
@@ -67,5 +67,6 @@ def test_samples_of_questions_that_need_a_kind(tmp_path, capsys):
     for seed, answer in enumerate(("7", "1")):
         write_records(tmp_path / "irpo" / f"s{seed}" / "iter1" / "samples.jsonl", [
             asked(needs, "7", answer), asked(needs, "1", answer), asked(spares, "1", "1")], {"a": 1})
-    describe_samples.main(tmp_path, "spare")
+    describe_pairs.print_means(tmp_path, "samples.jsonl", partial(describe_samples.describe, kind="spare"),
+                               describe_samples.FORMATS)
     assert capsys.readouterr().out.splitlines()[2] == "| irpo | 1 | 2 | 75.0% | 50.0% |"

@@ -76,7 +76,7 @@ def activation_bytes(model: ModelConfig, config: Config, again: bool) -> int:
     """
     D, inner, H, V = model.hidden_size, model.intermediate_size, model.num_attention_heads, model.vocab_size
     pair = config.prompt_tokens + 2 * config.max_new_tokens + 1  # one row, which has the prompt once
-    tokens, size = max(config.micro_batch_tokens, pair), 4 if config.cpu else 2
+    tokens, size = max(config.micro_batch_tokens, pair), bytes_of(config)
     block = 2 * (4 * D + 4 + size * D) + 4 * size * H * model.head_dim + 4 * H + 4 * size * inner
     block += 2 * 4 * D * config.cpu
     kept = model.num_hidden_layers * (4 * D if again else block) + 2 * 4 * D + size * pair  # and last norm, head, mask
@@ -84,12 +84,17 @@ def activation_bytes(model: ModelConfig, config: Config, again: bool) -> int:
     return tokens * kept + max(3 * 4 * logits, tokens * (again * block + 4 * D + 4 * inner))
 
 
+def bytes_of(config: Config) -> int:
+    """Bytes of a number in matrix products: float32 on a CPU, bfloat16 on GPUs."""
+    return 4 if config.cpu else 2
+
+
 def memory(model: ModelConfig, config: Config) -> dict[str, float]:
     """List what one GPU holds, in GB: parts, and sums with the reserve."""
     (P, block), n, head = parameters(model), config.gpus, model.vocab_size * model.hidden_size
     ends = head if model.tie_word_embeddings else 2 * head  # embedding and head, which FSDP2 gathers in float32
     split = model.num_hidden_layers * (block - 2 * model.hidden_size)  # norms, embedding and head stay complete
-    size = 4 if config.cpu else 2  # bytes of a number in matrix products: float32 on a CPU, bfloat16 on GPUs
+    size = bytes_of(config)
     cache = 2 * size * model.num_hidden_layers * model.num_key_value_heads * model.head_dim  # keys and values
     gb = {name: value / 1e9 for name, value in {
         "training state": 16 * P / n,  # float32 parameters, gradients and both moments of AdamW

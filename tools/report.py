@@ -522,11 +522,9 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
     starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
     if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
         facts.append("The runs differ in their first models already: not the same base, or not the same questions.")
-    if kind == "runs" and len(cells) == len(runs) and len({run.config.get("seed") for run in runs}) > 1:
-        facts.append("The runs have different seeds.")
+    facts += ["The runs have different seeds."] if any(None in seeds for seeds in cells.values()) else []
     facts += [f"{run.path} has answers to {run.config['split']} questions at temperature {run.config['temperature']}."
-              for run in runs if (run.config.get("split", "test"), run.config.get("temperature") or 0) != ("test", 0)
-              and "split" in run.config]
+              for run in runs if "split" in run.config and (run.config["split"] != "test" or run.config["temperature"])]
     facts += [f"{label} has no seed and question in common with {next(iter(cells))}, so they are not compared."
               for label in [*cells][1:] if kind == "runs" and label not in {row["with"] for row in compared}]
 
