@@ -1,7 +1,7 @@
 """What a run computes on: its device, the precision of its products, its threads; and what a sampler asks of a GPU.
 
-Rounding depends on the first three. They are chosen when a run begins and recorded in its config.json; a run that is resumed
-keeps its precision and its threads.
+Rounding depends on the first three. They are chosen when a run begins and recorded in its config.json; a run that is
+resumed keeps its precision and its threads.
 """
 import dataclasses
 import os
