@@ -125,8 +125,9 @@ class Config(TrainOptions, SampleOptions):
         return self.method == "reft" and self.advantage == "gae"
 
 
-TOY = dict(task="toy", prompt="plain", num_questions=500, max_new_tokens=160, sft_lr=5e-5, batch_size=128, lr=2.3e-4,
-           kl_coef=0.03, max_steps=54, offline_samples=20, sft_epochs=2, eval_every=9, save_every=10)  # results/tune
+TOY = dict(task="toy", prompt="plain", num_questions=100, max_new_tokens=160, sft_lr=2e-4, sft_epochs=2,
+           sft_batch_size=8, batch_size=100, lr=2.3e-4, kl_coef=0.03, max_steps=40, offline_samples=40,
+           eval_every=10, save_every=10)
 SMOKE = TOY | dict(num_questions=40, batch_size=16, max_steps=6, eval_every=3, offline_samples=8, eval_questions=20)
 
 
