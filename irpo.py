@@ -41,7 +41,7 @@ from infra.progress import iterations, summary
 from infra.run import Pieces, derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss
 from model import Llama
-from train import (Example, TrainOptions, autocast, fit, fit_sft, fitting, load_for_training, micro_batches, num_steps,
+from train import (Example, TrainOptions, autocast, fit, fit_sft, load_for_training, micro_batches, num_steps,
                    packed_logps, response_logps, train_once)
 
 
@@ -143,9 +143,9 @@ def preference_pairs(answered: list[Answered], golds: dict[str, list[int]], conf
     return pairs
 
 
-def kept_pairs(pairs: list[Pair], config: Config, t: int) -> list[Pair]:
-    """Draw max_pairs of the pairs that the model has positions for."""
-    limit = load_config(config.model).max_length
+def kept_pairs(pairs: list[Pair], start: str, config: Config, t: int) -> list[Pair]:
+    """Draw max_pairs of the pairs that the model of directory `start` has positions for."""
+    limit = load_config(start).max_length
     short = [pair for pair in pairs if pair.longest <= limit]
     if not short:
         why = f"all {len(pairs)} are longer than the model's {limit} positions" if pairs else (
@@ -207,8 +207,7 @@ def training_items(pairs: list[Pair], answered: list[Answered], golds: dict[str,
         return pairs
     if config.method == "sft_chosen":
         return [Example(pair.id, pair.prompt, pair.chosen) for pair in pairs]
-    examples = [Example(q.id, q.prompt_ids, golds[q.id]) for q in answered if q.id in golds]
-    return fitting(examples, load_config(config.model).max_length)
+    return [Example(q.id, q.prompt_ids, golds[q.id]) for q in answered if q.id in golds]
 
 
 def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]], config: Config, seed: int,
@@ -293,11 +292,11 @@ def dev_accuracies(train: Callable[..., Llama], items: list, dev: list[data.Prob
 
 # --- the run ---------------------------------------------------------------------------------------
 
-def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair], pairs: list[Pair],
+def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair], pairs: list[Pair], start: str,
                  config: Config) -> dict:
     """Describe how much signal the samples contain, what training did, and the tokens and FLOPs it took."""
     shares = [fmean(s.right and s.finished for s in q.samples) for q in answered]
-    limit, found = load_config(config.model).max_length, summary(read_jsonl(folder / "train.jsonl"))
+    limit, found = load_config(start).max_length, summary(read_jsonl(folder / "train.jsonl"))
     overlong = sum(pair.longest > limit for pair in made)
     sampled = sum(len(s.ids) for q in answered for s in q.samples)
     prompts, scored = sum(len(q.prompt_ids) for q in answered), sum(pair.tokens for pair in pairs)
@@ -309,7 +308,7 @@ def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair
             "unfinished": sum(not s.finished for q in answered for s in q.samples),
             "pairs_made": len(made), "pairs_overlong": overlong, "pairs_capped": len(made) - overlong - len(pairs),
             "pairs": len(pairs), **found, "tokens_sampled": sampled,
-            "flops": flops(config.model, forward, found["tokens_trained"]),
+            "flops": flops(start, forward, found["tokens_trained"]),
             "probe": read_jsonl(folder / "probe.jsonl")}
 
 
@@ -337,13 +336,12 @@ def main() -> None:
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,
                                temperature=config.temperature[min(t, len(config.temperature)) - 1], label="sample")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3
-        trained = replace(config, model=start)  # its positions limit the pairs
-        kept = kept_pairs(made, trained, t)
+        kept = kept_pairs(made, start, config, t)
         path = folder / "pairs.jsonl"
         pairs = once(path, partial(with_reference, kept, start, config, path), Pair,  # step 4
                      dict(reference=model_hash(start)))
 
-        items, options = training_items(pairs, answered, golds, trained), config  # step 5
+        items, options = training_items(pairs, answered, golds, config), config  # step 5
         train = partial(minimise, start, pairs=pairs, golds=golds, seed=seed)
         if config.select_every:
             measured = once(folder / "select.json",
@@ -352,7 +350,7 @@ def main() -> None:
         M = train_once(folder, start, partial(train, items, config=options, folder=folder))
 
         now = {q.id for q in answered if any(s.right and s.finished for s in q.samples)}
-        rows.append(training_row(t, folder, answered, made, pairs, trained) | {"newly_solved": len(now - solved)})
+        rows.append(training_row(t, folder, answered, made, pairs, start, config) | {"newly_solved": len(now - solved)})
         solved |= now
         rows += evaluate_model(f"M{t}", t, M, config, folder, **notes)  # step 6
     write_json(run / "results.json", rows)

@@ -44,9 +44,9 @@ def padded(examples: list) -> tuple[Tensor, Tensor]:
     len(prompt) - 1.
     """
     tokens, lengths = pad([e.prompt + e.response for e in examples], device(), WIDTH)
-    columns = torch.arange(tokens.shape[1] - 1, device=device())
-    starts = torch.tensor([len(e.prompt) - 1 for e in examples], device=device())
-    return tokens, (columns >= starts[:, None]) & (columns < lengths[:, None] - 1)
+    scored = torch.arange(1, tokens.shape[1], device=device())  # the token that a column belongs to
+    prompts = torch.tensor([len(e.prompt) for e in examples], device=device())
+    return tokens, (scored >= prompts[:, None]) & (scored < lengths[:, None])
 
 
 def response_logps(model: Llama, examples: list) -> tuple[Tensor, Tensor]:
