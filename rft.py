@@ -78,8 +78,8 @@ class Config(TrainOptions, SampleOptions):
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
 
-TOY = dict(task="toy", prompt="plain", num_questions=100, num_samples=40, lr=1e-3, batch_size=8, epochs=10,
-           max_new_tokens=160, eval_samples=8)
+TOY = dict(task="toy", prompt="plain", num_questions=100, num_samples=40, lr=1.1e-4, batch_size=8,
+           epochs=16, max_new_tokens=160, eval_samples=8)  # lr, epochs: results/tune/rft.json
 SMOKE = TOY | dict(num_questions=40, num_samples=4, epochs=1, eval_questions=20, eval_samples=2)
 
 
