@@ -127,7 +127,7 @@ class Config(TrainOptions, SampleOptions):
 
 TOY = dict(task="toy", prompt="plain", num_questions=100, max_new_tokens=160, sft_lr=8.1e-4, sft_epochs=16,
            sft_batch_size=8, batch_size=50, lr=7.2e-5, kl_coef=0.03, vf_coef=5.0, max_steps=80,
-           offline_samples=40, eval_every=20, save_every=10)  # sft_*: results/tune/warmup.json, lr to vf_coef: reft.json
+           offline_samples=40, eval_every=20, save_every=10)  # tuned: results/tune/warmup.json and reft.json
 SMOKE = TOY | dict(num_questions=40, batch_size=16, max_steps=6, eval_every=3, offline_samples=8, eval_questions=20)
 
 
