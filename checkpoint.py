@@ -121,8 +121,8 @@ def config_faults(raw: dict, rope: dict) -> list[str]:
 
 
 def config_json(config: ModelConfig, dtype: torch.dtype, source: Path | None = None) -> dict:
-    """Make the content of config.json: that of the source if it describes this model, otherwise a new one with the
-    source's token ids; of the families that compute the same, the plainest."""
+    """Return config.json's content: the source's if it describes this model, else a new one with the source's token
+    ids and the simplest family that computes this model."""
     family = ("qwen3" if config.qk_norm else "qwen2" if config.attention_bias else
               "mistral" if config.sliding_window else "llama")
     fields = {k: v for k, v in dataclasses.asdict(config).items() if v is not None and k != "qk_norm"}
@@ -262,7 +262,7 @@ def num_parameters(directory: str | Path) -> int:
 def flops(directory: str | Path, forward: int, trained: int) -> int:
     """Floating-point operations of a model on this many tokens: 2 per parameter forward only, 6 where it is trained.
 
-    What a query does with its keys is not counted: it is small where a model is wider than its texts are long.
+    Attention scores are not counted: they cost little where hidden_size exceeds the sequence length.
     """
     return num_parameters(directory) * (2 * forward + 6 * trained)
 
@@ -270,7 +270,7 @@ def flops(directory: str | Path, forward: int, trained: int) -> int:
 def model_hash(directory: str | Path) -> str:
     """Tell which model a directory holds: SHA-256 over its config, its weights and the files of its tokenizer.
 
-    config.json has an end token, too, which is the tokenizer's business (data/tokenizer.py).
+    eos_token_id counts, too: ModelConfig leaves it out, but responses end with it.
     """
     directory = Path(directory)
     tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]

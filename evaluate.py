@@ -22,13 +22,13 @@ from data.tokenizer import load_tokenizer
 from grading.counts import majority, pass_at_k, wilson, wilson_of_mean
 from infra import InputError
 from infra.config import option
-from infra.hardware import ComputeOptions
+from infra.hardware import ComputeOptions, cache_budget
 from infra.parallel import by_first, collected, dealt, gather, rank, world
 from infra.progress import REMEDIES, Progress, print_summary
 from infra.run import Pieces, hash_of, once, read_records, write_json
 from model import Llama
 from rewards import grade_all
-from sample import Response, cache_budget, generate
+from sample import Response, generate
 
 PIECE = 2 * 10**10  # responses times parameters that a CPU samples together: 148 responses of a model with 135 M
 
@@ -56,7 +56,7 @@ class Answered:
     prompt_ids: list[int]
     gold: str
     samples: list[Sample]
-    question: str = ""  # as the data set has it; for who reads the file, since a prompt may hold examples
+    question: str = ""  # as in the data set, for readers of the file: a prompt may also hold examples
 
     def __post_init__(self) -> None:  # a record read from a file has dictionaries for samples
         samples = [Sample(**sample) if isinstance(sample, dict) else sample for sample in self.samples]
@@ -101,8 +101,8 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
            pieces: Pieces | None = None) -> list[Answered]:
     """Sample num_samples responses to each problem and grade them; every rank returns all answers.
 
-    An empty label hides the progress bar. reward: the judge is --reward, where one is given. pieces: where finished
-    responses wait for the others.
+    An empty label hides the progress bar. reward: grade with --reward, if one is given. pieces: keeps what is
+    finished if sampling is cut short.
     """
     prompts = [options.prompt_ids(tokenizer, problem) for problem in problems]
     asked = [options.prompt_text(problem) for problem in problems]
@@ -140,7 +140,7 @@ def answer_once(path: Path, directory: str, problems: list[data.Problem], option
                 sampler: Sampler | None = None) -> list[Answered]:
     """Answer problems with the model of a directory, unless the file `path` already holds the result.
 
-    The file begins with the settings of its samples and a SHA-256 of all that follows. If sampling is cut short, what
+    The file begins with its settings and a SHA-256 of these and the samples. If sampling is cut short, what
     was finished is kept in pieces, and the same call samples the rest. sampler: the directory's, where several files
     share it. InputError if no response to train on has finished.
     """
@@ -173,7 +173,7 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
     # about 64 groups, whatever the number of ranks; in one that is larger than a batch, new responses take over the
     # rows of finished ones
     size = max(options.batch_rows // num_samples, len(order) // 64)
-    if model.lm_head.weight.device.type == "cpu":  # minutes at most, while reading weights costs little
+    if model.lm_head.weight.device.type == "cpu":  # bounds a piece to minutes; small groups cost little
         size = min(size, max(32, PIECE // sum(p.numel() for p in model.parameters())) // num_samples)
     size = max(1, size)
     groups, samplers = [order[i:i + size] for i in range(0, len(order), size)], world() // options.tensor_parallel
@@ -203,7 +203,7 @@ def sample_all(model: Llama, prompts: list[list[int]], options: SampleOptions, e
 def summarize(answered: list[Answered], task: str) -> dict:
     """Count over each question's first sample (accuracy, verdicts, lengths), and over all of several (pass@k, maj@k).
 
-    Samples of one question are alike, so pass@1, the accuracy of one sample, has the interval of a mean over questions.
+    Samples of one question are not independent, so the interval of pass@1 is that of a mean over questions.
     InputError without questions.
     """
     if not answered or not all(q.samples for q in answered):

@@ -72,8 +72,8 @@ class Config(TrainOptions, SampleOptions):
     lr: float = option(7e-7, "learning rate of AdamW", above=0)
     max_steps: int = option(5000, "optimizer steps of an iteration at most; 0: only epochs count", low=0)
     epochs: int = option(2, "passes over the pairs at most", low=1)
-    eval_samples: int = option(0, "samples per test question at temperature 1 (the paper's votes: 0.8), which a "
-                               "finished run can add; 0: greedy only", low=0, free=True, group="step 6")
+    eval_samples: int = option(0, "samples per test question at temperature 1 (the paper votes at 0.8); can be "
+                               "added to a finished run; 0: greedy only", low=0, free=True, group="step 6")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Config(TrainOptions, SampleOptions):
             raise ValueError(f"--start_from {self.start_from}: there is no such directory")
         if self.select_every and (self.lr_schedule != "constant" or self.warmup_share):
             raise ValueError(f"--select_every {self.select_every} needs --lr_schedule constant without --warmup_share: "
-                             "otherwise the shorter second training run would have other rates")
+                             "otherwise the shorter second run would follow another schedule")
 
 
 TOY = dict(task="toy", prompt="plain", num_questions=500, num_samples=8, temperature=(1.0,), pairs_per_question=4,
@@ -144,7 +144,7 @@ def preference_pairs(answered: list[Answered], golds: dict[str, list[int]], conf
 
 
 def kept_pairs(pairs: list[Pair], start: str, config: Config, t: int) -> list[Pair]:
-    """Draw max_pairs of the pairs that the model of directory `start` has positions for."""
+    """Drop pairs too long for the model in `start`; draw max_pairs of the others. InputError if there are none."""
     limit = load_config(start).max_length
     short = [pair for pair in pairs if pair.longest <= limit]
     if not short:
@@ -166,7 +166,7 @@ def pair_logps(model: Llama, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def with_reference(pairs: list[Pair], directory: str, config: Config, path: Path | None = None) -> list[Pair]:
-    """Step 4: two numbers per pair, so that training needs no second model. path: the file that they will be in."""
+    """Step 4: add the reference log-probs, so that training needs no second model. path: their file."""
     model, parts = load_for_training(directory, config), micro_batches(pairs, config.micro_batch_tokens)
 
     def logps(part: list[Pair]) -> list[list[float]]:
@@ -300,7 +300,7 @@ def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair
     overlong = sum(pair.longest > limit for pair in made)
     sampled = sum(len(s.ids) for q in answered for s in q.samples)
     prompts, scored = sum(len(q.prompt_ids) for q in answered), sum(pair.tokens for pair in pairs)
-    # what the method needs: a reference only IRPO, samples not SFT on gold
+    # only IRPO needs a reference, and SFT on gold needs no samples
     forward = {"irpo": sampled + prompts + scored, "sft_chosen": sampled + prompts, "sft_gold": 0}[config.method]
     return {"name": f"M{t}", "iteration": t, "split": "train", "questions": len(answered),
             "all_right": fmean(share == 1 for share in shares), "all_wrong": fmean(share == 0 for share in shares),

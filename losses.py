@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-ROWS = 128  # the LM head is applied to multiples of this many tokens
+ROWS = 128  # in_chunks pads to a multiple of this many tokens
 
 
 def target_logps(logits: Tensor, targets: Tensor) -> Tensor:

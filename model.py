@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from losses import entropies, in_chunks, target_logps
+from losses import ROWS, entropies, in_chunks, target_logps
 
 LOGITS_AT_ONCE = 2**24  # 64 MB in float32
 
@@ -42,7 +42,7 @@ class ModelConfig:
 
     @property
     def max_length(self) -> int:
-        """Longest sequence. Attention here has no window, so a sequence must fit into one."""
+        """Longest sequence: attention here is full, so it must fit into sliding_window."""
         return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
@@ -383,7 +383,7 @@ class Llama(nn.Module):
     @property
     def rows_at_once(self) -> int:
         """Tokens whose logits are in memory at the same time; at least a good size for a matrix product."""
-        return max(512, LOGITS_AT_ONCE // self.config.vocab_size)
+        return max(512, LOGITS_AT_ONCE // self.config.vocab_size // ROWS * ROWS)
 
 
 def pad(sequences: list[list[int]], device, multiple: int = 1) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@
     pi = pi_0, V = 0
     for every batch of questions:
         1. sample a response to each question from pi, at temperature 1
-        2. score it: 1 if its answer is right, 0.1 if it gives another one, 0 if it gives none
+        2. score it: 1 if its answer is right, 0.1 if it is a wrong number, 0 if there is none
         3. one forward pass: log-probs of its tokens under pi (the old ones) and under pi_0, values V
         4. rewards: the score on the last token (the EOS action), -beta (log pi - log pi_0) on each
         5. advantages by GAE, whitened over the batch; returns = advantages + values
@@ -63,12 +63,12 @@ class Config(TrainOptions, SampleOptions):
     seed: int = option(0, "of samples and batch order", low=0, high=2**64 - 1)
     prompt: str = prompt_option("reft")
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
-    method: str = option("reft", "reft; sft: more SFT of the base; offline_st: SFT of the base on gold and on sampled "
-                         "paths that are right; online_st: NLL of each batch's right samples and gold", METHODS)
+    method: str = option("reft", "reft; sft: longer SFT of the base on gold; offline_st: on gold and pi_0's right "
+                         "samples; online_st: NLL of each batch's right samples and gold", METHODS)
     warmup_epochs: int = option(2, "passes over the gold solutions; 0: --model is pi_0 itself", low=0, group="warm-up")
-    sft_lr: float = option(1e-5, "peak learning rate of warm-up and offline_st: it rises over a tenth of the steps and "
-                           "falls linearly to 0", low=0, high=1)
-    sft_batch_size: int = option(48, "solutions per step of warm-up and offline_st", low=1)
+    sft_lr: float = option(1e-5, "peak learning rate of warm-up, sft and offline_st: up over a tenth of the "
+                           "steps, then linearly to 0", low=0, high=1)
+    sft_batch_size: int = option(48, "batch size of warm-up, sft and offline_st", low=1)
     batch_size: int = option(32, "questions of a batch", low=1, group="steps 1 and 2")
     num_samples: int = option(1, "responses to each question of a batch", low=1)
     max_new_tokens: int = option(400, "longest response (the paper: 700 with a question of up to 300)", low=1)
@@ -94,11 +94,11 @@ class Config(TrainOptions, SampleOptions):
     max_steps: int = option(0, "stop after this many batches of questions; 0: only epochs count", low=0)
     offline_samples: int = option(100, "responses to each question", low=1, group="sft and offline_st")
     offline_paths: int = option(10, "different right ones of them to keep, drawn at random", low=1)
-    sft_epochs: int = option(20, "passes over these and gold (from the authors' code), or over gold alone (the paper: "
+    sft_epochs: int = option(20, "epochs of offline_st (20: the authors' code), or of sft, on gold alone (the paper: "
                              "40)", low=1)
     eval_every: int = option(230, "batches between measurements of dev accuracy; 0: at the end only", low=0,
                              group="evaluation")
-    eval_samples: int = option(0, "samples per test question at temperature 1, which a finished run can add; "
+    eval_samples: int = option(0, "samples per test question at temperature 1; can be added to a finished run; "
                                "0: greedy only", low=0, free=True)
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
     offload_reference: bool = option(False, "keep pi_0 in the host's memory between its uses", free=True,
@@ -110,8 +110,7 @@ class Config(TrainOptions, SampleOptions):
         super().__post_init__()
         if self.critic == "separate" and not self.has_critic or self.num_choices and self.method != "reft":
             raise ValueError("--critic separate and --num_choices need --method reft, the first also --advantage gae")
-        numeric = READ.get(self.kind, read_number) is read_number
-        if self.num_choices and (self.num_choices < 2 or not numeric or self.reward):
+        if self.num_choices and (self.num_choices < 2 or not self.numeric or self.reward):
             raise ValueError(f"--num_choices {self.num_choices}: at least 2, only where answers are numbers, and "
                              "without --reward")
         if self.advantage != "gae" and self.num_samples < 2:
@@ -123,6 +122,10 @@ class Config(TrainOptions, SampleOptions):
     @property
     def has_critic(self) -> bool:
         return self.method == "reft" and self.advantage == "gae"
+
+    @property
+    def numeric(self) -> bool:
+        return READ.get(self.kind, read_number) is read_number
 
 
 TOY = dict(task="toy", prompt="plain", num_questions=100, max_new_tokens=160, sft_lr=8.1e-4, sft_epochs=16,
@@ -190,8 +193,7 @@ def score(sample: Sample, gold: str, config: Config) -> float:
         return float(chosen is not None and chosen == letter(read_number(gold), config.num_choices))
     if sample.right:
         return 1.0
-    numeric = READ[config.kind] is read_number
-    return config.partial_reward if sample.verdict == "wrong" and numeric else 0.0
+    return config.partial_reward if sample.verdict == "wrong" and config.numeric else 0.0
 
 
 def letter(answer: str | None, num_choices: int) -> int | None:
@@ -356,7 +358,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
               golds: dict[str, Example]) -> Llama:
     """ReFT, or Online-ST on the same rollouts: pi_0, in the directory `start`, becomes pi."""
     policy = load_for_training(start, config, lambda model: Policy(model, config))
-    # in bfloat16 on a GPU, unless --precision fp32, so that the KL before the first update is not exactly 0 there
+    # in bfloat16 on a GPU, unless --precision fp32: there the KL before the first update is not exactly 0
     dtype = dtype_of(config.precision) if device() == "cuda" else torch.float32
     offloaded = replace(config, cpu_offload=config.cpu_offload or config.offload_reference)
     reference = load_for_training(start, offloaded, dtype=dtype).requires_grad_(False)
@@ -386,7 +388,7 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
 
 
 def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
-    """The base model after the paper's SFT: linear decay after a tenth of warm-up."""
+    """The base model after the paper's SFT: warm-up over a tenth of the steps, linear decay."""
     options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", batch_size=config.sft_batch_size,
                       max_steps=0)
     options = replace(options, warmup_steps=num_steps(len(examples), options) // 10)

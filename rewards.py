@@ -13,9 +13,9 @@ Where the papers' own graders disagree with each other, or with common sense:
   - An answer must be given, not implied: no marker, a number in words, or an expression that is not worked out
     (6/2, 9 * 2) is "unparsed".
   - Hedging earns nothing: among two numbers, a range, or "A or C" none is chosen.
-  - Work must be done: where the question has \\sqrt{242} and the answer is 11\\sqrt{2}, who boxes \\sqrt{242} is
-    "copied", though published graders accept any equal formula (17 questions of MATH-500 can be answered so). It is no
-    winner, no reward and no part of an accuracy; what those graders report is the sum of both shares of "verdicts". It
+  - Work must be done: where the question has \\sqrt{242} and the answer is 11\\sqrt{2}, boxing \\sqrt{242} is
+    "copied", though published graders accept any equal formula (17 questions of MATH-500 can be answered so). It is
+    no winner, earns no reward and does not count as right: those graders' accuracy is our correct plus our copied. It
     is no loser either, for it is not wrong. Where the question does not have it, \\sqrt{12} is 2\\sqrt{3}.
   - Of several marked answers the last counts, but nothing behind a new "\\nQuestion:". `####` and Minerva's sentence
     are read from the front: there the official graders take the first.

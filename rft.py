@@ -8,7 +8,7 @@
     5. fine-tune rho, not pi, on D and the kept paths                     (RFT)
 
 With --pool, steps 1 and 2 are skipped: the sample files of other runs are put together, in the order given, before step
-4 (the paper's U13B). --pool with one run and another --num_samples takes the first k samples of the same file.
+4 (the paper's U13B). --pool with one run and a smaller --num_samples takes the first k samples of its file.
 
 Selection is that of the authors' code, which differs from "keep the farthest": it is greedy, goes by the order of
 samples, and does not count the gold solution, whose equations may be found again. Left out: a second round, the code's
@@ -73,7 +73,7 @@ class Config(TrainOptions, SampleOptions):
     warmup_share: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     batch_size: int = option(128, "sequences per optimizer step, over all ranks", low=1)
     epochs: int = option(3, "passes over the data; the last one counts", low=1)
-    eval_samples: int = option(0, "samples per test question for maj@k, which a finished run can add; 0: greedy "
+    eval_samples: int = option(0, "samples per test question for maj@k; can be added to a finished run; 0: greedy "
                                "only", low=0, free=True, group="the record")
     eval_questions: int = option(0, "use only the first N dev and test questions; 0: all", low=0)
 
@@ -142,7 +142,7 @@ def distinct_paths(samples: list[str], right: list[int], dedup: str, select: str
 
 
 def path_key(text: str, dedup: str = "equations") -> str:
-    """List a path's equations. Their order counts, and 3+4 is not 4+3. A path without plain ones is its text."""
+    """Dedup key: equations in order (3+4 is not 4+3); the text for string, or if there are no plain ones."""
     if dedup == "equations":
         return "|".join(equations(text))
     key = "|".join(plain_equations(text)) if dedup == "plain_equations" else ""
@@ -213,14 +213,14 @@ def training_problems(config: Config) -> list[data.Problem]:
 
 
 def counted_by(config: Config, problems: list[data.Problem]) -> str:
-    """Tell which paths are different in the figures; by equations in <<...>> all are the same where gold has none."""
+    """Name the dedup key for the counts: the text if gold has no <<...>>, as all paths would then be equal."""
     if config.dedup == "plain_equations":
         return config.dedup
     return "equations" if any(equations(gold_text(p, config.marks)) for p in problems) else "string"
 
 
 def check_golds(config: Config, problems: list[data.Problem]) -> None:
-    """Step 3 must keep gold solutions, but for a reward of your own; one that it drops stays in D all the same."""
+    """InputError unless step 3 keeps a gold solution (unchecked with --reward); D holds all of them anyway."""
     if not all(problem.solution for problem in problems):
         raise InputError(f"{config.task} has no gold solutions, which step 1 trains on")
     if config.reward:

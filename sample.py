@@ -1,7 +1,7 @@
 """Prompts in, N responses each out: prefill, decode, draw the next token.
 
 A prompt is computed once for its N samples (model.KVCache). All unfinished responses advance by one token per step;
-when some finish, waiting questions take over their rows, so no work is spent on padding. The random numbers of a
+when some finish, waiting questions take over their rows, so little is spent on padding. The random numbers of a
 response depend only on the seed, its prompt and its sample number, so neither the order of prompts nor the other rows
 of a batch change a response beyond rounding. Left out: beam search, repetition penalties, stop strings.
 
@@ -61,7 +61,7 @@ def pick(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p: float, top_k: int) -> Tensor:
     """logits (R, V), uniforms (R,) -> token ids (R,); temperature 0 takes the most likely token.
 
-    A row whose largest logit is not finite (NaN counts as the largest) gets -1: to raise here would need its value.
+    A row whose largest logit is not finite (NaN counts as the largest) gets -1: raising here would stall a GPU.
     """
     if temperature == 0:
         best, token = logits.max(-1)

@@ -113,7 +113,7 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
         if not options.skip_nonfinite:
             raise InputError(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
                              f"{[item.id for part in parts for item in part]}. Try a smaller --lr or --skip_nonfinite.")
-    model.zero_grad()  # also what the optimizer was not given
+    model.zero_grad()
     return values | {"grad_norm": [norm]} | ({"skipped": [float(not finite)]} if options.skip_nonfinite else {})
 
 
@@ -241,7 +241,8 @@ def fitting(examples: list[Example], max_length: int) -> list[Example]:
 
 def sft_loss(model: Llama, batch: list[Example], mean_length: float = 0,
              prompt_weight: float = 0.0) -> dict[str, Tensor]:
-    """NLL of each response (B,), divided by its length, or else by mean_length."""
+    """NLL of each response plus prompt_weight times that of its prompt (B,), divided by the response's length, or by
+    mean_length if given."""
     tokens, mask = padded(batch)
     prompt = mask.cumsum(-1) == 0
     logps = model.logps(tokens, mask | prompt if prompt_weight else mask)  # (B, T-1), 0 where not scored

@@ -135,7 +135,7 @@ def held_out(problems: list[Problem], splits: list[str], file: Path,
 
 @functools.cache
 def examples(task: str, path: str | None, answer: str = "") -> list[Problem]:
-    """Choose five short training problems for few-shot prompts: four, and one to replace the question itself."""
+    """Choose five short training problems for few-shot prompts: four, and a spare if one of them is asked."""
     short = [problem for problem in load_problems(task, "train", path, answer=answer)
              if 0 < len(problem.solution) <= 400]
     if len(short) < 5:

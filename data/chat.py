@@ -43,7 +43,7 @@ class Chat:
         shape = r"<[|｜][^<>\s]+?[|｜]>" + (r"|\[/?INST\]" if name == "mistral" else "")
         written, end = {*re.findall(shape, told)} - {*re.findall(shape, system)}, self.special.search(after)
         lacking = written - specials.keys()
-        # names that are all text, before an answer that a special token ends, are a way to write templates, too
+        # a model's own template may write all such names as text, if a special token ends the answer
         if not end or lacking and (name != "own" or written & specials.keys()):
             raise InputError(f"--chat {name} does not fit this model: its tokenizer has no special token "
                              f"{', '.join(sorted(lacking)) or 'that this template ends an answer with'}")

@@ -68,7 +68,7 @@ def check_tokens(model: str, vocab_size: int, sequences: Iterable[list[int]]) ->
 
 def note_unused_chat(config, tokenizer) -> None:
     if tokenizer.chat_template and not config.chat:
-        print(f"note: {config.model} has a chat template, which --chat own would ask it in")
+        print(f"note: {config.model} has a chat template, which --chat own would use")
 
 
 def warn_if_trained_otherwise(config) -> None:

@@ -117,8 +117,8 @@ def read_record(row: dict, task: str, name: str) -> Problem:
 
 
 def is_bare(answer: str, task: str, choices: int) -> bool:
-    """Whether a gold answer is nothing else as well: to a grader "Apollo 11" is a number, "B minor" a letter, "NaN" a
-    formula."""
+    """Whether a gold answer is only an answer: graders read "Apollo 11" as a number, "B minor" as a letter, "NaN" as
+    LaTeX."""
     if task == "letter":
         return bool(re.fullmatch(rf"(?i)\W*[{LETTERS[:choices]}]\W*", answer))
     if task in ("number", "python") and answer[0].isalpha() or "\n" in answer:

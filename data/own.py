@@ -55,7 +55,7 @@ def judge_by(reward: str, text: str, problem: Problem, right_at: float) -> Grade
         fault = f"returns {found!r:.60}"
     raise InputError(f"--reward {reward} {fault}, for the problem {problem.id} and the text {text[:100]!r}. It must "
                      f"take any text and a problem, and return a finite number, True, False or a verdict "
-                     f"({', '.join(VERDICTS)}). Mend it and give another --run_dir: a run has one reward.")
+                     f"({', '.join(VERDICTS)}). Fix it and give another --run_dir: a run has one reward.")
 
 
 def number_of(found: object) -> float:

@@ -35,7 +35,7 @@ TEMPLATES = {
 }
 TEMPLATES |= {"irpo-letter": TEMPLATES["irpo-arc"], "irpo-latex": TEMPLATES["irpo-math"]}  # your own data
 PROMPTS = tuple(name for name in TEMPLATES if "-" not in name)
-# The answer format that a prompt asks for. MATH's answers may contain spaces, which would end an answer after ####.
+# The answer format that a prompt asks for. MATH's answers may contain "<", which would end an answer after ####.
 PROMPT_FORMATS = {"irpo": "final_answer", "rft": "hash", "rft-math": "boxed", "rft-latex": "boxed", "reft": "trigger"}
 EXAMPLE = "Question: {question}\nSolution: {solution}\n\n"
 
@@ -129,8 +129,8 @@ def encode_prompt(tokenizer, text: str, chat: str = "", system: str = "") -> lis
 def encode_solution(tokenizer, text: str, prompt: str = "\n", chat: str = "", system: str = "") -> list[int]:
     """Encode a written solution as the response to a prompt: its text, then EOS, or what ends a turn of the chat.
 
-    After "Solution:" a model continues with " So", and so must a solution. Sentencepiece begins every text with a
-    space; byte-level tokenizers (Llama 3, Qwen2) take it as it is written.
+    After "Solution:" a response begins with a space, so a written one must, too. Sentencepiece begins every text with
+    one; for byte-level tokenizers (Llama 3, Qwen2) it is added here.
     """
     if chat:
         return chat_of(tokenizer, chat, system).response_ids(text)

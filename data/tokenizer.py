@@ -16,8 +16,10 @@ from infra import InputError
 
 APART = "\ue000"  # a letter of no language: text behind it is encoded as text that follows other tokens
 
+
 class SentencePieceTokenizer:
     """A `tokenizer.model` file: Llama 1 and 2, CodeLlama, TinyLlama, Mistral, and the toy world's own."""
+
     def __init__(self, path: Path) -> None:
         self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.vocab_size = self.processor.vocab_size()

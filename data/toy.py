@@ -45,7 +45,7 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul,
               "/": lambda left, right: left // right if right and left % right == 0 else -1}
 MAX_STATED = 60  # what a solution with mistakes may state is in 0..MAX_STATED
 COMMUTED = 0.3  # of sums and products: 3+4 for 4+3
-DISTRACTORS = (0, 1, 2)  # quantities beside the point, if not more
+DISTRACTORS = (0, 1, 2)  # extra facts, as far as MAX_FACTS allows
 MERGED = 0.01  # of steps of the corpus: written inside the next one, so that its tokens exist
 DRILLS = 0.25  # of the corpus: only looking numbers up, and arithmetic
 SLIPS = 0.015  # chance per step of a wrong quantity, times 1 + the number of quantities beside the point

@@ -1,7 +1,7 @@
 """One frozen dataclass per script, and the command line made from it.
 
-The name of a field is its flag, its key in config.json and its column in the report. Defaults come first, then
---preset, then flags. There are no config files and no globals.
+The name of a field is its flag, its key in config.json and its column in the report. Flags override --preset,
+which overrides the defaults. There are no config files.
 """
 import argparse
 import dataclasses

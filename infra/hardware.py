@@ -30,7 +30,7 @@ class ComputeOptions(Options):
     threads: int = option(0, "of a CPU; 0: one per idle core", low=0, free=True)
 
     def settled(self) -> "ComputeOptions":
-        """Choose what is left open, as an earlier part of the run did where there was one; say so, and use it."""
+        """Resolve what is "auto" or 0, as before if the run is resumed; print the choice and apply it."""
         use_device(self.device)
         run = Path(getattr(self, "run_dir", ""))
         before = read_json(run / "config.json") if is_run(run) else {}
@@ -96,7 +96,7 @@ def bf16_speed() -> float:
     """
     squares = {dtype: torch.ones(512, 512, dtype=dtype) for dtype in PRECISIONS.values()}
     fastest = dict.fromkeys(squares, float("inf"))
-    for _ in range(6):  # in turns, and the fastest of each: what else the machine does shall not matter
+    for _ in range(6):  # in turns, keeping the fastest of each, so that other load matters little
         for dtype, x in squares.items():
             began = time.perf_counter()
             x @ x

@@ -6,8 +6,8 @@
 
 All ranks run the same program on the same run directory, on a disk that they share. Work that can be split (sampling,
 grading, reference log-probs, micro-batches) is split into pieces that do not depend on the number of ranks, and all
-ranks get all results, in the same order. So another number of ranks changes the order in which gradients are added up,
-and nothing else. Only rank 0 writes files and prints.
+ranks get all results, in the same order. So the number of ranks changes only the order in which gradients are added up.
+Only rank 0 prints; others write pieces and states.
 
 Without torchrun there is one rank, and these functions do next to nothing. Left out: pipeline parallelism, and every
 engine except PyTorch's own.
@@ -85,7 +85,7 @@ def finish() -> None:
 
 def leave(message: str | int | None) -> NoReturn:
     """Exit with a message, which rank 0 prints for all."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the next one is not told: a traceback would hide the message
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second one just kills: a traceback would hide the message
         signal.signal(number, signal.SIG_DFL)
     if world() == 1:
         raise SystemExit(message)
@@ -105,7 +105,7 @@ def barrier() -> None:
 
 
 def by_first(act: Callable[[], Result]) -> Result:
-    """Run `act` on rank 0 and return its result (or raise its InputError or OSError) on every rank."""
+    """Return act() of rank 0, or raise its InputError, OSError or SystemExit, on every rank."""
     if world() == 1:
         return act()
     outcome: list = [None, None]
@@ -154,7 +154,7 @@ def collected(mine: list[Result], hands: int | None = None) -> list[Result]:
 
 
 def computed(items: list[Item], compute: Callable[[Item], Result], label: str = "") -> list[Result]:
-    """Compute each item on one rank or another, with a progress bar if it has a label; for what sharded models do."""
+    """Compute each item on one rank; all ranks return all results. Safe for sharded models. A label shows a bar."""
     mine = tqdm(list(dealt(items)), desc=label, unit="part", dynamic_ncols=True, disable=not label or rank() > 0)
     return collected([result for item, counts in mine for result in [compute(item)] if counts])
 
@@ -208,8 +208,8 @@ PLAN = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"
 def split_over_ranks(model: nn.Module, ranks: int) -> nn.Module:
     """Split a Llama's heads and hidden units over `ranks` neighbouring ranks (tensor parallelism).
 
-    They compute the same tokens together, with two sums over ranks per block and token, which are equal to the bit on
-    all of them (devices must be alike). Every rank's cache holds only its own heads.
+    They compute the same tokens together, with two all-reduces per block and step, whose results are bitwise equal on
+    all ranks (devices must be alike). A rank's cache holds only its own heads.
     """
     config = model.config
     if world() % ranks or config.num_key_value_heads % ranks or config.intermediate_size % ranks:

@@ -210,7 +210,7 @@ def run_card() -> str:
 
 
 def log(folder: Path, **record) -> None:
-    """Append a line to the log.jsonl of the run that a folder belongs to; times are recorded here and nowhere else."""
+    """Append a line to the log.jsonl of the run that a folder belongs to; result files hold no times of their own."""
     run = next((path for path in (folder, *folder.parents) if (path / "config.json").exists()), None)
     if run:
         append(run / "log.jsonl", json.dumps({"time": round(time.time(), 1), "folder": folder.name, **record}) + "\n")
@@ -361,7 +361,7 @@ def append(path: Path, text: str) -> None:
 
 
 def unwritten(path: Path, error: OSError) -> InputError:
-    return InputError(f"{path} cannot be written: {error.strerror}. Mend that, then run the same command again to "
+    return InputError(f"{path} cannot be written: {error.strerror}. Fix that, then run the same command again to "
                       "resume.")
 
 
@@ -444,5 +444,5 @@ def hash_of(*things) -> str:
             with open(thing, "rb") as file:
                 hashlib.file_digest(file, lambda: digest)
         else:
-            digest.update(repr(thing).encode() + b"\0")  # or 12, 0.01 would be 1, 20.01
+            digest.update(repr(thing).encode() + b"\0")  # else 1, 23 would equal 12, 3
     return digest.hexdigest()

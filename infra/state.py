@@ -63,8 +63,8 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
                 print(f"warning: {path} is damaged and is skipped: {fault}")
             continue
         if read_json(path / "state.json")["made_of"] != made_of:
-            raise InputError(f"{path} is the state of another training run: its model, its data or its steps were "
-                             f"others. Remove {folder} to start this run from its beginning.")
+            raise InputError(f"{path} is from another training run: its data, seed, steps, lr or batch size differed. "
+                             f"Remove {folder} to start this run from its beginning.")
         dcp.load(tensors(module, optimizer), no_dist=world() == 1,
                  storage_reader=HuggingFaceStorageReader(str(path)))
         return int(path.name.removeprefix("step-"))

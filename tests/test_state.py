@@ -173,7 +173,7 @@ def test_a_state_of_another_run_is_refused_but_one_at_another_speed_is_not(saved
                    dict(options=dataclasses.replace(OPTIONS, epochs=5)),
                    dict(options=dataclasses.replace(OPTIONS, batch_size=4, max_steps=12, epochs=6)),
                    dict(options=dataclasses.replace(OPTIONS, lr=20.01, max_steps=1))):  # "12" "0.01" and "1" "20.01"
-        with pytest.raises(InputError, match="the state of another training run.*Remove"):
+        with pytest.raises(InputError, match="is from another training run.*Remove"):
             run(tmp_path, **change)
     options = dataclasses.replace(OPTIONS, save_every=5, micro_batch_tokens=30, skip_nonfinite=True)
     assert len(run(tmp_path, options)[1]) == 12
