@@ -9,6 +9,8 @@ import pytest
 from commands import command_faults
 
 import irpo
+import reft
+import rft
 from infra import InputError
 from infra.run import ROOT, copy_source, read_json, write_json
 from tools import sweep, tune
@@ -334,7 +336,9 @@ def test_tuning_does_not_mix_runs_of_other_code(log, monkeypatch):
     assert not log
 
 
-def test_the_toy_preset_has_the_tuned_values():
-    words = read_json(ROOT / "results" / "tune" / "toy.json")["methods"]["irpo"]["best"].split()
-    tuned = {name[2:]: float(value) for name, value in zip(words[::2], words[1::2])}
-    assert tuned == {name: irpo.TOY[name] for name in tuned} and tuned
+@pytest.mark.parametrize("name, method, preset", [("toy", "irpo", irpo.TOY), ("rft", "rft", rft.TOY),
+                                                  ("warmup", "sft", reft.TOY), ("reft", "reft", reft.TOY)])
+def test_the_toy_presets_have_the_tuned_values(name, method, preset):
+    words = read_json(ROOT / "results" / "tune" / f"{name}.json")["methods"][method]["best"].split()
+    tuned = {flag[2:]: float(value) for flag, value in zip(words[::2], words[1::2])}
+    assert tuned == {flag: preset[flag] for flag in tuned} and tuned
