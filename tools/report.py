@@ -469,7 +469,7 @@ def over_k(summary: dict) -> dict[str, dict]:
     models = {samples_of(cell): [*row["models"].values()] for cell, row in summary.items() if samples_of(cell)}
     points = [point(k, rows[-1]["accuracy"]) for k, rows in models.items()]
     starts = [point(0, rows[0]["accuracy"]) for k, rows in models.items() if len(rows) > 1 and k == max(models)]
-    return {"": {"RFT": starts + points}} if models else {}
+    return {"": {"RFT": sorted(starts + points)}} if models else {}
 
 
 def pictures(kind: str, cells: dict, summary: dict) -> dict:
