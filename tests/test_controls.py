@@ -7,7 +7,8 @@ from data import Problem
 from evaluate import Answered, Sample
 from infra.run import write_records
 from irpo import Pair
-from results import controls, describe_pairs, describe_samples, pairs
+from results import controls, describe_pairs, describe_paths, describe_samples, pairs
+from rft import KeptPath
 
 
 @pytest.mark.parametrize("a, b", [([], []), ([1], []), ([], [1, 2]), ([1, 2, 3], [1, 2, 3]),
@@ -70,3 +71,14 @@ def test_samples_of_questions_that_need_a_kind(tmp_path, capsys):
     describe_pairs.print_means(tmp_path, "samples.jsonl", partial(describe_samples.describe, kind="spare"),
                                describe_samples.FORMATS)
     assert capsys.readouterr().out.splitlines()[2] == "| irpo | 1 | 2 | 75.0% | 50.0% |"
+
+
+def test_paths_that_differ_in_the_order_of_two_numbers(tmp_path, capsys):
+    """Sums and products have no order, differences do; the same equations of another question are not compared."""
+    def path(question: str, *lines: str) -> KeptPath:
+        return KeptPath(question, [0], [1], "\n".join(f"<< {line} >>" for line in lines), 0)
+    write_records(tmp_path / "k4" / "s0" / "iter1" / "paths.jsonl", [
+        path("a", "3 + 10 = 13", "13 - 2 = 11"), path("a", "10 + 3 = 13", "13 - 2 = 11"), path("a", "2 - 13 = 11"),
+        path("b", "3 + 10 = 13"), path("b", "3 * 10 = 30"), path("b", "10 * 3 = 30")], {})
+    describe_pairs.print_means(tmp_path, "paths.jsonl", describe_paths.describe, describe_paths.FORMATS)
+    assert capsys.readouterr().out.splitlines()[2] == "| k4 | 1 | 6 | 4 | 50.0% |"
