@@ -73,8 +73,8 @@ irpo:  ## IRPO on the toy world, plain DPO and SFT on the winners, each at its t
 	$(SWEEP) irpo --seeds $(SEED) --cells irpo dpo sft_chosen
 rft:  ## RFT on the toy world: SFT, k = 1, 4 and 40, and SFT for as many steps
 	$(SWEEP) rft --seeds $(SEED) --cells k40 k4 k1 matched
-reft:  ## ReFT on the toy world, with and without KL, SFT and offline self-training
-	$(SWEEP) reft --seeds $(SEED) --cells reft nokl sft offline_st
+reft:  ## ReFT on the toy world, with and without KL, with a separate critic, and SFT
+	$(SWEEP) reft --seeds $(SEED) --cells reft nokl separate sft
 endif
 endif
 
