@@ -41,7 +41,7 @@ from infra.progress import iterations, summary
 from infra.run import Pieces, derive_seed, hash_of, once, open_run, read_jsonl, run_script, write_json, write_jsonl
 from losses import dpo_loss, dpo_nll_loss
 from model import Llama
-from train import (Example, TrainOptions, autocast, fit, fit_sft, load_for_training, micro_batches, num_steps,
+from train import (Example, TrainOptions, autocast, fit, fit_sft, fitting, load_for_training, micro_batches, num_steps,
                    packed_logps, response_logps, train_once)
 
 
@@ -201,13 +201,15 @@ def preference_loss(model: Llama, pairs: list[Pair], config: Config, mean_length
             "length/chosen": chosen_length, "length/rejected": rejected_length}
 
 
-def training_items(pairs: list[Pair], answered: list[Answered], golds: dict[str, list[int]], config: Config) -> list:
+def training_items(pairs: list[Pair], answered: list[Answered], golds: dict[str, list[int]], start: str,
+                   config: Config) -> list:
     """What the method trains on: the pairs, their winners, or the gold solutions of all questions."""
     if config.method == "irpo":
         return pairs
     if config.method == "sft_chosen":
         return [Example(pair.id, pair.prompt, pair.chosen) for pair in pairs]
-    return [Example(q.id, q.prompt_ids, golds[q.id]) for q in answered if q.id in golds]
+    examples = [Example(q.id, q.prompt_ids, golds[q.id]) for q in answered if q.id in golds]
+    return fitting(examples, load_config(start).max_length)  # here, too, since steps are counted before training
 
 
 def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, list[int]], config: Config, seed: int,
@@ -341,7 +343,7 @@ def main() -> None:
         pairs = once(path, partial(with_reference, kept, start, config, path), Pair,  # step 4
                      dict(reference=model_hash(start)))
 
-        items, options = training_items(pairs, answered, golds, config), config  # step 5
+        items, options = training_items(pairs, answered, golds, start, config), config  # step 5
         train = partial(minimise, start, pairs=pairs, golds=golds, seed=seed)
         if config.select_every:
             measured = once(folder / "select.json",

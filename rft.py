@@ -37,6 +37,7 @@ from infra.config import option, parse_config
 from infra.parallel import computed
 from infra.progress import summary
 from infra.run import derive_seed, hash_of, once, open_run, read_jsonl, read_records, run_script, write_json
+from infra.steps import SCHEDULES
 from model import Llama
 from rewards import OWN_FORMAT, equations, equations_hold, grade, plain_equations
 from train import Example, TrainOptions, fit_sft, fitting, load_for_training, num_steps, train_once
@@ -68,8 +69,7 @@ class Config(TrainOptions, SampleOptions):
     steps_matched: bool = option(False, "step 5 trains on D alone, for as many optimizer steps as with the kept paths: "
                                  "the control that the paper lacks")
     lr: float = option(2e-5, "peak learning rate of AdamW", above=0)
-    lr_schedule: str = option("cosine", "after warm-up: constant, linear (to 0) or cosine (to 0)",
-                              ("constant", "linear", "cosine"))
+    lr_schedule: str = option("cosine", "after warm-up: constant, linear (to 0) or cosine (to 0)", SCHEDULES)
     warmup_share: float = option(0.03, "share of the steps over which the learning rate rises", low=0, high=1)
     batch_size: int = option(128, "sequences per optimizer step, over all ranks", low=1)
     epochs: int = option(3, "passes over the data; the last one counts", low=1)

@@ -7,7 +7,7 @@
 All ranks run the same program on the same run directory, on a disk that they share. Work that can be split (sampling,
 grading, reference log-probs, micro-batches) is split into pieces that do not depend on the number of ranks, and all
 ranks get all results, in the same order. So the number of ranks changes only the order in which gradients are added up.
-Only rank 0 prints; others write pieces and states.
+Only rank 0 prints, and writes files other than pieces and states.
 
 Without torchrun there is one rank, and these functions do next to nothing. Left out: pipeline parallelism, and every
 engine except PyTorch's own.

@@ -78,7 +78,8 @@ def test_paths_that_differ_in_the_order_of_two_numbers(tmp_path, capsys):
     def path(question: str, *lines: str) -> KeptPath:
         return KeptPath(question, [0], [1], "\n".join(f"<< {line} >>" for line in lines), 0)
     write_records(tmp_path / "k4" / "s0" / "iter1" / "paths.jsonl", [
-        path("a", "3 + 10 = 13", "13 - 2 = 11"), path("a", "10 + 3 = 13", "13 - 2 = 11"), path("a", "2 - 13 = 11"),
+        path("a", "3 + 10 = 13", "13 - 2 = 11"), path("a", "10 + 3 = 13", "13 - 2 = 11"),
+        path("a", "3 + 10 = 13", "2 - 13 = 11"),
         path("b", "3 + 10 = 13"), path("b", "3 * 10 = 30"), path("b", "10 * 3 = 30")], {})
     describe_pairs.print_means(tmp_path, "paths.jsonl", describe_paths.describe, describe_paths.FORMATS)
     assert capsys.readouterr().out.splitlines()[2] == "| k4 | 1 | 6 | 4 | 50.0% |"

@@ -168,10 +168,11 @@ def test_the_cap_is_a_random_subsample_given_by_seed_and_iteration(tiny_dirs):
 
 
 def test_what_each_method_trains_on(tiny_dirs):
-    """The pairs; their winners; or the gold solutions of all questions once, also of those without a pair."""
+    """The pairs; their winners; or the gold solutions of all questions once, also of those without a pair. One that
+    does not fit the model is left out, not cut."""
     questions = [answered("a", sample([5, 2], True)), answered("b", sample([6, 2], False)), answered("c")]
-    golds, pairs = {"a": [10, 2], "b": [11, 12, 2]}, [Pair("b", [1, 9], [11, 12, 2], [6, 2])]
-    items = {method: training_items(pairs, questions, golds, Config(method=method, model=str(tiny_dirs[0])))
+    golds, pairs = {"a": [10, 2], "b": [11, 12, 2], "c": [12] * 19}, [Pair("b", [1, 9], [11, 12, 2], [6, 2])]
+    items = {method: training_items(pairs, questions, golds, str(tiny_dirs[0]), Config(method=method, model="m"))
              for method in ("irpo", "sft_chosen", "sft_gold")}
     assert items == {"irpo": pairs, "sft_chosen": [Example("b", [1, 9], [11, 12, 2])],
                      "sft_gold": [Example("a", [1, 9], [10, 2]), Example("b", [1, 9], [11, 12, 2])]}
