@@ -128,18 +128,23 @@ def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsy
     assert len(record["training"]) == 27 and record["commit"] and record["machine"]
 
 
-def test_a_measurement_that_fails_keeps_those_before_it(monkeypatch, tmp_path):
-    """A peer that broke after hours, in the middle of a round, took all that was measured in the round with it."""
+def test_an_engine_that_fails_is_said_and_the_others_are_measured(monkeypatch, tmp_path):
+    """A peer that broke took all that was measured before it, and all that came after it."""
     def fake(python: str, job: dict) -> list[dict]:
-        if job["engine"] == "trl":
-            raise InputError("the measurement failed")
+        if job["engine"] in broken:
+            raise InputError("the measurement failed:\nno such attention")
         return [job | {"num_samples": "", "rows": 32, "tokens": 1000, "cpu": 2, "wall": 4, "peak_mb": 70.0}]
 
+    broken = ["trl"]
     monkeypatch.setattr(bench, "measure_elsewhere", fake)
-    monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"ours": "", "trl": ""})
+    monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"trl": "", "ours": ""})
+    run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path)
+    text = (tmp_path / "bench.md").read_text()
+    assert text.count("\n- trl failed with the toy model: no such attention\n") == 1
+    assert "| toy |  | ours |  | 32 | 3 | 500 (500 to 500) | 250 |" in text
+    broken.append("ours")
     with pytest.raises(InputError, match="the measurement failed"):
         run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path)
-    assert "| toy |  | ours |  | 32 | 1 | 500 (500 to 500) | 250 |" in (tmp_path / "bench.md").read_text()
 
 
 def test_parts_alone_are_written_and_nothing_to_measure_is_said(monkeypatch, tmp_path):

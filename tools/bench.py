@@ -48,7 +48,7 @@ SHAPES = {  # random weights
     "135m": ModelConfig(49152, 576, 1536, 30, 9, 3, 64, tie_word_embeddings=True),  # SmolLM2's
     "1b": ModelConfig(128256, 2048, 8192, 16, 32, 8, 64, tie_word_embeddings=True)}  # Llama 3.2's
 TRAINED = ("toy", "6.5m", "1b")
-ENOUGH = 5  # seconds: where sampling took longer, more rows at once are not tried
+ENOUGH = 60  # seconds: where sampling took longer, more rows at once are not tried
 BATCH, STEPS = 32, 4  # pairs of a training step, steps of an epoch
 WORDS = {0: "<unk>", 1: "<s>", 2: "</s>"}  # other tokens are t3, t4, ...
 BOS, EOS = 1, 2
@@ -441,7 +441,15 @@ def main() -> None:
     out = Path(config.out)
     with tempfile.TemporaryDirectory() as folder:
         for python, job in jobs(config, Path(folder)):
-            measured = measure_elsewhere(python, job)
+            try:
+                measured = measure_elsewhere(python, job)
+            except InputError as error:  # vLLM has no attention for the toy model's heads of 16
+                if job["engine"] == "ours":
+                    raise
+                print(error)
+                failed = f"- {job['engine']} failed with the {job['shape']} model: {str(error).splitlines()[-1]}\n"
+                text = text.replace(failed, "") + failed
+                continue
             found[job["half"]] = measured if job["half"] == "parts" else found[job["half"]] + measured
             write_json(out / "bench.json", record | found)
             write_text(out / "bench.md", text + "".join(section(*half) for half in found.items() if half[1]))
