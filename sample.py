@@ -77,7 +77,9 @@ def sample_next_token(logits: Tensor, uniform: Tensor, temperature: float, top_p
         outside = ordered.cumsum(-1) - ordered >= top_p  # the token that crosses top_p stays inside
         weights = weights.masked_fill(outside.scatter(-1, order, outside), 0)
     # sums are cheaper than cumulative sums: 3 to 4 times as fast as one pick from the entire vocabulary
-    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))  # (R, V/BLOCK, BLOCK)
+    if missing := -weights.shape[-1] % BLOCK:  # F.pad would copy even if nothing is missing
+        weights = F.pad(weights, (0, missing))
+    blocks = weights.unflatten(-1, (-1, BLOCK))  # (R, V/BLOCK, BLOCK)
     block, uniform = pick(blocks.sum(-1), uniform)
     token, _ = pick(blocks[torch.arange(len(block), device=block.device), block], uniform)
     return (block * BLOCK + token).masked_fill(~best[:, 0].isfinite(), -1)
