@@ -85,7 +85,7 @@ eval: $(if $(MODEL),setup,base)  ## greedy test accuracy of a model directory: m
 
 tables: setup  ## all seeds of TABLE="irpo rft reft", compare or nll (hours); JOBS=2 runs two at a time
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true
-bench: .venv/development  ## our sampling and training beside other programs (2 hours; ARGS="--shapes toy": 15 minutes)
+bench: .venv/development  ## our sampling and training beside other programs (hours; ARGS="--shapes toy": 15 minutes)
 	$(PY) -m tools.bench $(ARGS)
 report: setup  ## tables and pictures of run directories: make report RUNS="runs/a runs/b"
 	$(PY) -m tools.report $(RUNS)
