@@ -128,23 +128,29 @@ def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsy
     assert len(record["training"]) == 27 and record["commit"] and record["machine"]
 
 
-def test_an_engine_that_fails_is_said_and_the_others_are_measured(monkeypatch, tmp_path):
-    """A peer that broke took all that was measured before it, and all that came after it."""
+def test_an_engine_that_fails_is_said_and_nothing_measured_is_lost(monkeypatch, tmp_path):
+    """A peer that broke after hours took all that was measured in its round with it, and all that came after it."""
     def fake(python: str, job: dict) -> list[dict]:
-        if job["engine"] in broken:
+        asked.append(job["engine"])
+        if job["engine"] == "trl" or asked.count("ours") > fine:
             raise InputError("the measurement failed:\nno such attention")
         return [job | {"num_samples": "", "rows": 32, "tokens": 1000, "cpu": 2, "wall": 4, "peak_mb": 70.0}]
 
-    broken = ["trl"]
+    def text(*flags: object) -> str:
+        run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path, *flags)
+        return (tmp_path / "bench.md").read_text()
+
+    asked, fine, failed = [], 4, "\n- trl failed with the toy model: no such attention\n"
     monkeypatch.setattr(bench, "measure_elsewhere", fake)
-    monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"trl": "", "ours": ""})
-    run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path)
-    text = (tmp_path / "bench.md").read_text()
-    assert text.count("\n- trl failed with the toy model: no such attention\n") == 1
-    assert "| toy |  | ours |  | 32 | 3 | 500 (500 to 500) | 250 |" in text
-    broken.append("ours")
+    monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"ours": "", "trl": ""})
+    assert text("--rounds", 1).count(failed) == 1, "the last to be measured"
+    assert "| toy |  | ours |  | 32 | 3 | 500 (500 to 500) | 250 |" in text()
+    assert (tmp_path / "bench.md").read_text().count(failed) == 1, "once for all rounds and settings"
+    asked.clear()
+    fine = 1
     with pytest.raises(InputError, match="the measurement failed"):
-        run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path)
+        text()
+    assert "| toy |  | ours |  | 32 | 1 | 500 (500 to 500) | 250 |" in (tmp_path / "bench.md").read_text()
 
 
 def test_parts_alone_are_written_and_nothing_to_measure_is_said(monkeypatch, tmp_path):

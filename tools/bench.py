@@ -448,9 +448,9 @@ def main() -> None:
                     raise
                 print(error)
                 failed = f"- {job['engine']} failed with the {job['shape']} model: {str(error).splitlines()[-1]}\n"
-                text = text.replace(failed, "") + failed
-                continue
-            found[job["half"]] = measured if job["half"] == "parts" else found[job["half"]] + measured
+                text += failed * (failed not in text)
+            else:
+                found[job["half"]] = measured if job["half"] == "parts" else found[job["half"]] + measured
             write_json(out / "bench.json", record | found)
             write_text(out / "bench.md", text + "".join(section(*half) for half in found.items() if half[1]))
     if not any(found.values()):
