@@ -111,7 +111,7 @@ def test_every_command_parses(tmp_path, monkeypatch):
     ("table/irpo_from_sft_chosen/s0", {"base-s0", "table/irpo/s0", "table/sft_chosen/s0"}),
     ("reft/rerank-sft/s1", {"base-s1", "reft/reft/s1", "reft/sft/s1", "labelled-s1"}),
     ("reft/nokl/s0", {"base-s0", "reft/reft/s0"}),
-    ("compare/ppo+max_steps@27/s0", {"base-s0"})])
+    ("compare/ppo/s0", {"base-s0"})])
 @pytest.mark.parametrize("jobs", [1, 3])
 def test_runs_start_after_those_that_they_need(run, others, jobs, log):
     """Without whatever is done, and never more than --jobs at a time."""
@@ -242,7 +242,7 @@ def test_shared_files_are_copied_only_when_complete(complete, tmp_path, monkeypa
         name: name for name in ("iter0/eval.json", "iter1/samples.jsonl")}
 
 
-@pytest.mark.parametrize("run", ["table/irpo/s0", "compare/ppo+max_steps@27/s0", "base-s0", "rft/k1/s0"])
+@pytest.mark.parametrize("run", ["table/irpo/s0", "compare/ppo/s0", "base-s0", "rft/k1/s0"])
 def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
     """Another length of the warm-up makes another model in iter0."""
     monkeypatch.chdir(tmp_path)
