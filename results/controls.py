@@ -8,6 +8,11 @@ def at_random(text: str, problem) -> bool:
     return hashlib.sha256(f"{problem.id} {text}".encode()).digest()[0] < 64
 
 
+def none_right(text: str, problem) -> bool:
+    """Call every response wrong, so that Online-ST trains on gold alone."""
+    return False
+
+
 def modulo(text: str, problem, number: int) -> bool:
     answer = re.search(r"#### (\d{1,9})$", text.strip())
     return bool(answer) and int(answer[1]) % number == int(problem.answer) % number

@@ -39,7 +39,7 @@ def test_lucky_and_random_winners():
     problem = Problem("p", "?", "7", "")
     assert [controls.modulo_4(f"x\n#### {n}", problem) for n in (7, 3, 11, 8, 107)] == [True, True, True, False, True]
     assert [controls.modulo_10(f"x\n#### {n}", problem) for n in (7, 17, 3)] == [True, True, False]
-    assert not controls.modulo_4("no answer 3", problem)
+    assert not controls.modulo_4("no answer 3", problem) and not controls.none_right("x\n#### 7", problem)
     share = sum(controls.at_random(str(i), problem) for i in range(1000)) / 1000
     assert 0.2 < share < 0.3 and controls.at_random("a", problem) == controls.at_random("a", problem)
 
