@@ -604,17 +604,18 @@ def test_every_variant_is_a_flag(flags, base, tmp_path, monkeypatch, capsys):
     assert settings(tmp_path / "run" / "iter0" / "eval_dev.jsonl")["weights"] == model_hash(pi_0)
 
 
-@pytest.mark.parametrize("with_gold", [{0}, {1}, {0, 1}], ids=str)
-def test_a_run_of_online_self_training(with_gold, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("with_gold, flags", [({0}, ()), ({1}, ()), ({0, 1}, ()), ({}, ("--no-gold",))], ids=str)
+def test_a_run_of_online_self_training(with_gold, flags, base, tmp_path, monkeypatch):
     """Where no sample is right and no question of a batch has a gold solution, there is nothing to train on: the run
     goes on to its record all the same."""
     batches = [batch_at(step, ids_of("train", 10), 5, seed=3) for step in (0, 1)]
     usable = {id for step in with_gold for id in batches[step]}
-    monkeypatch.setattr(reft, "fitting", lambda golds, length: [gold for gold in golds if gold.id in usable])
+    if not flags:
+        monkeypatch.setattr(reft, "fitting", lambda golds, length: [gold for gold in golds if gold.id in usable])
     monkeypatch.setattr(reft, "roll_out", lambda *args: [replace(r, right=False) for r in roll_out(*args)])
     seen = watch(monkeypatch)
     call(reft, *SHORT, "--mini_batch_size", "0", "--method", "online_st", "--max_steps", "2", "--model", base,
-         "--run_dir", tmp_path / "run")
+         "--run_dir", tmp_path / "run", *flags)
     rows, steps = read_json(tmp_path / "run" / "results.json"), read_lines(tmp_path / "run" / "iter1" / "train.jsonl")
     assert [row["name"] for row in rows] == ["warm-up"] * 2 + ["Online-ST"] * 3 and rows[2]["steps"] == 2
     assert ("nll" in rows[2]) == (1 in with_gold) and 0.0 <= rows[2]["entropy"] <= math.log(288)
