@@ -65,7 +65,7 @@ class Config(TrainOptions, SampleOptions):
     num_questions: int = option(0, "use only the first N training questions; 0: all", low=0)
     method: str = option("reft", "reft; sft: longer SFT of the base on gold; offline_st: on gold and pi_0's right "
                          "samples; online_st: NLL of each batch's right samples and gold", METHODS)
-    gold: bool = option(True, "online_st trains on gold solutions, too")
+    online_gold: bool = option(True, "online_st trains on gold solutions, too")
     warmup_epochs: int = option(2, "passes over the gold solutions; 0: --model is pi_0 itself", low=0, group="warm-up")
     sft_lr: float = option(1e-5, "peak learning rate of warm-up, sft and offline_st: up over a tenth of the "
                            "steps, then linearly to 0", low=0, high=1)
@@ -450,7 +450,7 @@ def main() -> None:
                  "tokens_forward": sampled + sum(len(q.prompt_ids) for q in answered)}
         last = train_once(pi, start, partial(sft, config, pi, golds + paths, config.sft_epochs))
     else:
-        by_id = {example.id: example for example in golds if config.gold}
+        by_id = {example.id: example for example in golds if config.online_gold}
         last = train_once(pi, start, partial(reinforce, config, pi, start, tokenizer, problems, by_id))
 
     records = read_jsonl(pi / "train.jsonl")

@@ -604,7 +604,7 @@ def test_every_variant_is_a_flag(flags, base, tmp_path, monkeypatch, capsys):
     assert settings(tmp_path / "run" / "iter0" / "eval_dev.jsonl")["weights"] == model_hash(pi_0)
 
 
-@pytest.mark.parametrize("with_gold, flags", [({0}, ()), ({1}, ()), ({0, 1}, ()), ({}, ("--no-gold",))], ids=str)
+@pytest.mark.parametrize("with_gold, flags", [({0}, ()), ({1}, ()), ({0, 1}, ()), ({}, ("--no-online_gold",))], ids=str)
 def test_a_run_of_online_self_training(with_gold, flags, base, tmp_path, monkeypatch):
     """Where no sample is right and no question of a batch has a gold solution, there is nothing to train on: the run
     goes on to its record all the same."""
