@@ -304,13 +304,15 @@ def training_row(t: int, folder: Path, answered: list[Answered], made: list[Pair
     prompts, scored = sum(len(q.prompt_ids) for q in answered), sum(pair.tokens for pair in pairs)
     # only IRPO needs a reference, and SFT on gold needs no samples
     forward = {"irpo": sampled + prompts + scored, "sft_chosen": sampled + prompts, "sft_gold": 0}[config.method]
+    trial = folder / "select" / "train.jsonl"
+    tried = sum(record["tokens"] for record in read_jsonl(trial)) if trial.exists() else 0
     return {"name": f"M{t}", "iteration": t, "split": "train", "questions": len(answered),
             "all_right": fmean(share == 1 for share in shares), "all_wrong": fmean(share == 0 for share in shares),
             "mixed": fmean(0 < share < 1 for share in shares), "sample_accuracy": fmean(shares),
             "unfinished": sum(not s.finished for q in answered for s in q.samples),
             "pairs_made": len(made), "pairs_overlong": overlong, "pairs_capped": len(made) - overlong - len(pairs),
             "pairs": len(pairs), **found, "tokens_sampled": sampled,
-            "flops": flops(start, forward, found["tokens_trained"]),
+            "flops": flops(start, forward, found["tokens_trained"] + tried),
             "probe": read_jsonl(folder / "probe.jsonl")}
 
 
@@ -327,6 +329,7 @@ def main() -> None:
     check_selection(min(most, config.max_pairs or most), config)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))
 
+    by_first(lambda: (run / "results.json").unlink(missing_ok=True))  # of fewer iterations, or without eval_samples
     notes = {"dev_was_trained_on": True} if config.select_every else {}
     M = config.model  # the directory of M_{t-1}
     rows, solved = evaluate_model("M0", 0, M, config, run / "iter0"), set()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import data
 import irpo
-from checkpoint import load_model, load_sampler, model_hash, save_model
+from checkpoint import flops, load_model, load_sampler, model_hash, save_model
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample, SampleOptions
 from infra import InputError
@@ -524,8 +524,23 @@ def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path,
     assert len({weights for weights, _ in measured}) == len(curve) == len(measured)  # of the model as it is then
     assert all(set(ids) == dev for _, ids in measured)
     steps = read_lines(folder / "train.jsonl")
+    tokens = sum(row["tokens"] for row in [*steps, *read_lines(folder / "select" / "train.jsonl")])
+    prompts = sum(len(question["prompt_ids"]) for question in read_lines(folder / "samples.jsonl"))
+    scored = sum(1 + sum(len(pair[key]) for key in ("prompt", "chosen", "rejected"))
+                 for pair in read_lines(folder / "pairs.jsonl"))
+    forward = rows[2]["tokens_sampled"] + prompts + scored
+    assert rows[2]["flops"] == flops(base, forward, tokens), "the trial run is paid for, too"
     assert len(steps) == rows[2]["steps"] == 4 and steps[0]["dpo"] == pytest.approx(LN2, abs=1e-3)
     assert [row.get("dev_was_trained_on", False) for row in rows] == [False, False, False, True, True]
+
+
+def test_a_run_that_is_asked_for_more_iterations_is_unfinished_until_they_are_there(base, tmp_path, monkeypatch):
+    """Its results of fewer iterations were reported as all of it."""
+    short_run(base, tmp_path / "run")
+    monkeypatch.setattr(irpo, "training_row", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        short_run(base, tmp_path / "run", "--iterations", "2")
+    assert not (tmp_path / "run" / "results.json").exists()
 
 
 def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from infra import InputError
+from infra.run import read_json, write_json
 from runs import call
 from tools import page, report
 from tools.evidence import quantile
@@ -268,6 +269,15 @@ def test_runs_are_named_by_what_differs(tmp_path, runs, groups):
     assert found == groups
 
 
+def test_seeds_of_a_folder_that_were_made_in_two_ways_are_two_groups(tmp_path):
+    """The second of two groups with the folder's name took the place of the first."""
+    for seed in range(4):
+        named(tmp_path / f"s{seed}", 0.6, seed=seed, source="ab"[seed > 1])
+    found = report.load_runs([tmp_path])
+    assert {name: [*seeds] for name, seeds in found.items()} == {
+        f"{tmp_path}": [0, 1], f"{tmp_path}, seeds 2 3": [2, 3]}
+
+
 def test_groups_of_seeds_are_compared(tmp_path):
     """A folder of sSEED is a group; a run with other questions under the same ids is not compared."""
     for seed in (0, 1, 2):
@@ -382,8 +392,16 @@ def test_accuracy_over_compute(tmp_path):
     assert {label: [point[:2] for point in points] for label, points in lines.items()} == {
         "IRPO": [(0, 0.4), (10**12, 0.5), (2 * 10**12, 0.6)], "IRPO with winners at random": [(0, 0.4), (10**12, 0.3)],
         "GRPO": [(28 * 10**11, 0.65), (55 * 10**11, 0.7)]}
+    assert len({*map(line_of, report.PAPER["compare"]["cells"])}) == len(report.PAPER["compare"]["cells"])
     assert (root / "out" / "compute.png").exists() and not (root / "out" / "accuracy.png").exists()
     assert {"dpo", "separate"} < {*record["missing"]}, "planned, and never begun"
+
+
+def line_of(cell: str) -> str:
+    """The name of a cell's line in the picture of accuracy over compute."""
+    models = {"M0": {"accuracy": report.estimate({0: 0.5})}}
+    [line] = report.over_compute({cell: {"label": report.label_of("compare", cell), "models": models}})["accuracy"]
+    return line
 
 
 def test_lines_show_their_intervals_and_seeds_within_0_and_100_percent():
@@ -589,6 +607,30 @@ def test_a_claim_can_be_about_a_difference_of_differences(tmp_path):
     text, record = table(tmp_path / "nll", "nll")
     row = claim(text, "without luck it helps more where responses are alike")
     assert row[1:4] == ["points", "+15, +15", "100"] and "near-mod4-a0" in record["missing"]
+
+
+def test_only_planned_seeds_count_in_a_planned_table_unless_named(tmp_path):
+    """One that `make irpo SEED=7` had left was averaged in, with a base, flags and code of its own."""
+    for seed, accuracy in ((0, 0.6), (1, 0.8), (7, 0.1)):
+        irpo_run(tmp_path / "table" / "irpo" / f"s{seed}", [0.5, accuracy])
+    _, record = table(tmp_path / "table", "table")
+    assert record["cells"]["irpo"]["models"]["M1"]["accuracy"]["values"] == {"0": 0.6, "1": 0.8}
+    assert {"seed 2 of all cells", "dpo"} < {*record["missing"]} and "irpo/s7" not in record["missing"]
+    _, cells, missing = report.load_table(tmp_path / "table", only=(7,))
+    assert [*cells["irpo"]] == [7] and not any("seed" in name for name in missing)
+    with pytest.raises(InputError, match="no finished run of seeds 3 .others: --seeds. in "):
+        report.load_table(tmp_path / "table", only=(3,))
+
+
+def test_seeds_made_in_two_ways_and_other_models_of_the_same_name_are_told(tmp_path):
+    for cell, seed, values in (("irpo", 0, {}), ("irpo", 1, {}), ("dpo", 0, {"weights": "b" * 64}),
+                               ("dpo", 1, {"lr": 1e-3})):
+        path = irpo_run(tmp_path / cell / f"s{seed}", [0.5, 0.7])
+        config = read_json(path / "config.json") | {"model": f"runs/base-s{seed}/model", "weights": "a" * 64}
+        write_json(path / "config.json", config | values)
+    text, _ = table(tmp_path, "table")
+    assert "\nSeeds of DPO were not made alike: they differ in lr.\n" in text and "Seeds of IRPO" not in text
+    assert "\nRuns of one seed began at different models of the same name.\n" in text
 
 
 def test_what_is_not_of_all_seeds_or_not_of_one_code_is_named(tmp_path):

@@ -325,13 +325,17 @@ def test_a_tuning_with_failed_runs_leaves_no_record_unless_asked(flags, tmp_path
     assert Path("results/tune/toy.json").exists() == bool(flags)
 
 
-def test_tuning_does_not_mix_runs_of_other_code(log, monkeypatch):
-    run = "runs/tune-toy/irpo-0/s8"
-    write(run, "results.json", "[]")
-    copy_source(Path(run, "source"))
-    write(run, "source/losses.py", "# as it was")
+def test_tuning_does_not_mix_runs_of_other_code_or_settings(log, monkeypatch):
+    """With another range of rates, old runs were recorded under the newly drawn flags."""
+    monkeypatch.setitem(sweep.TABLES, "tune-toy", tune.table_of("toy"))
+    other = "runs/tune-toy/irpo-0/s8", "runs/tune-toy/dpo-1/s9"
+    for run, flags in zip(other, ("", " --lr 9")):
+        write(run, "results.json", "[]")
+        copy_source(Path(run, "source"))
+        write(run, "command.txt", f"command  python {sweep.command(run)}{flags}\n")
+    write(other[0], "source/losses.py", "# as it was")
     monkeypatch.setattr(sys, "argv", ["tune", "toy"])
-    with pytest.raises(SystemExit, match=f"  {run}: losses.py\n"):
+    with pytest.raises(SystemExit, match=f"  {other[0]}: losses.py\n  {other[1]}: other flags\n"):
         tune.main()
     assert not log
 

@@ -203,23 +203,31 @@ def load_runs(paths: list[Path]) -> dict[str, dict[int, Run]]:
         directory = str(runs[group[0]].path)
         if not name or names.count(name) > 1 or len(differing) > 4:
             name = directory if len(group) == 1 else re.sub(r"[-/]s\d+$", "", directory)
+        if name in found:  # seeds of one folder, made in two ways
+            name = f"{name}, seeds {' '.join(str(seeds[i]) for i in group)}"
         mixed = len(groups) == len(runs) and len({*seeds}) > 1  # different seeds, compared all the same
         found[name] = {None if mixed else seeds[i]: runs[i] for i in group}
     return found
 
 
-def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
-    """Load ROOT/CELL/sSEED: the kind of table (a key of PAPER), cell -> seed -> run, and what is missing."""
-    folders = [path for path in sorted(root.glob("*/s*")) if re.fullmatch(r"s\d+", path.name)]
+def load_table(root: Path, only: tuple[int, ...] = ()) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
+    """Load ROOT/CELL/sSEED: the kind of table (a key of PAPER), cell -> seed -> run, and what is missing.
+
+    only: the seeds that count (default: the planned ones; all, where the table is not planned).
+    """
+    planned = PLANNED.get(root.name, {})
+    wanted = only or planned.get("seeds", ())
+    folders = [path for path in sorted(root.glob("*/s*")) if re.fullmatch(r"s\d+", path.name)
+               and (not wanted or int(path.name[1:]) in wanted)]
     found = {path: load_run(path) for path in folders if (path / "results.json").exists()}
     if not found:
-        raise InputError(f"no finished run in {root}: expected {root}/CELL/sSEED/results.json")
+        of_seeds = f" of seeds {' '.join(map(str, wanted))} (others: --seeds)" if wanted else ""
+        raise InputError(f"no finished run{of_seeds} in {root}: expected {root}/CELL/sSEED/results.json")
     kinds, names = sorted({run.kind for run in found.values()}), {path.parent.name for path in folders}
     has_own = PAPER.get(root.name, {}).get("cells")
     if len(kinds) > 1 and not has_own:
         raise InputError(f"{root} holds runs of {', '.join(kinds)}: give one table at a time")
     kind = root.name if has_own else kinds[0]
-    planned = PLANNED.get(root.name, {})
     known = planned.get("cells", PAPER[kind]["cells"])
     expected = planned or names <= set(known)  # not in a folder of one's own that has other cells, too
     order = [cell for cell in known if expected or cell in names] + sorted(names.difference(known))
@@ -227,7 +235,7 @@ def load_table(root: Path) -> tuple[str, dict[str, dict[int, Run]], list[str]]:
     cells = {cell: {s: found[path] for s in seeds if (path := root / cell / f"s{s}") in found} for cell in order}
     missing = [f"{cell}/s{seed}" if runs else cell for cell, runs in cells.items()
                for seed in (seeds if runs else seeds[:1]) if seed not in runs]
-    missing += [f"seed {seed} of all cells" for seed in planned.get("seeds", ()) if seed not in seeds]
+    missing += [f"seed {seed} of all cells" for seed in wanted if seed not in seeds]
     return kind, {cell: runs for cell, runs in cells.items() if runs}, missing
 
 
@@ -452,12 +460,12 @@ def over_compute(summary: dict) -> dict[str, dict]:
     """Accuracy, and pass@k of the largest k, over the FLOPs that sampling and training have taken so far. The cells
     METHOD+FLAG@VALUE of a method are one line, and so are a run's models, from the base on, which has cost nothing."""
     panels: dict[str, dict[str, dict]] = {}
-    for cell in summary.values():
-        spent, line = 0, cell["label"].partition(", ")[0]
-        for name, model in cell["models"].items():
+    for name, cell in summary.items():
+        spent, line = 0, label_of("compare", name.partition("+")[0])
+        for model_name, model in cell["models"].items():
             spent += model.get("train_flops", {"mean": 0})["mean"]
             for key in model:
-                if (spent or name in ("M0", "base")) and re.fullmatch(r"accuracy|pass@\d+", key):
+                if (spent or model_name in ("M0", "base")) and re.fullmatch(r"accuracy|pass@\d+", key):
                     panels.setdefault(key, {}).setdefault(line, {})[spent] = point(spent, model[key])
     k = max((int(key[5:]) for key in panels if key != "accuracy"), default=0)
     return {key: {line: [points[x] for x in sorted(points)] for line, points in lines.items()}
@@ -519,6 +527,14 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
              for key, value in model.items() if re.fullmatch(r"accuracy|(maj|pass)@\d+", key)
              and value["n"] < model["seeds"]]
     facts += [f"Not of all seeds: {', '.join(fewer)}."] if fewer else []
+    for label, seeds in labelled.items() if kind != "runs" else ():
+        made = [how_made(run) for run in seeds.values()]
+        if differing := [key for key in {**made[0], **made[-1]} if len({flags.get(key) for flags in made}) > 1]:
+            facts.append(f"Seeds of {label} were not made alike: they differ in {', '.join(differing)}.")
+    bases = {(seed, run.config.get("model"), run.config.get("weights")) for seeds in cells.values()
+             for seed, run in seeds.items()}
+    if len(bases) > len({base[:2] for base in bases}):
+        facts.append("Runs of one seed began at different models of the same name.")
     starts = {(seed, run.models[0].get("accuracy")) for seeds in cells.values() for seed, run in seeds.items()}
     if kind == "runs" and len(starts) > len({seed for seed, _ in starts}):
         facts.append("The runs differ in their first models already: not the same base, or not the same questions.")
@@ -546,6 +562,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run directories")
     parser.add_argument("--table", type=Path, metavar="ROOT", help="folder of ROOT/CELL/sSEED")
+    parser.add_argument("--seeds", type=int, nargs="+", default=(), help="of the table (default: those planned)")
     parser.add_argument("--out", type=Path, help="where to write (default: the first RUN, or ROOT)")
     parser.add_argument("--examples", type=int, default=3, metavar="N",
                         help="of the questions that changed, show the first N each way (default: 3)")
@@ -554,7 +571,7 @@ def main() -> None:
         parser.error("give run directories, or --table ROOT")
     if args.examples < 0:
         parser.error(f"--examples {args.examples}: give 0 or more")
-    found = load_table(args.table) if args.table else ("runs", load_runs(args.runs), [])
+    found = load_table(args.table, args.seeds) if args.table else ("runs", load_runs(args.runs), [])
     report(*found, args.out or args.table or args.runs[0], args.examples)
 
 

@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--cells", nargs="+", help="default: all")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; above 1 each has one thread")
     parser.add_argument("--gpus", type=int, default=1, help="GPUs, or processes, of a run, under torchrun")
-    parser.add_argument("--list", action="store_true", help="only print the commands")
+    parser.add_argument("--list", action="store_true", help="only print the commands (cells of a seed share their "
+                        "first files, which the first of them makes and the others copy)")
     parser.add_argument("--anyway", action="store_true", help="keep runs that were made before the code was edited")
     args = parser.parse_args()
     table = TABLES[args.table]
@@ -206,7 +207,8 @@ def main() -> None:
         sys.exit(f"no report, since these are missing: {' '.join(left)}")
     partial = set(cells) < set(table["cells"]) or not set(table["seeds"]) <= set(seeds)
     out = f"{table['folder']}-report" if partial else table["report"]  # a part does not replace the table in results/
-    sys.exit(subprocess.call([sys.executable, "-m", "tools.report", "--table", table["folder"], "--out", out]))
+    sys.exit(subprocess.call([sys.executable, "-m", "tools.report", "--table", table["folder"],
+                              "--seeds", *map(str, seeds), "--out", out]))
 
 
 if __name__ == "__main__":

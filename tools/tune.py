@@ -118,7 +118,7 @@ def main() -> None:
             print(*(f"python {sweep.command(run)}" for run in runs), sep="\n")
             return
         if not args.anyway:
-            sweep.refuse_other(runs, flags_too=False)
+            sweep.refuse_other(runs, flags_too=rung == 0)  # later, runs have more iterations than they began with
         for run in runs:
             reopen(run, sweep.command(run))
         failed = sweep.work(runs, args.jobs)
