@@ -148,9 +148,10 @@ EXTRACT = {"hash": _hash, "final_answer": formats.final_answer, "trigger": forma
 _NUMBER = re.compile(
     r"(?<![\w.,/)\]}])(?<![0-9]:)([-+]?(?:[$€£¥] ?)?[-+]?)(?:([0-9]+)(?: and)? (?=[0-9]+/))?"
     r"((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,2})?(?:/([0-9]+))?"
-    r"(?![.,:/_^]?[0-9]|[_^*]|[eE][-+]?[0-9])((?: ?(?:[kKMB]|bn)\b| (?:hundred|thousand|million|billion|dozen)\b)*)")
+    r"(?![.,:/_^]?[0-9]|[_^*]|[eE][-+]?[0-9])"
+    r"((?: ?(?:[kKMB]|bn)\b(?![&-])|[ -](?i:hundred|thousand|million|billion|trillion|dozen)\b)*)")  # not 15 M&Ms
 _SCALES = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9, "bn": 10**9, "hundred": 100, "thousand": 10**3,
-           "million": 10**6, "billion": 10**9, "dozen": 12}
+           "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _SPELLINGS = [  # (pattern, its one spelling): what read_number knows of other ways to write a number
     (r"[½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]).replace("⁄", "/")),
     (r"\\[dtc]?frac ?([0-9])([0-9])", r" \1/\2"),
@@ -161,9 +162,13 @@ _SPELLINGS = [  # (pattern, its one spelling): what read_number knows of other w
     (r"(?i)\b(?:negative|minus) (?=[$€£]?\.?[0-9])", "-"),
     (r"(?<=[0-9]) ?(?:[×x*·]|\\times|\\cdot) ?10 ?(?:\^|\*\*) ?\{?([-+]?[0-9]{1,2})\}?(?![0-9])", r"e\1"),
     (r"(\$ ?[0-9.,]+ ?)([mb])\b", lambda m: m[1] + m[2].upper()),  # $5m
+    (r"[<>!~]=|=/=", "≠"),
+    (r"\b((?:[cdkm]?m|in|ft|yd|mi|s|inches|feet|yards|miles|meters|units)\.?\}?) ?(?:\^ ?\{?[23]\}?|[²³])(?![0-9])",
+     r"\1"),  # 18 cm²
     (r" +", " "), (r"^- |(?<=[-+]) (?=[0-9]+/)", lambda m: m[0].strip())]
 _EXPLANATION = re.compile(  # what may follow a number and says nothing about its value
-    r" \((?=[^)]*[a-zA-Z]{2})|[.,;:] (?!(?:but )?[-$]*[0-9]|(?:and|or) )|,? (?:because|since|which|where|so)\b")
+    r" \((?!(?i:or|maybe) )(?=[^)]*[a-zA-Z]{2})|[.,;:] (?!(?:but )?[-$€£¥]*[0-9]|(?i:and|or|maybe|perhaps) )"
+    r"|,? (?:because|since|which|where|so)\b")
 _HEDGE = re.compile(r"(?i)\b(?:or|nor|not|never|neither|cannot|wrong|incorrect|false|except|below)\b|n['’]t\b")
 _UNFINISHED_BEFORE = re.compile(  # an operator, a function or a bound stands before the number
     r"(?:[-+*/^×÷·⋅√∛±∓|⌊⌈<>≤≥≠]|\w\(|\b(?:root|sqrt|log|ln|sin|cos|tan|half|third|quarter|fifth|tenth|twice|double|triple"
@@ -218,8 +223,8 @@ def _only_number(phrase: str) -> str | None:
     if value is None or whole and value > 1:
         return None
     value += int(whole or 0)
-    for scale in scales.split():
-        value *= _SCALES[scale]
+    for scale in re.findall(r"\w+", scales):
+        value *= _SCALES.get(scale) or _SCALES[scale.lower()]
     return latex.spell(-value if "-" in sign else value)
 
 

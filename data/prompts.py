@@ -86,7 +86,9 @@ def prompt_format(prompt: str, task: str) -> str | None:
     A template of your own asks for the format that it mentions, if that is one only.
     """
     if prompt not in PROMPTS:
-        named = [name for name, words in MENTIONED.items() if words in template_of(prompt)]
+        template = template_of(prompt)
+        final = "final answer:" in template.replace(MENTIONED["minerva"], "").lower()
+        named = [name for name, words in MENTIONED.items() if words in template or name == "final_answer" and final]
         return named[0] if len(named) == 1 else None
     return PROMPT_FORMATS.get(f"{prompt}-{task}", PROMPT_FORMATS.get(prompt))
 
@@ -111,7 +113,7 @@ def gold_text(problem: Problem, answer_format: str) -> str:
         reasoning = re.sub(r"<<[^>]*>>", "", reasoning)
     if answer_format != "trigger":  # ReFT's SVAMP has said the answer by then: "... Therefore, the answer is <203>."
         reasoning = re.sub(r"\s+(Therefore, t|T)he answer is <[^>]*>\.?$", "", reasoning)
-        answer = answer.removesuffix(".0")
+        answer = re.sub(r"^([-+]?[0-9,]+)\.0$", r"\1", answer)
     return reasoning + MARKS[answer_format].format(answer=answer)
 
 

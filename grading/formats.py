@@ -9,7 +9,8 @@ import textwrap
 MAX_PHRASE = 1000  # characters of an answer with its explanation, from the marker to the end of the line
 _FINAL_ANSWER = re.compile(r"(?i:final answer)[*_]* ?:[*_]*")
 _TRIGGER = re.compile(r"Therefore, the answer is:")
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
+_BOX = re.compile(r"(-?)\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]|\nQuestion:")
+_OPENING = re.compile(r"(?:(?:\\\[|\$\$|```\w*)\s*\n\s*)*")  # of a formula or a fence on lines of its own
 _MINERVA = "Final Answer: The final answer is"
 _FENCE = re.compile(r"^[ \t]*(?:```|~~~).*$", re.MULTILINE)
 _FONT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?(?![a-zA-Z])|\\(?:mbox|boldsymbol|bm|displaystyle)\b")
@@ -35,21 +36,26 @@ def _marked(text: str, marker: re.Pattern) -> str | None:
     if first is None:
         return None
     own = text[first.end():].partition("\nQuestion:")[0]
-    return marker.split(own)[-1].strip().partition("\n")[0] or None
+    answer = marker.split(own)[-1].strip()
+    return answer[_OPENING.match(answer).end():].partition("\n")[0] or None
 
 
 def boxed(text: str) -> str | None:
-    """Find the content of the last closed box, counting braces in one pass."""
-    stack, box = [], None
+    """Find the content of the last closed box before a new question, with a minus sign that stands before the box."""
+    stack, box = [], None  # for each open brace None, or what it is of a box: (where its content starts, its sign)
     for match in _BOX.finditer(text):
         token = match[0]
         if token == "}":
-            start = stack.pop() if stack else None
-            if start is not None and (box is None or start > box[0]):
-                box = (start, match.start())
-        elif not token.startswith((r"\{", r"\}")):
-            stack.append(match.end() if token != "{" else None)
-    return text[slice(*box)].strip() or None if box else None
+            opened = stack.pop() if stack else None
+            if opened and (box is None or opened > box):
+                box = (*opened, match.start())
+        elif token == "\nQuestion:":
+            if box:
+                break
+        elif token not in (r"\{", r"\}"):
+            stack.append((match.end(), match[1]) if token != "{" else None)
+    start, sign, end = box or (0, "", 0)
+    return sign + content if (content := text[start:end].strip()) else None
 
 
 def minerva(text: str) -> str | None:

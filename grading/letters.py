@@ -8,7 +8,8 @@ from grading.formats import plain
 
 _LETTER = re.compile(  # at the start: "(C)", "C.", "a ) 38", "Option C", "B because"
     r"\W*(?:(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?):? ?)?\(?"
-    r"(?:([A-Ea-e1-5])(?= ?(?:$|[).:,;<>/|&\]}](?![0-9])|[\"'”](?!\w)|[-–] ))|([B-E])(?= ))")
+    r"(?:([A-Ea-e1-5])(?= ?(?:$|[).:,;<>/|&\]}](?![0-9])|[\"'”](?!\w)|[-–] ))"
+    r"|([B-E](?= )|A(?= (?:is|was|because|since)\b)))")
 _SECOND = re.compile(  # behind it another option, but neither the article A nor E. coli
     r"\W*(?:(?:or|and|to|through|nor)\b\W*)?"
     r"([BCD](?![\w'’-])|A(?![\w'’-]| (?!(?:or|and|to|nor)\b)[a-z])|E(?![\w'’-]|\. [a-z])"

@@ -322,6 +322,8 @@ def test_headings_in_a_solution_are_no_answers():
     row = {"question": "How many?", "answer": "7", "solution": "#### Count\nShe has 3.\n#### Add\n3 + 4 = 7\n#### 7\n"}
     problem = read_record(row, "number", "own-1")
     assert gold_text(problem, "final_answer") == "#### Count\nShe has 3.\n#### Add\n3 + 4 = 7\nFinal answer: 7"
+    other = dataclasses.replace(problem, answer="Version 2.0")
+    assert gold_text(other, "final_answer").endswith("\nFinal answer: Version 2.0")
     with pytest.raises(ValueError, match="solution ends in '8', and answer is '7'"):
         read_record(row | {"solution": "#### Count\n#### 8"}, "number", "own-1")
 

@@ -217,7 +217,9 @@ def test_a_prompt_is_text_but_for_the_question(tmp_path):
 
 @pytest.mark.parametrize("text, marks", [
     ("Q: {question}\nEnd in \\boxed{}.", "boxed"), ("{question} #### N\n", "hash"), ("{question}\n", "trigger"),
-    ("{question}\nFinal answer: N\n", "final_answer"), ("{question} Final answer: or #### ?\n", "trigger")])
+    ("{question}\nFinal answer: N\n", "final_answer"), ("{question}\nFinal Answer: N\n", "final_answer"),
+    ("{question}\nFinal Answer: The final answer is N. I hope it is correct.\n", "minerva"),
+    ("{question} Final answer: or #### ?\n", "trigger")])
 def test_a_prompt_of_ones_own_brings_the_format_it_mentions(text, marks, tmp_path):
     """Asked for "Final answer:" and graded by the data set's mark, every response is unparsed."""
     (tmp_path / "my.txt").write_text(text)

@@ -99,6 +99,9 @@ NUMBERS = [  # format, text, gold, verdict
     ("final_answer", "FINAL ANSWER: 18", "18", "correct"),
     ("final_answer", "**Final answer:** 18", "18", "correct"),
     ("final_answer", "Final answer:\n\n18", "18", "correct"),
+    *[("final_answer", f"Final answer:\n{opening}\n18\n{closing}", "18", "correct")
+      for opening, closing in ((r"\[", r"\]"), ("$$", "$$"), ("```", "```"), ("```text", "```"))],
+    ("final_answer", r"Final answer: $-\boxed{18}$", "18", "wrong"),
     ("final_answer", "Final answer: 9 * 2 = 18", "9", "wrong"),
     ("final_answer", "Final answer: 1e3/2", "0.5", "unparsed"),
     ("trigger", "51", "51.0", "correct"),
@@ -116,18 +119,18 @@ NO_NUMBER = r"""7*6|6-4|4^3|6³|4**3|x²|\sqrt{49}|√49|\frac{8}{4}|8/4|4!|7x|6
 7 x|7/x|7-|9%+9%|twice 6|half of 44|square root of 49|log 100|sqrt(49)|6 squared|7 plus tax|7 times 2|2 of 8|6 2/4|6 5/4
 4 4|7 and a half|7 and one third|7 dollars and forty cents|not 7|it isn't 7|never 7|7 is wrong|7 or more|neither 7
 more than 7|at least 7|up to 7|> 7|7±1|7 below zero|15% of 60 is 9|7. 8. 9.|7, 8|7 = 8|x=7, y=8|x = 7 or x = 8
-1.000,50|7 000|7π|7 pi|7e|7 hundredths"""
+1.000,50|7 000|7π|7 pi|7e|7 hundredths|7 (or 8)|7, maybe 8|7 eggs. Or 8 eggs|7, €8|x >= 7|x <= 7|x != 7|7!=8|7² m"""
 NUMBER_SPELLINGS = {
     "-7": ["–7", "—7", "−7", "- 7", "-$7", "$-7", "minus 7", "negative 7", "Negative $7"],
     "7": ["+7", "$7$", r"\(7\)", r"\mathbf{7}", r"\text{7 cm}", r"\textcolor{red}{7}", "*7*", "It is **7**.",
           r"7^\circ", r"7\%", "7km/h", "7 km/h", "7-year-old", "7 times as many", "7 cats and dogs", "7 = 14/2",
           "14/2 = 7", "f(2) = 7", "3(2)+1 = 7", r"\sqrt{49} = 7", "7, not 8", "7 (not 8)", "7 because 3+4=7",
-          "seven (7)"],
+          "seven (7)", "7 M&M's", "7 K-cups", "7 cm²", r"7 \text{ cm}^2", "7 ft.^{2}", "7 m/s²", "7 (eggs or so)"],
     "-0.5": ["-½", r"-\frac{1}{2}", "-1/2"],
     "3.75": ["3¾", "3 3/4", "3 and 3/4", r"3\frac{3}{4}", r"3\dfrac34"],
     "-3.75": ["-3 3/4", "-3¾"],
     "7000": ["7k", "$7K", "7 thousand", "7'000", "7’000", r"7\,000", "7 × 10^3", r"7 \times 10^{3}", "0.7*10^4", "7e3"],
-    "2500000": ["2.5M", "$2.5 million", "$2.5m"],
+    "2500000": ["2.5M", "$2.5 million", "$2.5m", "2.5 Million", "2.5-million", "0.0000025 trillion"],
     "36": ["3 dozen"],
     "0.007": ["7 x 10^-3"],
 }
@@ -189,7 +192,7 @@ LETTERS = [  # gold, verdict, what follows "Final answer: "
     ("C", "wrong", ["D. Days get shorter."]),
     ("C", "unparsed", ["C and D", "F", ""]),
     ("B", "correct", ["B, because A and C are wrong", "I think it is B"]),
-    ("A", "correct", ["A"]),
+    ("A", "correct", ["A", "A is correct because ice is not hot", "A since it never rains", "A is correct, not B"]),
     ("A", "wrong", ["I think it is B"]),
     ("A", "unparsed", ["A planet spins faster.", "A or C"]),
     ("D", "unparsed", ["Days get shorter"]),
@@ -262,6 +265,7 @@ SAME_SPELLING = [
     (r"\left(\begin{matrix}8\\9\\\end{matrix}\right)", r"\begin{pmatrix}8\\9\end{pmatrix}"),
     (r"{\color{red}8}", "8"), (r"\textcolor{blue}{8}", "8"), (r"{\sqrt{3}\over 8}", r"\frac{\sqrt{3}}{8}"),
     (r"3\over8", r"\frac38"), ("–8", "-8"), (r"x\geqslant 8", r"x \ge 8"), (r"x = 8 \text{ or } x = 9", "8,9"),
+    (r"45^\circ,135^\circ", r"45^\circ, 135^\circ"), (r"\$40,\$135", r"40, 135"), ("5%,10%", "5, 10"),
     ("2 3/8", r"\frac{19}{8}"), (r"2\ 3/8", "2.375"), (r"12\,345", "12345"), (r"11,\! 222", "11222"),
 ]
 DIFFERENT = [  # answer, gold: decided without math-verify
@@ -377,11 +381,21 @@ def test_copies_are_seen_wherever_samples_are_graded(tmp_path, monkeypatch, caps
     (r"\boxed{4} no, \boxed{5}", "5"),
     (r"\boxed{5} or \boxed{6", "5"),
     (r"\boxed{\boxed{5}}", "5"),
-    (r"\fbox{5}", "5"),
+    (r"\fbox{5}", "5"), (r"x = -\boxed{5}", "-5"), (r"- \boxed{5}", "5"),
+    ("\\boxed{5}.\n\nQuestion: What is 3+4?\n\\boxed{7}", "5"), ("Hm.\nQuestion: What is 3+4?\n\\boxed{7}", "7"),
     *[(text, None) for text in (r"\boxed{5", r"\boxed{}", r"\boxed", "5")]])
 def test_box(text, answer):
     """The last closed box, by brace count: a regex up to the first brace reads \\frac{1 here."""
     assert grade(text, "5", "math").answer == answer
+
+
+@pytest.mark.parametrize("phrase, answer", [
+    (r"The answer is $\$40$.", "40"), ("It is $5$.", "5"), ("It is not $5$.", None), ("$5$ or $6$", None),
+    ("6, not $5$", None), ("-$5$", "-5")])
+def test_a_sentence_around_a_formula(phrase, answer):
+    """The formula counts, unless it is denied, or not all of the answer."""
+    got = latex.read_latex(phrase)
+    assert got == answer if answer else got not in ("5", "6")
 
 
 def test_without_math_verify(monkeypatch):

@@ -50,6 +50,8 @@ HOSTILE = {
     "memory at once": program("x = [0] * 10**12"),
     "memory by doubling": program("x = 'x'", "while True: x += x"),
     "memory in small pieces": program("x = []", "while True: x.append(bytearray(1 << 20))"),
+    "closes the pipe": program("import os", "os.close(0)"),
+    "answers and closes the pipe": program("import os", "os.write(0, b'\"72\"')", "os.close(0)", "os._exit(0)"),
     "os._exit": program("import os", "os._exit(0)"),
     "sys.exit": program("import sys", "sys.exit(72)"),
     "exit": program("exit(72)"),
