@@ -289,8 +289,8 @@ def save_model(model: Llama, directory: str | Path, source: str | Path | None = 
     directory, source = Path(directory), Path(source) if source else None
     config = config_json(model.config, model.lm_head.weight.dtype, source)
     temporary = by_first(lambda: fresh_directory(directory))
-    write_weights(model, temporary)
     write_json(temporary / "config.json", config)
+    write_weights(model, temporary)
     if rank() == 0:
         for name in TOKENIZER_FILES:
             if source and (source / name).is_file():
@@ -321,6 +321,7 @@ def write_weights(model: Llama, folder: Path) -> None:
         try:
             if rank() == 0:
                 save_file(full, folder / file, metadata={"format": "pt"})
+                shutil.copymode(folder / "config.json", folder / file)  # safetensors lets only the owner read
         except (SafetensorError, OSError) as error:
             raise InputError(f"{folder} cannot be written: {error}. Free some space and run it again") from None
     if len(parts) > 1:

@@ -4,6 +4,7 @@ A template is Jinja code, written by whoever made the model, so it runs in Jinja
 it writes become ids; in a question the same names are text: they are hidden while the template runs.
 """
 import functools
+import json
 import re
 from datetime import date
 
@@ -58,7 +59,8 @@ class Chat:
         messages = [dict(role=role, content=self.hide(text)) for role, text in (
             ("system", self.system), ("user", question), ("assistant", answer)) if text]
         try:
-            return self.template.render(messages=messages, add_generation_prompt=not answer, **self.tokenizer.named)
+            return self.template.render(messages=messages, tools=None, documents=None, add_generation_prompt=not answer,
+                                        **self.tokenizer.named)
         except Exception as error:  # a template is a program, and may fail in any way
             raise InputError(f"--chat {self.name}: the template refuses this conversation: {error}") from None
 
@@ -95,9 +97,10 @@ def compiled(source: str):
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                 extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, **{"ensure_ascii": False, **options})
     environment.globals |= dict(raise_exception=refuse, strftime_now=date(2024, 7, 26).strftime)  # Llama 3's own date
     try:  # {% generation %} marks what transformers trains on, and writes nothing
-        return environment.from_string(re.sub(r"(\{%-?\s*)(end)?generation(?=\s*-?%\})",
+        return environment.from_string(re.sub(r"(\{%[-+]?\s*)(end)?generation(?=\s*[-+]?%\})",
                                               lambda tag: tag[1] + ("endif" if tag[2] else "if true"), source))
     except jinja2.TemplateError as error:
         raise InputError(f"the model's chat_template is not a template: {error}") from None

@@ -14,7 +14,7 @@ import sentencepiece
 from checkpoint import read_object
 from infra import InputError
 
-APART = "\ue000"  # a letter of no language: text behind it is encoded as text that follows other tokens
+APART = "\ufdd0"  # a character that no text has: text behind it is encoded as text that follows other tokens
 
 
 class SentencePieceTokenizer:
@@ -123,9 +123,10 @@ def end_tokens(path: Path, token_id: Callable[[str], int | None], own: int = -1)
 
 def added_tokens(path: Path) -> dict[str, int]:
     """Collect the tokens that files next to a tokenizer's add to it."""
+    listed = read_object(path.with_name("tokenizer.json"), {}).get("added_tokens") or []
     decoder = read_object(path.with_name("tokenizer_config.json"), {}).get("added_tokens_decoder") or {}
-    return read_object(path.with_name("added_tokens.json"), {}) | {
-        token["content"]: int(number) for number, token in decoder.items()}
+    found = {token["content"]: token["id"] for token in listed} | read_object(path.with_name("added_tokens.json"), {})
+    return found | {token["content"]: int(number) for number, token in decoder.items()}
 
 
 def chat_settings(path: Path, tokenizer, specials: dict[str, int]) -> tuple[str, dict[str, str], dict[str, int]]:
@@ -183,9 +184,13 @@ def pieces(tokenizer, ids: Iterable[int]) -> Iterator[tuple[int, str]]:
 def train_tokenizer(texts: list[str], directory: str | Path, vocab_size: int, symbols: list[str]) -> None:
     """Train a byte-pair tokenizer in which each of `symbols` is always a token of its own."""
     path = Path(directory) / "tokenizer.model"
-    with open(f"{path}.tmp", "wb") as file:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=vocab_size,
-            hard_vocab_limit=False, user_defined_symbols=symbols, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, character_coverage=1.0, num_threads=1, minloglevel=2)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(texts), model_writer=file, model_type="bpe", vocab_size=vocab_size,
+                hard_vocab_limit=False, user_defined_symbols=symbols, normalization_rule_name="identity",
+                remove_extra_whitespaces=False, character_coverage=1.0, max_sentence_length=2**30, num_threads=1,
+                minloglevel=2)
+    except RuntimeError as error:  # such as fewer tokens than characters
+        raise InputError(f"--vocab_size {vocab_size}: no tokenizer can be made of these texts: {error}") from None
     os.replace(f"{path}.tmp", path)

@@ -32,15 +32,19 @@ class ComputeOptions(Options):
     def settled(self) -> "ComputeOptions":
         """Resolve what is "auto" or 0, as before if the run is resumed; print the choice and apply it."""
         use_device(self.device)
-        run = Path(getattr(self, "run_dir", ""))
-        before = read_json(run / "config.json") if is_run(run) else {}
+        run = getattr(self, "run_dir", "")
+        before = read_json(Path(run, "config.json")) if run and is_run(Path(run)) else {}
         precision, threads, why = self.precision, self.threads, "as asked"
         if precision == "auto":
-            precision, why = (before["precision"], "as before") if "precision" in before else faster_precision()
+            precision, why = parallel.by_first(  # ranks may measure different speeds
+                lambda: (before["precision"], "as before") if "precision" in before else faster_precision())
         elif precision == "bf16" and parallel.device() == "cuda" and not torch.cuda.is_bf16_supported():
             raise ValueError("--precision bf16: this GPU does not support it; give fp32")
         line = f"products in {precision} ({why})"
-        if parallel.device() == "cpu" and parallel.world() == 1:
+        if parallel.device() == "cpu" and parallel.world() > 1 and threads:
+            torch.set_num_threads(threads)
+            line += f", {threads} threads each"
+        elif parallel.device() == "cpu" and parallel.world() == 1:
             idle = idle_cores()
             threads = threads or before.get("threads") or idle
             torch.set_num_threads(threads)

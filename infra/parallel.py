@@ -38,6 +38,7 @@ from infra import InputError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
 PR_SET_PDEATHSIG = 1  # of <linux/prctl.h>: the signal to get when the parent ends
+PARENT = os.getppid()  # torchrun; in a container that is process 1
 chosen = ""  # the device that --device has named, cpu or cuda (see infra/hardware.py)
 
 
@@ -65,9 +66,13 @@ def start() -> None:
         return
     if sys.platform == "linux":  # otherwise ranks whose torchrun was killed wait for each other for half an hour
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:  # it is dead already
+        if os.getppid() != PARENT:  # it is dead already
             os.kill(os.getpid(), signal.SIGKILL)
     if device() == "cuda":
+        ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+        if ranks > gpus:
+            raise InputError(f"{ranks} ranks, but {gpus} GPUs here: start as many ranks as GPUs, or set "
+                             "CUDA_VISIBLE_DEVICES= to compute on CPUs")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     # Python objects travel by gloo; a rank may have to wait for all of another's share of the samples
     dist.init_process_group("cpu:gloo,cuda:nccl" if device() == "cuda" else "gloo", timeout=timedelta(days=1))

@@ -28,6 +28,14 @@ class Progress(tqdm):
                          "{remaining} left, {rate_fmt}{postfix}]")
         self.tokens, self.began = 0, time.perf_counter()
 
+    def display(self, *args, **options):
+        """Hide the bar once nobody reads it: Ctrl-C also ends the other side of `| tee log`, and the state is saved
+        only after that."""
+        try:
+            return super().display(*args, **options)
+        except BrokenPipeError:
+            self.disable = True
+
     def advance(self, count: int, tokens: int, **figures: float) -> None:
         """Move on by `count` units, which took this many tokens; show figures, too."""
         self.tokens += tokens

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -44,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
         parallel.finish()
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        parallel.leave(0)
+        parallel.leave(128 + signal.SIGPIPE)  # as a shell says it
     except InputError as error:
         parallel.leave(printable(str(error)))
     except (ModuleNotFoundError, OSError) as error:  # an optional package, or a file: the message says which
@@ -145,7 +146,7 @@ def differences(before: dict, now: dict, free: set[str] = frozenset()) -> str:
 
 def source_copies(run: Path) -> list[Path]:
     """The run's copies of the code, the newest last: source, source-2, ... source-10."""
-    return sorted((path for path in run.glob("source*") if path.suffix != ".tmp"),
+    return sorted((path for path in run.glob("source*") if re.fullmatch(r"source(-\d+)?", path.name)),
                   key=lambda path: (len(path.name), path.name))
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import irpo  # noqa: E402
 import reft  # noqa: E402
 from checkpoint import load_model, sampler_of, save_model  # noqa: E402
-from infra import parallel  # noqa: E402
+from infra import hardware, parallel  # noqa: E402
 from infra.parallel import full_weight, rank, world  # noqa: E402
 from infra.state import load_state, save_state  # noqa: E402
 from sample import generate  # noqa: E402
@@ -126,6 +126,11 @@ def agreements() -> dict:
         results = parallel.computed(list(range(count)), lambda i, done=done: done.append(i) or i * i)
         assert results == [i * i for i in range(count)], results
         found["dealt"][str(count)] = parallel.gather(done)
+    if world() > 1:  # ranks that measure different speeds; one by its processor, the other beside other work
+        hardware.bf16_speed = lambda: 1.0 + rank()
+        options = hardware.ComputeOptions(device="cpu", threads=3).settled()
+        found["settled"] = parallel.gather((options.precision, torch.get_num_threads()))
+        torch.set_num_threads(1)
     try:
         parallel.by_first(lambda: sys.exit("no"))
     except SystemExit as error:

@@ -92,7 +92,7 @@ FAMILIES = {  # its template, the special tokens of its tokenizer, the one that 
     "llama3": (LLAMA3, ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>",
                         "<|eot_id|>"], "<|eot_id|>"),
     "mistral": (MISTRAL, ["[INST]", "[/INST]"], "</s>")}
-QUESTIONS = ["How many pens?", "a  b\n\n\tc 12.5% é数", "[INST] <<SYS>> {{ bos_token }} {% if %}", "\N{SNOWMAN}",
+QUESTIONS = ["How many pens?", "a  b\n\n\tc 12.5% é数", "[INST] <<SYS>> {{ bos_token }} {% if %}", "\N{SNOWMAN} \ue000",
              "is <|im_start|>system<|im_end|> </s><s>[/INST]<|eot_id|> text?"]
 
 
@@ -228,7 +228,8 @@ def test_templates_that_do_not_fit_are_refused(name, template, said, tmp_path):
     ("tokenizer_config.json", json.dumps({"eos_token": "</s>", "chat_template": [
         {"name": "tool_use", "template": "x"}, {"name": "default", "template": TURNS}]})),
     ("tokenizer_config.json", json.dumps({"eos_token": "</s>", "chat_template": TURNS.replace(
-        "{{ m.content }}", "{% generation %}{{ m.content }}{%- endgeneration %}")}))])
+        "{{ m.content }}", "{%+ generation %}{{ m.content }}{%- endgeneration %}")})),
+    ("chat_template.jinja", "{% if tools is not none or documents is not none %}No.{% endif %}" + TURNS)])
 def test_a_template_may_stand_in_several_places(file, content, tmp_path):
     """And it may mark what transformers trains on. Roles whose names the tokenizer takes as text are no fault
     (TinyLlama, Zephyr), where a special token ends the answer."""
@@ -238,6 +239,26 @@ def test_a_template_may_stand_in_several_places(file, content, tmp_path):
     assert encode_prompt(tokenizer, "Why? ", "own") == tokenizer.encode("<|user|>Why?") + [0] + tokenizer.encode(
         "<|assistant|>")
     assert encode_solution(tokenizer, "So.", "x", "own") == tokenizer.encode("So.") + [0]
+
+
+def test_a_template_may_write_json_as_transformers_does(tmp_path):
+    """Jinja's own filter escapes "<" and letters that are not ASCII."""
+    template = TURNS.replace("m.content", "m.content | tojson")
+    tokenizer = load_tokenizer(byte_level(tmp_path, ["</s>"], template, "</s>"))
+    assert tokenizer.decode(encode_prompt(tokenizer, "é < 2", "own")) == '<|user|>"é < 2"<|assistant|>'
+
+
+def test_added_tokens_of_a_tokenizer_json_beside_a_tokenizer_model(tmp_path):
+    """transformers 5 lists them nowhere else."""
+    theirs = with_sentencepiece(tmp_path, [], CHATML, False)
+    theirs.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    theirs.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|im_end|>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert [tokenizer.eos_id, tokenizer.specials["<|im_start|>"]] == theirs.convert_tokens_to_ids(
+        ["<|im_end|>", "<|im_start|>"]) and tokenizer.vocab_size <= tokenizer.eos_id
 
 
 def test_a_chat_model_is_sampled_and_shown_in_its_template(tmp_path, monkeypatch, capsys):

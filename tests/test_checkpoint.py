@@ -45,6 +45,7 @@ def test_round_trip(shape, tmp_path):
     assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
     assert ("lm_head.weight" in load_file(tmp_path / "model" / "model.safetensors")) == (not tied)
     assert num_parameters(tmp_path / "model") == sum(p.numel() for p in model.parameters())
+    assert len({path.stat().st_mode for path in (tmp_path / "model").iterdir()}) == 1, "who may read one may read all"
 
 
 @pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16)])

@@ -439,6 +439,15 @@ def test_a_trained_tokenizer_keeps_texts_and_symbols(tmp_path):
     assert [piece for _, piece in pieces(tokenizer, tokenizer.encode("4121612"))][-3:] == ["12", "16", "12"]
 
 
+def test_a_tokenizer_of_long_texts_and_of_many_letters(tmp_path):
+    """A text of more than 4,192 bytes was left out, so its letters were unknown; too many letters were a traceback."""
+    train_tokenizer(["ab cd " * 2000 + "é", "xy"], tmp_path, 80, [])
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("ab é")) == "ab é"
+    with pytest.raises(InputError, match="--vocab_size 20: no tokenizer can be made of these texts: .*smaller than"):
+        train_tokenizer(["".join(map(chr, range(0x4e00, 0x4e40)))], tmp_path, 20, [])
+
+
 def spaceless_dir(folder, **ids) -> None:
     """A tokenizer.model that begins no text with a space; ids: eos_id=-1 leaves EOS out."""
     sentencepiece.SentencePieceTrainer.train(

@@ -128,6 +128,8 @@ def test_a_resumed_run_keeps_its_precision_and_its_threads(monkeypatch, capsys, 
     assert torch.get_num_threads() == 1
     with pytest.raises(InputError, match="precision: 'bf16' there, 'fp32' now"):
         open_run(settled(capsys, *here, "--precision", "fp32")[0])
+    monkeypatch.chdir(tmp_path / "run")
+    assert hardware.ComputeOptions().settled().precision == "fp32"  # a script without a run, in the folder of one
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"precision": "int4"}')  # not of a run
     other, said = settled(capsys, "--run_dir", str(tmp_path / "other"))

@@ -1,6 +1,7 @@
 """The number of ranks changes the order of additions, and nothing else."""
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,12 +146,35 @@ def test_agreements(results, ranks):
     is not finite on one rank is left out by all."""
     found = results[ranks][1]["agreements"]
     assert found["seen"] == list(range(ranks)) and found["first"] == "rank 0"
-    assert found["said by all"] == ["no"] * ranks
+    assert found["said by all"] == ["no"] * ranks and found.get("settled", [["fp32", 3]]) == [["fp32", 3]] * ranks
     for count, computed in found["dealt"].items():
         count = int(count)
         assert {len(items) for items in computed} == {-(-count // ranks)}
         assert sorted(sum(computed, [])) == sorted([*range(count), *[0] * (-count % ranks)])
     assert results[ranks][1]["skipped"] == [True, 1.0]
+
+
+def test_more_ranks_than_gpus_are_refused_with_the_remedy(monkeypatch):
+    """A rank died of "invalid device ordinal", and torchrun waited for the others."""
+    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "device", lambda: "cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(sys, "platform", "other")  # where no signal is asked for
+    with pytest.raises(InputError, match="2 ranks, but 1 GPUs here: start as many ranks as GPUs"):
+        parallel.start()
+
+
+def test_ranks_start_under_a_torchrun_that_is_process_1(tmp_path):
+    """As it is in a container; they took it for dead, and killed themselves. unshare needs rights that not all have."""
+    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", "--kill-child"]
+    if not shutil.which("unshare") or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("unshare --pid is not allowed here")
+    (tmp_path / "a.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom infra import parallel\n"
+                                   "parallel.start()\nprint('rank', parallel.rank())\nparallel.finish()\n")
+    done = subprocess.run([*alone, sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           tmp_path / "a.py"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout == "rank 0\n", done.stderr[-3000:]
 
 
 def test_a_script_with_two_ranks(base, tmp_path, capsys):

@@ -118,9 +118,10 @@ def write(path: Path, text: str = "mine") -> None:
 def test_other_files_may_lie_in_a_run_directory_but_no_other_run(tmp_path, monkeypatch):
     """Output of a scheduler, and first steps that a sweep has copied. In the state or the model of another run, a run
     would be deleted with it, or taken for it."""
-    for name in ("output.txt", "iter0/eval.json", ".keep"):
+    for name in ("output.txt", "iter0/eval.json", ".keep", "source_notes.md", "sources/a.py"):
         write(tmp_path / "run" / name)
     open_run(config(tmp_path / "run"))
+    open_run(config(tmp_path / "run"))  # notes are no copy of the code
     assert (tmp_path / "run" / "output.txt").read_text() == "mine"
     (tmp_path / "link").symlink_to(tmp_path / "run" / "iter0")
     monkeypatch.chdir(tmp_path / "run" / "iter0")
@@ -214,7 +215,8 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize("error, said", [
     (OSError(28, "No space left on device", "runs/a"), "No space left on device: 'runs/a'"),
-    (KeyboardInterrupt(), "run the same command again"), (ModuleNotFoundError("get x by y"), "error: get x by y"),
+    (KeyboardInterrupt(), "run the same command again"), (BrokenPipeError(), "^141$"),
+    (ModuleNotFoundError("get x by y"), "error: get x by y"),
     (InputError("no such model"), "^no such model$")])
 def test_a_script_ends_with_a_sentence(error, said):
     """Not with twenty lines of traceback; and a second Ctrl-C, as it ends, ends it at once, without one either."""

@@ -82,6 +82,16 @@ def test_killed_and_resumed_equals_uninterrupted(whole, tmp_path, steps):
     assert_same(run(tmp_path), whole)
 
 
+def test_a_bar_that_nobody_reads_any_more_stops_no_training(monkeypatch):
+    """Ctrl-C on `train.py | tee log` ends tee first: the next bar raised, before the state was saved."""
+    bar = Progress("train", 3, "step")
+    monkeypatch.setattr(bar, "sp", lambda text: (_ for _ in ()).throw(BrokenPipeError), raising=False)
+    monkeypatch.setattr(bar, "mininterval", 0)
+    for _ in range(2):
+        bar.advance(1, 9, loss=0.5)
+    assert bar.disable
+
+
 @pytest.mark.parametrize("number, last", [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGTERM, 12)])
 def test_asked_to_stop_it_finishes_the_step_and_says_how_to_resume(whole, tmp_path, number, last):
     """Also in the last step: it is not taken again."""
