@@ -329,13 +329,13 @@ def main() -> None:
     check_selection(min(most, config.max_pairs or most), config)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))
 
-    by_first(lambda: (run / "results.json").unlink(missing_ok=True))  # of fewer iterations, or without eval_samples
     notes = {"dev_was_trained_on": True} if config.select_every else {}
     M = config.model  # the directory of M_{t-1}
     rows, solved = evaluate_model("M0", 0, M, config, run / "iter0"), set()
     for t in iterations(config.iterations):
         folder, seed = run / f"iter{t}", derive_seed(config.seed, t)
         start = config.start_from if config.start_from and t == 1 else M
+        by_first(lambda folder=folder: folder.exists() or (run / "results.json").unlink(missing_ok=True))  # of fewer t
 
         answered = answer_once(folder / "samples.jsonl", M, problems + dev, config, split="train",  # step 1
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,
