@@ -537,8 +537,12 @@ def test_selection_trains_without_dev_questions_and_again_on_all(base, tmp_path,
 def test_a_run_that_is_asked_for_more_iterations_is_unfinished_until_they_are_there(base, tmp_path, monkeypatch):
     """Its results of fewer iterations were reported as all of it."""
     short_run(base, tmp_path / "run")
-    monkeypatch.setattr(irpo, "training_row", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(irpo, "kept_pairs", lambda *args: {}["killed here"])
+    with pytest.raises(KeyError):
+        short_run(base, tmp_path / "run")
+    assert (tmp_path / "run" / "results.json").exists(), "nothing is lost before there is more"
+    monkeypatch.setattr(irpo, "kept_pairs", lambda *args: {}["killed here"] if args[-1] == 2 else kept_pairs(*args))
+    with pytest.raises(KeyError):
         short_run(base, tmp_path / "run", "--iterations", "2")
     assert not (tmp_path / "run" / "results.json").exists()
 
