@@ -335,7 +335,8 @@ def main() -> None:
     for t in iterations(config.iterations):
         folder, seed = run / f"iter{t}", derive_seed(config.seed, t)
         start = config.start_from if config.start_from and t == 1 else M
-        by_first(lambda folder=folder: folder.exists() or (run / "results.json").unlink(missing_ok=True))  # of fewer t
+        if not by_first(folder.exists):  # then results of fewer iterations are not all any more
+            by_first(lambda: (run / "results.json").unlink(missing_ok=True))
 
         answered = answer_once(folder / "samples.jsonl", M, problems + dev, config, split="train",  # step 1
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,

@@ -72,8 +72,8 @@ _SPELLED = re.compile(r"-?[0-9]+([./][0-9]+)?")  # what spell() returns
 _MATRIX = re.compile(r"\\begin\{(\w+)\}(.*)\\end\{\1\}")
 _ASSIGNED = re.compile(  # x = 5, x_1 = 5, \theta = 60, f(x) = x^2, (x,y) = (3,4), x \in [2,5)
     rf"(?:{_NAME}|\(\s*{_NAME}(?:\s*,\s*{_NAME})*\s*\))\s*(?:=|\\in(?![a-zA-Z]))([^=]*)")
-_ONE_FORMULA = re.compile(  # a sentence around $16$ that neither denies it nor has an alternative
-    r"(?!.*(?i:\b(?:or|nor|not|never|cannot)\b|n['’]t\b))[^$]*(?<![-\\])\$((?:[^$\\]|\\.)+)\$[^$]*")
+_AROUND = r"(?:(?!(?i:\b(?:or|nor|not|never|cannot)\b|n['’]t\b))[^$])*"  # neither a denial nor an alternative
+_ONE_FORMULA = re.compile(rf"{_AROUND}(?<![-\\])\$((?:[^$\\]|\\.)+)\${_AROUND}")  # a sentence around $16$
 _TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|.", re.DOTALL)
 _OPEN, _CLOSE = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 _LEAF = "\0"  # stands for an element in a shape: "(\0, \0)" is the shape of every pair

@@ -45,7 +45,7 @@ def run_script(main: Callable[[], None]) -> None:
         parallel.finish()
     except BrokenPipeError:  # `... | head` has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        parallel.leave(128 + signal.SIGPIPE)  # as a shell says it
+        parallel.leave(141)  # 128 + SIGPIPE, as a shell says it
     except InputError as error:
         parallel.leave(printable(str(error)))
     except (ModuleNotFoundError, OSError) as error:  # an optional package, or a file: the message says which

@@ -391,7 +391,7 @@ def test_box(text, answer):
 
 @pytest.mark.parametrize("phrase, answer", [
     (r"The answer is $\$40$.", "40"), ("It is $5$.", "5"), ("It is not $5$.", None), ("$5$ or $6$", None),
-    ("6, not $5$", None), ("-$5$", "-5")])
+    ("6, not $5$", None), ("-$5$", "-5"), (r"It is $8 \text{ or } 9$.", "8, 9"), ("It isn't $5$.", None)])
 def test_a_sentence_around_a_formula(phrase, answer):
     """The formula counts, unless it is denied, or not all of the answer."""
     got = latex.read_latex(phrase)
