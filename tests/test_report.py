@@ -618,6 +618,8 @@ def test_only_planned_seeds_count_in_a_planned_table_unless_named(tmp_path):
     assert {"seed 2 of all cells", "dpo"} < {*record["missing"]} and "irpo/s7" not in record["missing"]
     _, cells, missing = report.load_table(tmp_path / "table", only=(7,))
     assert [*cells["irpo"]] == [7] and not any("seed" in name for name in missing)
+    with pytest.raises(SystemExit):
+        call(report, tmp_path / "table" / "irpo" / "s0", "--seeds", "0")
     with pytest.raises(InputError, match="no finished run of seeds 3 .others: --seeds. in "):
         report.load_table(tmp_path / "table", only=(3,))
 
@@ -626,7 +628,8 @@ def test_seeds_made_in_two_ways_and_other_models_of_the_same_name_are_told(tmp_p
     for cell, seed, values in (("irpo", 0, {}), ("irpo", 1, {}), ("dpo", 0, {"weights": "b" * 64}),
                                ("dpo", 1, {"lr": 1e-3})):
         path = irpo_run(tmp_path / cell / f"s{seed}", [0.5, 0.7])
-        config = read_json(path / "config.json") | {"model": f"runs/base-s{seed}/model", "weights": "a" * 64}
+        config = read_json(path / "config.json") | {
+            "model": f"runs/base-s{seed}/model", "weights": "a" * 64, "problems": f"{seed:064x}"}  # drawn by seed
         write_json(path / "config.json", config | values)
     text, _ = table(tmp_path, "table")
     assert "\nSeeds of DPO were not made alike: they differ in lr.\n" in text and "Seeds of IRPO" not in text

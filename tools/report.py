@@ -177,7 +177,12 @@ def how_made(run: Run) -> dict[str, str]:
     flags = {key: re.sub(r"(?<=[-/]s)\d+\b", "SEED", value) for key, value in values.items()
              if not re.fullmatch("[0-9a-f]{64}", value)}
     source = [path for path in sorted(run.path.glob("source*/**/*.py")) if path.parent.name != "tools"]
-    return {"": run.kind, **flags, "source": hash_of(run.config.get("problems"), *source)}
+    return {"": run.kind, **flags, "source": hash_of(*source), "problems": run.config.get("problems")}
+
+
+def not_alike(made: list[dict]) -> list[str]:
+    """Name what differs between runs, of what how_made tells of them."""
+    return [key for key in dict.fromkeys(key for one in made for key in one) if len({one.get(key) for one in made}) > 1]
 
 
 def load_runs(paths: list[Path]) -> dict[str, dict[int, Run]]:
@@ -193,8 +198,7 @@ def load_runs(paths: list[Path]) -> dict[str, dict[int, Run]]:
         groups.setdefault(repr(flags), []).append(i)
     if len(groups) == 1 or any(len({seeds[i] for i in group}) < len(group) for group in groups.values()):
         groups = {i: [i] for i in range(len(runs))}  # nothing but the seed differs, or not even that: each for itself
-    differing = [key for key in dict.fromkeys(key for flags in made for key in flags)
-                 if key != "source" and len({flags.get(key) for flags in made}) > 1]
+    differing = [key for key in not_alike(made) if key not in ("source", "problems")]
     names = [", ".join(f"{key} {made[i][key]}".strip() for key in differing if key in made[i])
              for i, *_ in groups.values()]
 
@@ -528,8 +532,8 @@ def report(kind: str, cells: dict[str, dict[int, Run]], missing: list[str], out:
              and value["n"] < model["seeds"]]
     facts += [f"Not of all seeds: {', '.join(fewer)}."] if fewer else []
     for label, seeds in labelled.items() if kind != "runs" else ():
-        made = [how_made(run) for run in seeds.values()]
-        if differing := [key for key in {**made[0], **made[-1]} if len({flags.get(key) for flags in made}) > 1]:
+        differing = not_alike([how_made(run) for run in seeds.values()])
+        if differing := [key for key in differing if key != "problems"]:  # rft.py --train_fraction draws them by seed
             facts.append(f"Seeds of {label} were not made alike: they differ in {', '.join(differing)}.")
     bases = {(seed, run.config.get("model"), run.config.get("weights")) for seeds in cells.values()
              for seed, run in seeds.items()}
@@ -569,6 +573,8 @@ def main() -> None:
     args = parser.parse_args()
     if bool(args.runs) == bool(args.table):
         parser.error("give run directories, or --table ROOT")
+    if args.seeds and not args.table:
+        parser.error("--seeds chooses among those of a --table")
     if args.examples < 0:
         parser.error(f"--examples {args.examples}: give 0 or more")
     found = load_table(args.table, args.seeds) if args.table else ("runs", load_runs(args.runs), [])
