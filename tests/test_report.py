@@ -375,7 +375,8 @@ def test_a_method_has_one_colour_and_marker_in_all_pictures(tmp_path, monkeypatc
 
 def test_accuracy_over_compute(tmp_path):
     """The FLOPs of a run's iterations add up; runs of one method with other budgets are one line, which begins at the
-    base, though not at a first model that was trained. Runs of all three drivers may be in this table."""
+    base, though not at a first model that was trained, nor before a single point. Dev accuracy during PPO is a point,
+    too. Runs of all three drivers may be in this table."""
     root = tmp_path / "compare"
     irpo_run(root / "irpo" / "s0", [0.4, 0.5, 0.6])
     irpo_run(root / "random" / "s0", [0.4, 0.3])
@@ -386,11 +387,14 @@ def test_accuracy_over_compute(tmp_path):
         (path / "results.json").write_text(json.dumps(rows))
     _, record = table(root, "compare")
     kind, cells, _ = report.load_table(root)
-    panels = report.over_compute(report.summarize(kind, cells))
-    assert [*panels] == ["accuracy", "pass@2"], "the largest k alone"
-    lines = panels["accuracy"]
+    steps = {"grpo+max_steps@55": [[{"step": 0}, {"step": 1, "dev": {"accuracy": share}}, {"step": 2}, {"step": 3}]
+                                   for share in (0.4, 0.5)]}
+    panels = report.over_compute(report.summarize(kind, cells), steps)
+    assert [*panels] == ["test accuracy", "dev accuracy", "pass@2 on test questions"], "the largest k alone"
+    assert panels["dev accuracy"]["GRPO"][0] == (55 * 10**11 / 2, 0.45, 0.45, 0.45, [0.4, 0.5])
+    lines = panels["test accuracy"]
     assert {label: [point[:2] for point in points] for label, points in lines.items()} == {
-        "IRPO": [(0, 0.4), (10**12, 0.5), (2 * 10**12, 0.6)], "IRPO with winners at random": [(0, 0.4), (10**12, 0.3)],
+        "IRPO": [(0, 0.4), (10**12, 0.5), (2 * 10**12, 0.6)], "IRPO with winners at random": [(10**12, 0.3)],
         "GRPO": [(28 * 10**11, 0.65), (55 * 10**11, 0.7)]}
     assert len({*map(line_of, report.PAPER["compare"]["cells"])}) == len(report.PAPER["compare"]["cells"])
     assert (root / "out" / "compute.png").exists() and not (root / "out" / "accuracy.png").exists()
@@ -400,7 +404,8 @@ def test_accuracy_over_compute(tmp_path):
 def line_of(cell: str) -> str:
     """The name of a cell's line in the picture of accuracy over compute."""
     models = {"M0": {"accuracy": report.estimate({0: 0.5})}}
-    [line] = report.over_compute({cell: {"label": report.label_of("compare", cell), "models": models}})["accuracy"]
+    summary = {cell: {"label": report.label_of("compare", cell), "models": models}}
+    [line] = report.over_compute(summary, {})["test accuracy"]
     return line
 
 

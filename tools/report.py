@@ -460,20 +460,30 @@ def over_models(summary: dict) -> dict[str, dict]:
     return panels
 
 
-def over_compute(summary: dict) -> dict[str, dict]:
-    """Accuracy, and pass@k of the largest k, over the FLOPs that sampling and training have taken so far. The cells
-    METHOD+FLAG@VALUE of a method are one line, and so are a run's models, from the base on, which has cost nothing."""
-    panels: dict[str, dict[str, dict]] = {}
+def over_compute(summary: dict, steps: dict[str, list[list[dict]]]) -> dict[str, dict]:
+    """Accuracy, dev accuracy and pass@k of the largest k, over the FLOPs that sampling and training have taken so far.
+
+    The cells METHOD+FLAG@VALUE of a method are one line, and so are a run's models, from the base on, which has cost
+    nothing. steps: what ReFT's runs of a cell recorded in training; dev accuracy in it is a point, too.
+    A line with a single point after the base has only that: nothing is known of what lies between.
+    """
+    panels: dict[str, dict[str, dict]] = {"accuracy": {}, "dev_accuracy": {}}
     for name, cell in summary.items():
         spent, line = 0, label_of("compare", name.partition("+")[0])
         for model_name, model in cell["models"].items():
-            spent += model.get("train_flops", {"mean": 0})["mean"]
+            before, spent = spent, spent + model.get("train_flops", {"mean": 0})["mean"]
             for key in model:
-                if (spent or model_name in ("M0", "base")) and re.fullmatch(r"accuracy|pass@\d+", key):
+                if (spent or model_name in ("M0", "base")) and re.fullmatch(r"(dev_)?accuracy|pass@\d+", key):
                     panels.setdefault(key, {}).setdefault(line, {})[spent] = point(spent, model[key])
-    k = max((int(key[5:]) for key in panels if key != "accuracy"), default=0)
-    return {key: {line: [points[x] for x in sorted(points)] for line, points in lines.items()}
-            for key, lines in panels.items() if key in ("accuracy", f"pass@{k}")}
+        length = max((len(records) for records in steps.get(name, [])), default=0)
+        for step, *found in curve(steps.get(name, []), "dev"):
+            x = before + (spent - before) * step / length
+            panels["dev_accuracy"].setdefault(line, {}).setdefault(x, (x, *found))
+    k = max((int(key[5:]) for key in panels if key.startswith("pass@")), default=0)
+    titles = {"accuracy": "test accuracy", "dev_accuracy": "dev accuracy", f"pass@{k}": f"pass@{k} on test questions"}
+    return {title: {line: [points[x] for x in sorted(points) if x or len(points) != 2]
+                    for line, points in panels[key].items()}
+            for key, title in titles.items() if panels.get(key)}
 
 
 def over_k(summary: dict) -> dict[str, dict]:
@@ -492,12 +502,15 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
     labels = [*(label_of(kind, cell) for cell in PAPER[kind]["cells"]), *(row["label"] for row in summary.values())]
     order = list(dict.fromkeys(label.rpartition(": ")[2] for label in labels))
     runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
-    ks, label = over_k(summary), "test accuracy; bars: 95% intervals, dots: seeds"
+    steps = {cell: [run.steps for run in seeds.values() if run.kind == "reft"] for cell, seeds in cells.items()}
+    ks, bars = over_k(summary), "bars: 95% intervals, dots: seeds"
+    label = f"test accuracy; {bars}"
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
+    compute = over_compute(summary, steps) if kind == "compare" else {}
     drawn = {"accuracy": render(ks, label, "k, samples per question", order, "share", "symlog") if ks
              else render({} if kind == "compare" else over_models(summary), label, "iteration (0: the first model)",
                          order, "share"),
-             "compute": render(over_compute(summary) if kind == "compare" else {}, label, "FLOPs", order, "share"),
+             "compute": render(compute, bars, "FLOPs", order, "share"),
              "logps": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
     for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
