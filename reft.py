@@ -31,7 +31,6 @@ from statistics import fmean
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import data
 from checkpoint import flops, load_config, model_hash, sampler_of
@@ -43,7 +42,7 @@ from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import dtype_of
 from infra.parallel import computed, device, world
-from infra.progress import mean_or_max, summary
+from infra.progress import mean_or_max, print_above, summary
 from infra.run import derive_seed, hash_of, open_run, read_jsonl, read_records, run_script, write_json
 from losses import (gae, group_normalized, kl_shaped_rewards, leave_one_out, masked_mean, nll_loss, ppo_policy_loss,
                     ppo_value_loss, whiten)
@@ -376,11 +375,11 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
         record["warnings"] = {name: text.format(**record) for name, (bad, text) in UNHEALTHY.items()
                               if bad(record | {"step": step})}
         for name in record["warnings"].keys() - warned:
-            tqdm.write(f"warning at batch {step}: {record['warnings'][name]}")
+            print_above(f"warning at batch {step}: {record['warnings'][name]}")
             warned.add(name)
         if config.eval_every and (step + 1) % config.eval_every == 0:
             record["dev"] = summarize(answer(sampler(), tokenizer, dev, config), config.task)
-            tqdm.write(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
+            print_above(f"after {step + 1} batches: dev accuracy {record['dev']['accuracy']:.1%}")
         return record
 
     loop(step_once, num_steps(len(problems), config), policy, optimizer, config, folder, made_of=hash_of(*problems),

@@ -2,6 +2,7 @@
 import time
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from statistics import fmean
 
 from tqdm import tqdm
@@ -43,6 +44,12 @@ class Progress(tqdm):
         speed = self.tokens / (time.perf_counter() - self.began)
         self.set_postfix_str(", ".join([*shown, f"{speed:,.0f} tok/s"]), refresh=False)
         self.update(count)
+
+
+def print_above(line: str) -> None:
+    """Print a line above the bars, unless nobody reads it any more: then the step goes on, and is saved."""
+    with suppress(BrokenPipeError):
+        tqdm.write(line)
 
 
 def iterations(total: int) -> Iterator[int]:

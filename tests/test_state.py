@@ -1,6 +1,7 @@
 """A training run that is stopped, killed or robbed of its files resumes to the same bits, or says why not."""
 import dataclasses
 import importlib.util
+import io
 import os
 import resource
 import signal
@@ -16,7 +17,7 @@ import torch
 import infra.state
 import torture
 from infra import InputError
-from infra.progress import Progress, iterations
+from infra.progress import Progress, iterations, print_above
 from infra.run import read_jsonl, stop_asked
 from infra.state import load_state, save_state, states
 from infra.track import TRACKERS, numbers
@@ -90,6 +91,13 @@ def test_a_bar_that_nobody_reads_any_more_stops_no_training(monkeypatch):
     for _ in range(2):
         bar.advance(1, 9, loss=0.5)
     assert bar.disable
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    print_above("dev accuracy 50.0%")  # nor does a line between the bars
 
 
 @pytest.mark.parametrize("number, last", [(signal.SIGINT, 5), (signal.SIGTERM, 5), (signal.SIGTERM, 12)])
