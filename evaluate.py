@@ -1,4 +1,4 @@
-"""Questions in, graded responses out, for training and for testing; and what can be counted on them.
+"""Questions in, graded responses out, for training and for testing; and the measures computed from them.
 
 Nothing here chooses anything: a method that picks a checkpoint or a setting does so on dev, and says so.
 
@@ -120,7 +120,7 @@ def answer(model: Llama, tokenizer, problems: list[data.Problem], options: Sampl
 
 
 class Sampler:
-    """The model of a directory, hashed once and loaded once, both when first needed, for several files of answers."""
+    """A model directory, hashed and loaded when first needed, and only once for several files of answers."""
 
     def __init__(self, directory: str, options: SampleOptions) -> None:
         self.directory, self.options = directory, options

@@ -6,10 +6,10 @@
         3. pair k of a question, k < K, is (G_w[k mod |G_w|], G_l[k mod |G_l|])
         4. reference log-probabilities of all pairs, under M_{t-1}
         5. M_t minimises the mean of eq. 1 (losses.dpo_nll_loss) over these pairs, starting from M_{t-1}
-        6. accuracy of M_t: on dev for choices, on test for the record
+        6. accuracy of M_t: dev is what choices are made on, test is only reported
 
 The reference is M_{t-1} itself before its first update, so no second model is kept in memory. Each step writes its
-result to a file; run the same command again to continue at the first missing one. (The paper's t is our t - 1.)
+result to a file; run the same command again to continue at the first missing one. (The paper counts t from 0.)
 
     python irpo.py --preset toy --model runs/base-s0/model --run_dir runs/irpo-s0
     python irpo.py --preset toy --alpha 0 ...                  # plain DPO

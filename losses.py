@@ -24,7 +24,7 @@ def target_logps(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
-    """(B, T, V), (B, T) -> (B, T-1): log-probability of tokens[:, 1:], each scored one place before.
+    """(B, T, V), (B, T) -> (B, T-1): log-probability of tokens[:, 1:], each predicted one position before.
 
     Column t of the result belongs to token t + 1. Llama.logps computes the same without building all logits at once.
     """
@@ -78,7 +78,7 @@ def dpo_nll_loss(chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejec
                  chosen_length: Tensor | float, beta: float, alpha: float) -> Tensor:
     """IRPO (arXiv 2404.19733 v3) eq. 1, per pair (B,): DPO + alpha * length-normalised NLL of chosen.
 
-    Log-probabilities are sums over a response's tokens; chosen_length is their number, or that of a mean response.
+    Log-probabilities are sums over a response's tokens; chosen_length is their number, or the mean over responses.
     """
     nll = -chosen / chosen_length
     return dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta) + alpha * nll

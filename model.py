@@ -376,7 +376,7 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def entropy(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Entropies (B, T-1) in nats of the distributions in which `score` looks tokens up; 0 where the mask is off."""
+        """Entropy (B, T-1) in nats of each distribution of the next token; 0 where the mask is off."""
         found = in_chunks(lambda x: entropies(self.lm_head(x)), self.rows_at_once, hidden[:, :-1][mask])
         return found.new_zeros(mask.shape).masked_scatter(mask, found)
 

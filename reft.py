@@ -163,7 +163,7 @@ class Policy(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor, with_entropy: bool = False) -> dict[str, Tensor]:
         """tokens (B, T), mask (B, T-1) -> float32 logps, values and (if asked for) entropy, each (B, T-1).
 
-        Column t is about the action that makes token t + 1, and about the state in which it is taken, tokens 0 to t.
+        Column t is about the state of tokens 0 to t and the action that is token t + 1.
         Log-probs and entropies are 0 where the mask is off. Without a critic there are no values.
         """
         hidden = self.model.model(tokens)  # (B, T, D)
@@ -213,7 +213,7 @@ def roll_out(model: Llama, tokenizer, problems: list[data.Problem], config: Conf
 @torch.no_grad()
 def measure(policy: Policy, reference: Llama, rollouts: list[Rollout], parts: list[list[Rollout]],
             config: Config) -> dict[str, Tensor]:
-    """Step 3: what is known about each token, as name -> (B, T-1), a row for each rollout; on all ranks.
+    """Step 3: name -> (B, T-1) for mask, log-probs, values and so on, a row for each rollout; on all ranks.
 
     The old log-probs are not the sampler's but those of the training forward pass, in its precision, on the very
     micro-batches of step 6: so the ratios of the first update are 1 to the last bit.

@@ -14,11 +14,11 @@ Where the papers' own graders disagree with each other, or with common sense:
     (6/2, 9 * 2) is "unparsed".
   - Hedging earns nothing: among two numbers, a range, or "A or C" none is chosen.
   - Work must be done: where the question has \\sqrt{242} and the answer is 11\\sqrt{2}, boxing \\sqrt{242} is
-    "copied", though published graders accept any equal formula (17 questions of MATH-500 can be answered so). It is
-    no winner, earns no reward and does not count as right: those graders' accuracy is our correct plus our copied. It
-    is no loser either, for it is not wrong. Where the question does not have it, \\sqrt{12} is 2\\sqrt{3}.
-  - Of several marked answers the last counts, but nothing behind a new "\\nQuestion:". `####` and Minerva's sentence
-    are read from the front: there the official graders take the first.
+    "copied", though published graders accept any equal formula (17 questions of MATH-500 can be answered so). It
+    counts as neither right nor wrong, so it is never chosen, rewarded or rejected: those graders' accuracy is our
+    correct plus our copied. A \\sqrt{12} that is not in the question still equals 2\\sqrt{3}.
+  - Of several marked answers the last counts, but nothing behind a new "\\nQuestion:". Of `####` and Minerva's
+    sentence the first counts, as in the official graders.
 
 Left out: units, which are dropped. MATH needs `pip install "math-verify[antlr4_13_2]"`; call `require_math_verify()`
 at the start of a run to learn that it is missing before the first answer needs it.

@@ -7,12 +7,13 @@
        summed Levenshtein distance, from the other paths kept so far
     5. fine-tune rho, not pi, on D and the kept paths                     (RFT)
 
-With --pool, steps 1 and 2 are skipped: the sample files of other runs are put together, in the order given, before step
-4 (the paper's U13B). --pool with one run and a smaller --num_samples takes the first k samples of its file.
+With --pool, step 2 is skipped, and step 1, too, unless step 5 begins there (--restart_from sft): the sample files of
+other runs are put together, in the order given, before step 4 (the paper's U13B). --pool with one run and a smaller
+--num_samples takes the first k samples of its file.
 
 Selection is that of the authors' code, which differs from "keep the farthest": it is greedy, goes by the order of
-samples, and does not count the gold solution, whose equations may be found again. Left out: a second round, the code's
-top-50 sampling (the paper states none) and its 7,000-row rule for sample files.
+samples, and does not count the gold solution, so a path may have its equations. Left out: a second round, the code's
+top-50 sampling (the paper states none), and its use of no more than 7,000 rows of a file of samples.
 
     python rft.py --preset toy --model runs/base-s0/model
     python rft.py --preset toy --model runs/base-s0/model --pool runs/a runs/b --num_samples 25
