@@ -183,7 +183,7 @@ def with_reference(pairs: list[Pair], directory: str, config: Config, path: Path
 
 
 def preference_loss(model: Llama, pairs: list[Pair], config: Config, mean_length: float = 0) -> dict[str, Tensor]:
-    """Step 5 on a micro-batch: the loss of each pair (B,), and what the paper's figures show.
+    """Step 5 on a micro-batch: the loss of each pair (B,), and figures that are only recorded.
 
     mean_length: divides the NLL in place of each response's own length (--nll_norm token).
     """
@@ -240,16 +240,18 @@ def minimise(directory: str, items: list, pairs: list[Pair], golds: dict[str, li
 
 @torch.no_grad()
 def check_start(model: Llama, pairs: list[Pair], config: Config) -> None:
-    """Before its first update the policy is the reference, so the DPO loss must be that of equal log-probs, ln 2."""
+    """Before its first update the policy is the reference, so all margins must be 0 (and the DPO loss ln 2)."""
     first = micro_batches(pairs[:8], config.micro_batch_tokens)[0]
     with autocast(config.precision):
-        loss = float(preference_loss(model, first, config)["dpo"].mean())
-    nats = 1e-3 if config.precision == "fp32" else 0.5  # rounding of a margin; bf16: 100 tokens
-    start = float(dpo_loss(*torch.zeros(4, 1), config.beta))  # ln 2
-    print(f"check: DPO loss before the first step is {loss:.4f}, where policy = reference it is {start:.4f}")
-    if not abs(loss - start) <= config.beta * nats:  # nor is NaN
-        raise InputError("the reference log-probabilities are not those of the model that is trained, or the entry dpo "
-                         "of preference_loss is no longer dpo_loss")
+        logps, lengths = pair_logps(model, first)  # (2, B)
+    chosen, rejected = logps - logps.new_tensor([[p.ref_chosen, p.ref_rejected] for p in first]).T
+    margin = float((chosen - rejected).abs().mean())
+    of_token = 1e-4 if config.precision == "fp32" else 0.05  # nats by which a log-prob may be rounded
+    rounding = of_token * math.sqrt(lengths.sum(0).float().mean())
+    print(f"check: margins before the first step are {margin:.4f} nats, and 0 where policy = reference (at most "
+          f"{rounding:.4f} by rounding)")
+    if not margin <= rounding:  # nor is NaN
+        raise InputError("the reference log-probabilities are not those of the model that is trained")
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class Config(TrainOptions, SampleOptions):
     online_gold: bool = option(True, "online_st trains on gold solutions, too")
     warmup_epochs: int = option(2, "passes over the gold solutions; 0: --model is pi_0 itself", low=0, group="warm-up")
     sft_lr: float = option(1e-5, "peak learning rate of warm-up, sft and offline_st: up over a tenth of the "
-                           "steps, then linearly to 0", low=0, high=1)
+                           "steps, then linearly to 0", above=0, high=1)
     sft_batch_size: int = option(48, "batch size of warm-up, sft and offline_st", low=1)
     batch_size: int = option(32, "questions of a batch", low=1, group="steps 1 and 2")
     num_samples: int = option(1, "responses to each question of a batch", low=1)
@@ -116,8 +116,9 @@ class Config(TrainOptions, SampleOptions):
         if self.advantage != "gae" and self.num_samples < 2:
             raise ValueError(f"--advantage {self.advantage} compares a question's samples with each other: give "
                              "--num_samples 2 or more")
-        if self.method == "online_st" and self.mini_batch_size:
-            raise ValueError("--mini_batch_size: online_st trains on entire batches")
+        if self.method == "online_st" and (self.mini_batch_size or self.nll_norm == "token"):
+            raise ValueError("--mini_batch_size and --nll_norm token: online_st trains on entire batches, with each "
+                             "response's mean NLL")
 
     @property
     def has_critic(self) -> bool:
@@ -247,7 +248,7 @@ def add_advantages(table: dict[str, Tensor], scores: Tensor, config: Config) -> 
     if config.has_critic:
         advantages, returns = gae(shaped(scores), table["values"], mask, config.gamma, config.gae_lambda)
         return table | {"advantages": whiten(advantages, mask), "returns": returns}
-    compare = group_normalized if config.advantage == "group" else leave_one_out
+    compare = {"group": group_normalized, "rloo": leave_one_out}[config.advantage]
     compared = compare(scores.view(-1, config.num_samples)).flatten()
     to_go, _ = gae(shaped(compared), torch.zeros_like(mask), mask, gamma=1.0, lam=1.0)
     return table | {"advantages": to_go}
@@ -389,8 +390,8 @@ def reinforce(config: Config, folder: Path, start: str, tokenizer, problems: lis
 
 def sft(config: Config, folder: Path, examples: list[Example], epochs: int) -> Llama:
     """The base model after the paper's SFT: warm-up over a tenth of the steps, linear decay."""
-    options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", batch_size=config.sft_batch_size,
-                      max_steps=0)
+    options = replace(config, epochs=epochs, lr=config.sft_lr, lr_schedule="linear", warmup_share=0.0,
+                      batch_size=config.sft_batch_size, max_steps=0)
     options = replace(options, warmup_steps=num_steps(len(examples), options) // 10)
     model = load_for_training(config.model, config)
     fit_sft(model, examples, options, derive_seed(config.seed, folder.name), folder)

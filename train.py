@@ -50,7 +50,7 @@ def padded(examples: list) -> tuple[Tensor, Tensor]:
 
 
 def response_logps(model: Llama, examples: list) -> tuple[Tensor, Tensor]:
-    """Score B items (prompt, response): log-probs (B, T-1) and mask (B, T-1) of the responses, as in `padded`."""
+    """Score B items (prompt, response): log-probs (B, T-1), 0 off the mask, and mask (B, T-1), as in `padded`."""
     tokens, mask = padded(examples)
     return model.logps(tokens, mask), mask
 
@@ -111,8 +111,10 @@ def descend(model: nn.Module, optimizer: torch.optim.Optimizer, parts: list[list
     else:
         check_weights(model)
         if not options.skip_nonfinite:
-            raise InputError(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm}, for the batch "
-                             f"{[item.id for part in parts for item in part]}. Try a smaller --lr or --skip_nonfinite.")
+            bad = [name for name, found in values.items() if not math.isfinite(sum(found))] or ["only the gradient"]
+            raise InputError(f"the loss is {fmean(values['loss'])} and the gradient's norm {norm} (not finite: "
+                             f"{', '.join(bad)}), for the batch {[item.id for part in parts for item in part]}. Try a "
+                             "smaller --lr or --skip_nonfinite.")
     model.zero_grad()
     return values | {"grad_norm": [norm]} | ({"skipped": [float(not finite)]} if options.skip_nonfinite else {})
 

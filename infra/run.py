@@ -92,6 +92,7 @@ def open_run(config, **inputs: str) -> Path:
     own = {f"{name}_file": hash_of(path) for name, path in config.own_files().items()}
     values = json.loads(json.dumps(dataclasses.asdict(config) | inputs | own))  # tuples become lists, as in the file
     free = {"run_dir", *(field.name for field in dataclasses.fields(config) if field.metadata["free"])}
+    defaults = json.loads(json.dumps({field.name: field.default for field in dataclasses.fields(config)}))
 
     def claim() -> None:
         try:
@@ -100,7 +101,7 @@ def open_run(config, **inputs: str) -> Path:
             lock(run)
             if not is_run(run):
                 write_json(run / "config.json", values)
-            elif changed := differences(read_json(run / "config.json"), values, free):
+            elif changed := differences(defaults | read_json(run / "config.json"), values, free):  # some may be new
                 raise InputError(f"{run} holds a run with another config or other inputs:\n{changed}\n"
                                  "Give another --run_dir, or remove that directory.")
             copies = source_copies(run)

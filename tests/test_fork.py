@@ -54,7 +54,7 @@ def test_the_loss_in_the_readme_can_be_put_in_the_code(base, tmp_path):
     subprocess.run(["git", "apply", "-"], input=diff, text=True, check=True, cwd=tmp_path)
     done = subprocess.run([*PROCESS, "irpo.py", *SMALL, "--iterations", "1", "--beta", "0.5", "--model", base,
                            "--precision", "fp32", "--run_dir", "run"], cwd=tmp_path, capture_output=True, text=True)
-    assert "DPO loss before the first step is 1.0000" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
     first = read_lines(tmp_path / "run/iter1/train.jsonl")[0]
     assert first["dpo"] == pytest.approx(1.0, abs=1e-3) and first["loss"] == pytest.approx(1 + first["nll"], abs=0.1)
 

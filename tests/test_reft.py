@@ -22,7 +22,7 @@ from reft import (Config, Policy, Rollout, add_advantages, diagnose, measure, me
                   roll_out, score, train_on)
 from runs import call, read_lines, refusal, settings
 from tiny import random_tokens, slow_logps, tiny_model
-from train import Example, autocast, batch_at, micro_batches, new_optimizer
+from train import Example, autocast, batch_at, learning_rate, micro_batches, new_optimizer
 
 EVERY = torch.ones(2, 5, dtype=torch.bool)  # mask: all of (2, 6) tokens but the first
 SCORES = (1.0, 0.1, 0.0, 1.0, 0.0, 0.1, 1.0)
@@ -418,6 +418,7 @@ def test_defaults_are_the_papers():
     ("--method ppo", "--method ppo"), ("--value_init one", "--value_init one"), ("--kl_coef -0.1", "--kl_coef -0.1"),
     ("--warmup_epochs -1", "--warmup_epochs -1"), ("--ppo_epochs 0", "--ppo_epochs 0"),
     ("--method online_st --mini_batch_size 4", "--mini_batch_size"), ("--critic two", "--critic two"),
+    ("--method online_st --nll_norm token", "--nll_norm token"), ("--sft_lr 0", "--sft_lr 0"),
     ("--method sft --critic separate", "--critic separate"), ("--advantage td", "--advantage td"),
     ("--advantage rloo --num_samples 2 --critic separate", "--critic separate"),
     ("--method online_st --num_choices 4", "--num_choices"), ("--task arc --num_choices 2", "--num_choices 2")])
@@ -526,6 +527,17 @@ def test_learning_rates_and_numbers_of_steps(run):
     expected = [1e-3, 2e-3, *(2e-3 * (1 - i / 23) for i in range(23))]
     assert [step["lr"] for step in warm_up] == pytest.approx(expected)
     assert [step["lr"] for step in steps] == pytest.approx([5e-4 * (1 + math.cos(math.pi * i / 5)) for i in range(5)])
+
+
+def test_the_schedule_of_ppo_is_not_that_of_sft(monkeypatch, tmp_path):
+    """--warmup_share 0.5, meant for PPO, let the rate of SFT rise over half of its steps, too."""
+    seen = []
+    monkeypatch.setattr(reft, "load_for_training", lambda directory, config: None)
+    monkeypatch.setattr(reft, "fit_sft", lambda model, examples, options, *rest: seen.append(options))
+    config = config_of(warmup_share=0.5, lr_schedule="cosine", max_steps=3, sft_lr=0.25, sft_batch_size=2)
+    reft.sft(config, tmp_path, [None] * 40, 1)
+    rates = [learning_rate(step, 20, seen[0]) for step in range(20)]
+    assert rates == pytest.approx([0.125, 0.25, *(0.25 * (1 - i / 18) for i in range(18))])
 
 
 def test_which_model_samples_trains_and_is_the_reference(watched, base):

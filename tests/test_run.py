@@ -82,6 +82,17 @@ def test_a_run_directory_holds_one_config_and_one_base_model(tmp_path):
     open_run(config(tmp_path / "run", save_every=7), weights="a1")
 
 
+def test_a_flag_that_is_added_to_the_code_had_its_default_before(tmp_path):
+    """`--anyway` was no help: no run could be resumed once a fork had a new flag, and make base refused its model."""
+    @dataclass(frozen=True)
+    class New(Config):
+        decay: float = option(0.2, "share of the steps", low=0)
+
+    open_run(config(tmp_path))
+    open_run(New(run_dir=str(tmp_path), model="m"))
+    assert "decay: 0.2 there, 0.5 now" in refused(New(run_dir=str(tmp_path), model="m", decay=0.5))
+
+
 def refused(config: Config, **inputs) -> str:
     with pytest.raises(InputError) as stop:
         open_run(config, **inputs)
