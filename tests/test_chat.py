@@ -241,6 +241,12 @@ def test_a_template_may_stand_in_several_places(file, content, tmp_path):
     assert encode_solution(tokenizer, "So.", "x", "own") == tokenizer.encode("So.") + [0]
 
 
+def test_a_template_that_asks_for_the_date_gets_a_fixed_one(tmp_path):
+    """Llama 3's own: prompts of today would be others tomorrow."""
+    tokenizer = load_tokenizer(byte_level(tmp_path, ["</s>"], "{{ strftime_now('%d %b %Y') }}" + TURNS, "</s>"))
+    assert tokenizer.decode(encode_prompt(tokenizer, "Why?", "own")).startswith("26 Jul 2024<|user|>Why?")
+
+
 def test_a_template_may_write_json_as_transformers_does(tmp_path):
     """Jinja's own filter escapes "<" and letters that are not ASCII."""
     template = TURNS.replace("m.content", "m.content | tojson")

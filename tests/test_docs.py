@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.run import read_json
 from commands import ROOT, code_spans, command_faults, command_lines, named_blocks, script_fault, shown_commands
 from tools import memory
 
@@ -160,7 +161,13 @@ def test_faults_are_seen(text):
 
 def test_the_results_of_the_readme_are_those_of_their_files():
     text = GUIDES[0].read_text(encoding="utf-8")
-    assert result_faults(text) == [] and "%" in "".join(re.findall(r"^\|.*\n", text, re.MULTILINE))
+    assert result_faults(text) == []
+    cells = read_json(ROOT / "results" / "irpo-table" / "table.json")["cells"]
+    for row, cell in (("IRPO", "irpo"), ("DPO only (α = 0)", "dpo"), ("SFT on chosen", "sft_chosen"),
+                      ("SFT on gold", "sft_gold")):
+        [shown] = re.findall(rf"^\| {re.escape(row)} \|(.*)", text, re.MULTILINE)
+        assert re.findall(r"[\d.]+%", shown) == [f"{model['accuracy']['mean']:.1%}"
+                                                 for model in cells[cell]["models"].values()], row
     file = next((ROOT / "results").rglob("*.md")).relative_to(ROOT)
     assert result_faults(f"| x | 1234.5% |\n\n[y]({file})\n") == ["1234.5%"]
     assert result_faults(f"[y]({file})\n\n| x | 1234.5% |\n") == ["1234.5%"]

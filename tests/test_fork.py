@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,9 @@ def test_records_and_how_answers_are_compared(answer, row, kind, problem, respon
     assert (options.kind, found) == (kind, data.Problem(problem[0].replace("f-", "test-"), *problem[1:]))
     assert grade(response, found.answer, options.kind, options.marks).verdict == "correct"
     assert grade(wrong, found.answer, options.kind, options.marks).verdict == "wrong"
+    if kind != "latex":  # whose prompt of IRPO needs solved problems to show
+        asked = "(insert letter here)" if kind == "letter" else "Final answer: ..."
+        assert asked in replace(options, prompt="irpo").prompt_text(found)
 
 
 def test_the_right_numbers_of_rft_are_exact_for_own_data():

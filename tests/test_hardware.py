@@ -1,4 +1,5 @@
 """The device, the precision and the threads that a run chooses, and keeps."""
+import itertools
 import os
 import subprocess
 import sys
@@ -80,9 +81,13 @@ def test_a_gpu_computes_in_bfloat16_if_it_can(bf16, precision, monkeypatch, caps
         assert "this GPU does not support it; give fp32" in capsys.readouterr().err
 
 
-def test_the_measurement_compares_products():
+def test_the_measurement_is_bfloat16_against_float32(monkeypatch):
+    """By a clock where each product in bfloat16 takes 3 seconds, and one in float32 1."""
+    clock = itertools.accumulate(itertools.cycle([0, 3, 0, 1]))
+    monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     hardware.bf16_speed.cache_clear()
-    assert 0.01 < hardware.bf16_speed() < 100
+    assert hardware.bf16_speed() == pytest.approx(1 / 3)
+    hardware.bf16_speed.cache_clear()
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -144,10 +149,15 @@ def test_a_thread_for_each_idle_core(busy, idle, monkeypatch, two_cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     clock, ticks = iter([100.0, 100.2]), os.sysconf("SC_CLK_TCK")
-    used = iter([1000.0, 1000.0 + 0.2 * busy])
+    used, idles = iter([1000.0, 1000.0 + 0.1 * busy]), iter([99, 1099])
+
+    def stat(path: Path) -> str:
+        mine, rest = next(used) * ticks, next(idles)  # user and system, idle and iowait
+        return f"cpu {mine:.0f} 0 {mine:.0f} {rest} {rest} 0 0 0 0 0\ncpu0 1\n"
+
     monkeypatch.setattr(hardware, "time", SimpleNamespace(perf_counter=lambda: next(clock), sleep=lambda seconds: None))
     monkeypatch.setattr(Path, "exists", lambda path: True)
-    monkeypatch.setattr(Path, "read_text", lambda path: f"cpu {next(used) * ticks:.0f} 0 0 99 99 0 0 0 0 0\ncpu0 1\n")
+    monkeypatch.setattr(Path, "read_text", stat)
     assert idle_cores() == idle
 
 

@@ -269,6 +269,16 @@ def test_preference_loss_is_equation_1_on_pairs_of_ids(norm, tiny_dirs):
             assert got[name][i] == pytest.approx(value, abs=2e-3), name
 
 
+def test_the_nll_by_token_is_divided_by_the_mean_length_of_the_winners(tiny_dirs, tmp_path):
+    """Of all pairs of the iteration, and not of the losers: the first step has the DPO loss of ln 2 and that NLL."""
+    config = Config(nll_norm="token", lr=1e-9, batch_size=16, epochs=1, **FP32)
+    pairs = with_reference(some_pairs(), str(tiny_dirs[0]), config)
+    minimise(str(tiny_dirs[0]), pairs, pairs, {}, config, 0, tmp_path)
+    [record] = read_lines(tmp_path / "train.jsonl")
+    length = sum(len(pair.chosen) for pair in pairs) / len(pairs)
+    assert record["loss"] == pytest.approx(LN2 - record["logps/chosen"] / length, abs=1e-4)
+
+
 @pytest.mark.parametrize("norm", ["response", "token"])
 def test_sft_on_chosen_is_the_nll_of_the_winners(norm, tmp_path):
     """The baseline's loss: each winner's mean over its tokens, or that of all tokens; lengths are those of the winners,
@@ -361,7 +371,7 @@ def test_every_file_of_samples_is_made_as_it_must(name, iterations, back, split,
 
         assert [q.id for q in questions_answered] == [problem.id for problem in problems]
         assert [q.prompt for q in questions_answered] == [f"{problem.question}\n" for problem in problems]
-        again = generate(load_sampler(directory, "auto"), [q.prompt_ids for q in questions_answered],
+        again = generate(load_sampler(directory, "fp32"), [q.prompt_ids for q in questions_answered],
                          num_samples=num_samples, max_new_tokens=24, temperature=temperature(t),
                          eos_ids=tokenizer.eos_ids, seed=seed(t))
         assert [[s.ids for s in q.samples] for q in questions_answered] == [[r.ids for r in group] for group in again]

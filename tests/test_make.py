@@ -48,6 +48,12 @@ def test_a_model_is_one_argument(goal):
     assert "models/it's a 7B" in shlex.split(dry.stdout.replace("\n", " "))
 
 
+@pytest.mark.parametrize("goal", ["irpo", "rft", "reft", "sft", "eval"])
+def test_gpus_are_used(goal):
+    dry, script = dry_run([goal, "TASK=gsm8k", "MODEL=dir", "GPUS=2"]), {"sft": "train", "eval": "evaluate"}
+    assert f"torchrun --standalone --nproc_per_node 2 {script.get(goal, goal)}.py" in dry.stdout
+
+
 @pytest.mark.parametrize("variables, folder", [
     (["TASK=gsm8k"], "runs/irpo-gsm8k-s0"), (["TASK=../my data.jsonl"], "runs/irpo-my data.jsonl-s0"),
     (["TASK=gsm8k", "ARGS=--alpha 0 --run_dir runs/dpo --beta 1"], "runs/dpo")])

@@ -596,7 +596,8 @@ def test_interrupted_and_resumed_equals_uninterrupted(run, base, tmp_path, monke
 @pytest.mark.parametrize("flags", [
     ["--advantage", "group", "--num_samples", "2"], ["--advantage", "rloo", "--num_samples", "2"],
     ["--critic", "separate", "--value_init", "random", "--mini_batch_size", "0"],
-    ["--kl_coef", "0", "--partial_reward", "0", "--gae_lambda", "1"], ["--warmup_epochs", "0"]], ids=" ".join)
+    ["--kl_coef", "0", "--partial_reward", "0", "--gae_lambda", "1"], ["--warmup_epochs", "0", "--offload_reference"]],
+    ids=" ".join)
 def test_every_variant_is_a_flag(flags, base, tmp_path, monkeypatch, capsys):
     """Each runs to its record. What is unhealthy is in the record of every batch, and said once."""
     monkeypatch.setitem(reft.UNHEALTHY, "late", (lambda record: record["step"] > 0, "accuracy {accuracy}, unheard of"))
@@ -609,6 +610,13 @@ def test_every_variant_is_a_flag(flags, base, tmp_path, monkeypatch, capsys):
     assert ["late" in step["warnings"] for step in steps] == [False, True, True]
     assert steps[1]["warnings"]["late"] == f"accuracy {steps[1]['accuracy']}, unheard of"
     assert capsys.readouterr().out.count("unheard of") == 1
+
+    if "separate" in flags:  # its passes and its training count
+        sampled, scored = rows[2]["tokens_sampled"], rows[2]["tokens_trained"] // 2
+        warm_up = sum(step["tokens"] for step in read_lines(tmp_path / "run" / "iter0" / "train.jsonl"))
+        forward, trained = scored + 3 * scored, 2 * 2 * scored + warm_up  # sampled with its prompt; then three models
+        assert 0 < sampled < scored
+        assert rows[2]["flops"] == num_parameters(tmp_path / "run/iter1/model") * (2 * forward + 6 * trained)
 
     pi_0 = base if cold else tmp_path / "run" / "iter0" / "model"
     assert (tmp_path / "run" / "iter0" / "model").exists() != cold and len(seen.fits) == (not cold)

@@ -245,10 +245,13 @@ def test_seeds_and_questions_of_single_runs_are_named(tmp_path, capsys):
     ("config.json", "[]"), ("iter1/eval_samples.jsonl", '{"id": "q", "samples": 3}'),
     ("iter1/eval_samples.jsonl", '{"id": "q", "samples": ["text"]}')])
 def test_files_of_another_program_are_passed_over(name, text, tmp_path):
+    """And so is a row among others: the questions that both runs have are compared."""
     a, b = named(tmp_path / "a", 0.7), named(tmp_path / "b", 0.6, alpha=0.5)
-    (b / name).write_text(text)
+    lines = (b / name).read_text()
+    (b / name).write_text(text if name == "config.json" else f"{lines.rstrip()}\n{text}\n")
     call(report, a, b)
-    assert (a / "report.md").exists()
+    compared = read_json(a / "report.json")["compared"]
+    assert len({row["with"] for row in compared}) == 2 and {row["questions"] for row in compared} == {100}
 
 
 @pytest.mark.parametrize("runs, groups", [

@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import rft
@@ -73,9 +74,11 @@ def slow_select(samples: list[str], right: list[int]) -> list[int]:
 
 @given(st.lists(st.builds(
     lambda key, words, answer: path(*key, words=words, answer=answer),
-    st.sampled_from([["2+3=5", "5*2=10"], ["3+2=5", "5*2=10"], ["5*2=10"], [], ["2+2=5"]]),
+    st.sampled_from([["2+3=5", "5*2=10"], ["5*2=10", "2+3=5"], ["3+2=5", "5*2=10"], ["5*2=10"], [], ["2+2=5"]]),
     st.sampled_from(["", "a", "ab c", "abcdef", "fedcba"]), st.sampled_from(["10", "10.0", "9"])),
     max_size=12))
+@hypothesis.settings(max_examples=300)
+@example([path("2+3=5", "5*2=10"), path("5*2=10", "2+3=5")])
 def test_selection_is_algorithm_1(samples):
     right = right_paths(samples, GOLD, "toy", "hash", True)
     assert right == [i for i, text in enumerate(samples) if "#### 9" not in text and "2+2" not in text]
@@ -285,6 +288,22 @@ def pool(base, tmp_path_factory) -> Path:
     return pool_of(tmp_path_factory.mktemp("pool"), base)
 
 
+def test_a_reward_does_not_replace_the_equation_filter(tmp_path):
+    (tmp_path / "my.py").write_text("def score(text, problem):\n    return 1\n")
+    config = rft.Config(model="m", **rft.TOY, reward=f"{tmp_path}/my.py:score")
+    sample = Sample([5, 2], True, "<<1+1=3>>", "correct", None, 1.0)
+    assert rft.all_right_paths([[sample]], [None], config) == [[]]
+    assert rft.all_right_paths([[sample]], [None], replace(config, equation_filter=False)) == [[0]]
+
+
+def test_defaults_are_the_papers():
+    """Section 3 and appendix, 7B and 13B."""
+    paper = dict(num_samples=100, temperature=0.7, lr=2e-5, lr_schedule="cosine", warmup_share=0.03, batch_size=128,
+                 epochs=3, weight_decay=0.0, equation_filter=True, dedup="equations", select="levenshtein",
+                 restart_from="base")
+    assert {name: getattr(rft.Config(model="m"), name) for name in paper} == paper
+
+
 def test_both_fine_tunings_start_from_rho_with_seeds_of_their_own(started, base):
     """RFT trains rho, not the SFT model, on gold and the kept paths, in the order in which they are stored."""
     run, (sft, last) = started("--seed", "4")
@@ -307,6 +326,7 @@ def test_steps_matched_sees_gold_alone_for_as_many_steps(started, base, pool):
     assert last.start == base and len(last.examples) == 10
     assert num_steps(10, last.options) == 2 * 8  # as for 30 examples
     assert training_row(run)["kept"] == 0 and training_row(run)["distinct_paths"] == 2
+    assert training_row(run)["flops"] == num_parameters(base) * 6 * training_row(run)["tokens_trained"], "no samples"
 
 
 def test_steps_matched_counts_what_is_trained_on(started, base, pool, tmp_path):

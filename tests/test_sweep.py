@@ -197,6 +197,14 @@ def test_runs_at_the_same_time_have_one_thread_each(jobs, threads, log, monkeypa
     assert sweep.start("runs/base-s0", jobs, 1).env["OMP_NUM_THREADS"] == threads
 
 
+def test_runs_of_several_gpus_are_started_by_torchrun(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "copy_shared", lambda run: None)
+    monkeypatch.setattr(sweep.subprocess, "Popen", lambda words, **options: words)
+    words = "-m torch.distributed.run --standalone --nproc_per_node 2 irpo.py --preset toy".split()
+    assert sweep.start("runs/table/irpo/s0", 1, 2)[1:9] == words
+
+
 def test_ctrl_c_stops_every_run_once(log, monkeypatch):
     """A second signal would not let them save."""
     def interrupt(seconds):
@@ -259,6 +267,15 @@ def test_settings_are_drawn_from_all_parts_of_their_ranges():
     assert sorted(math.floor(math.log10(float(rate))) for _, rate, _, _ in settings) == [-6, -5, -4, -3]
     assert sorted(epochs for *_, epochs in settings) == ["1", "1", "2", "2"]
     assert tune.drawn(space, 4, "irpo") == tune.drawn(space, 4, "irpo") != tune.drawn(space, 4, "dpo")
+
+
+def test_methods_that_are_compared_are_tuned_on_the_same_draws():
+    """Where a tuning says so, and the methods have the same ranges."""
+    for name, tuning in sweep.ALL["tune"].items():
+        drawn: dict[str, list] = {}
+        for method, flags in tune.settings(name).items() if tuning.get("same_draws") else ():
+            assert drawn.setdefault(repr(tuning["methods"][method]["space"]), flags) == flags, method
+    assert any("same_draws" in tuning for tuning in sweep.ALL["tune"].values())
 
 
 def test_the_best_setting_is_that_with_the_highest_mean_dev_accuracy(tmp_path, monkeypatch):

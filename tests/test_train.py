@@ -23,7 +23,7 @@ from infra.run import read_jsonl
 from losses import nll_loss
 from model import Llama
 from tiny import random_tokens, slow_logps, tiny_model
-from train import (Example, TrainOptions, batch_at, descend, fit, fit_sft, learning_rate, load_for_training,
+from train import (Example, TrainOptions, autocast, batch_at, descend, fit, fit_sft, learning_rate, load_for_training,
                    micro_batches, new_optimizer, num_steps, packed_logps, response_logps, train_once)
 
 FP32 = TrainOptions(lr=1.0, batch_size=7, clip_norm=1e9, precision="fp32")
@@ -333,6 +333,17 @@ def test_packed_responses_have_the_log_probabilities_and_gradients_that_each_has
     response_logps(alone, batch)[0].sum().backward()
     for one, other in zip(packed.parameters(), alone.parameters()):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [{}, dict(num_key_value_heads=4)], ids=str)
+def test_packed_responses_do_not_see_each_other_in_bfloat16(shape):
+    """There attention has code of its own on a CPU. A response that sees the other is off by more than a nat."""
+    model, prompts = tiny_model(sharpness=0.7, **shape), [[1, 5, 6], [4]]
+    groups = [[[7, 8, 2], [9, 2]], [[3, 2], [5, 6, 7, 2]]]
+    exact = packed_logps(model, prompts, groups)[0]
+    with autocast("bf16"):
+        rounded = packed_logps(model, prompts, groups)[0]
+    assert 0 < (rounded - exact).abs().max() < 0.2
 
 
 # --- how blocks are run ----------------------------------------------------------------------------
