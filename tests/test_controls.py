@@ -1,5 +1,5 @@
 """Experiments of results/ that are code: pairs by edit distance, and rewards that luck or chance decides."""
-from functools import cache, partial
+from functools import partial
 
 import pytest
 
@@ -9,18 +9,6 @@ from infra.run import write_records
 from irpo import Pair
 from results import controls, describe_pairs, describe_paths, describe_samples, pairs
 from rft import KeptPath
-
-
-@pytest.mark.parametrize("a, b", [([], []), ([1], []), ([], [1, 2]), ([1, 2, 3], [1, 2, 3]),
-                                  ([1, 2, 3, 4], [2, 3, 4]), ([1, 2, 3], [4, 1, 5, 3, 6]),
-                                  ([5, 1, 2, 9, 9, 3], [1, 2, 3, 5]), ([1, 1, 2], [2, 1, 1])])
-def test_edit_distance_is_the_recursion(a, b):
-    @cache
-    def slow(i: int, j: int) -> int:
-        if not i or not j:
-            return i + j
-        return min(slow(i - 1, j) + 1, slow(i, j - 1) + 1, slow(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
-    assert pairs.edit_distance(a, b) == slow(len(a), len(b))
 
 
 @pytest.mark.parametrize("pairing, expected", [("near", [([1, 2, 3], [1, 2, 4]), ([1, 2, 3], [1, 9, 4])]),

@@ -493,12 +493,6 @@ def test_plain_equations(text, found):
     assert plain_equations(text) == found
 
 
-def test_equations():
-    text = "so 48/2 = <<48/2 = 24>>24, <<24 + 48=72>>, <<a<b>c>> <<>> <<5=5>"
-    assert equations(text) == ["48/2=24", "24+48=72", ""]
-    assert equations("no equation") == []
-
-
 @given(st.text(alphabet="<>1= \n", max_size=40))
 def test_equations_are_those_of_the_authors(text):
     found = re.findall(r"<<([^>]*)>>", text)  # the definition; its search is quadratic, ours is not
