@@ -170,7 +170,8 @@ def test_the_results_of_the_readme_are_those_of_their_files():
         assert rows[row] == [f"{model['accuracy']['mean']:.1%}" for model in cells[cell]["models"].values()], row
     cells = read_json(ROOT / "results" / "compare" / "compare.json")["cells"]
     for row, cell in (("SFT on chosen (STaR)", "sft_chosen"), ("IRPO, α tuned (16)", "irpo_alpha"), ("RLOO", "rloo"),
-                      ("PPO", "ppo"), ("GRPO", "grpo"), ("IRPO, α = 1", "irpo"), ("DPO", "dpo"), ("base model", "irpo")):
+                      ("PPO", "ppo"), ("GRPO", "grpo"), ("IRPO, α = 1", "irpo"), ("DPO", "dpo"),
+                      ("base model", "irpo")):
         model = [*cells[cell]["models"].values()][0 if row == "base model" else -1]
         assert rows[row] == [f"{model[measure]['mean']:.1%}" for measure in ("accuracy", "pass@8")], row
     file = next((ROOT / "results").rglob("*.md")).relative_to(ROOT)
