@@ -467,7 +467,7 @@ def over_compute(summary: dict, steps: dict[str, list[list[dict]]]) -> dict[str,
     nothing. steps: what ReFT's runs of a cell recorded in training; dev accuracy in it is a point, too.
     A line with a single point after the base has only that: nothing is known of what lies between.
     """
-    panels: dict[str, dict[str, dict]] = {"accuracy": {}, "dev_accuracy": {}}
+    panels: dict[str, dict[str, dict]] = {}
     for name, cell in summary.items():
         spent, line = 0, label_of("compare", name.partition("+")[0])
         for model_name, model in cell["models"].items():
@@ -478,7 +478,7 @@ def over_compute(summary: dict, steps: dict[str, list[list[dict]]]) -> dict[str,
         length = max((len(records) for records in steps.get(name, [])), default=0)
         for step, *found in curve(steps.get(name, []), "dev"):
             x = before + (spent - before) * step / length
-            panels["dev_accuracy"].setdefault(line, {}).setdefault(x, (x, *found))
+            panels.setdefault("dev_accuracy", {}).setdefault(line, {}).setdefault(x, (x, *found))
     k = max((int(key[5:]) for key in panels if key.startswith("pass@")), default=0)
     titles = {"accuracy": "test accuracy", "dev_accuracy": "dev accuracy", f"pass@{k}": f"pass@{k} on test questions"}
     return {title: {line: [points[x] for x in sorted(points) if x or len(points) != 2]
