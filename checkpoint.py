@@ -113,7 +113,7 @@ def config_faults(raw: dict, rope: dict) -> list[str]:
     heads, width = raw["num_attention_heads"], raw["hidden_size"]
     if heads % numbers.get("num_key_value_heads", heads):
         faults.append(f"num_attention_heads, {heads}, is no multiple of num_key_value_heads, {optional}")
-    if numbers.get("head_dim", width / heads) % 2:
+    if numbers.get("head_dim", 128 if family == "qwen3" else width / heads) % 2:
         faults.append(f"head_dim must be even, and hidden_size {width} is divided by {heads} heads")
     if rope_type == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
         faults.append(f"low_freq_factor is {rope['low_freq_factor']}, and must be below high_freq_factor")

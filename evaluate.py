@@ -135,27 +135,26 @@ class Sampler:
         return model, load_tokenizer(self.directory)
 
 
-def answer_once(path: Path, directory: str, problems: list[data.Problem], options: SampleOptions, *, split: str,
-                num_samples: int, temperature: float, seed: int, label: str, reward: bool = False,
-                sampler: Sampler | None = None) -> list[Answered]:
-    """Answer problems with the model of a directory, unless the file `path` already holds the result.
+def answer_once(path: Path, sampler: Sampler, problems: list[data.Problem], *, split: str, num_samples: int,
+                temperature: float, seed: int, label: str, reward: bool = False) -> list[Answered]:
+    """Answer problems, unless the file `path` already holds the result.
 
     The file begins with its settings and a SHA-256 of these and the samples. If sampling is cut short, what
-    was finished is kept in pieces, and the same call samples the rest. sampler: the directory's, where several files
-    share it. InputError if no response to train on has finished.
+    was finished is kept in pieces, and the same call samples the rest. InputError if no response to train on has
+    finished.
     """
-    sampler = sampler or Sampler(directory, options)
+    options = sampler.options
 
     def make() -> list[Answered]:
         return answer(*sampler.loaded, problems, options, num_samples=num_samples, temperature=temperature, seed=seed,
                       label=label, reward=reward, pieces=pieces)
 
-    settings = {field.name: getattr(options, field.name) for field in fields(SampleOptions)
-                if not field.metadata["free"]}
+    defaults = {field.name: field.default for field in fields(SampleOptions) if not field.metadata["free"]}
+    settings = {name: getattr(options, name) for name in defaults}
     settings |= dict(marks=options.marks, split=split, weights=sampler.weights, num_samples=num_samples,
                      temperature=temperature, seed=seed, reward_hash=options.reward_hash if reward else "")
     pieces = Pieces(path, settings, problems)
-    answered = once(path, make, Answered, settings)
+    answered = once(path, make, Answered, settings, defaults)
     if split == "train" and not any(sample.finished for question in answered for sample in question.samples):
         raise InputError(f"{path}: none of {len(answered) * num_samples} responses ended within --max_new_tokens "
                          f"{options.max_new_tokens}: {REMEDIES['unfinished']}")
@@ -246,9 +245,9 @@ def evaluate_model(name: str, iteration: int, directory: str, config, folder: Pa
     sampler = Sampler(directory, config)
 
     def measured(file: str, split: str, num_samples: int, temperature: float) -> dict:
-        answered = answer_once(folder / file, directory, config.problems(split, config.eval_questions), config,
-                               split=split, num_samples=num_samples, temperature=temperature, seed=config.seed,
-                               label=f"{name} {split}", sampler=sampler)
+        answered = answer_once(folder / file, sampler, config.problems(split, config.eval_questions), split=split,
+                               num_samples=num_samples, temperature=temperature, seed=config.seed,
+                               label=f"{name} {split}")
         found = summarize(answered, config.task)
         how = f", the first of {num_samples} samples at temperature {temperature:g}" if num_samples > 1 else ""
         print_summary(f"{name} {split}{how}", found)

@@ -33,7 +33,7 @@ from checkpoint import flops, load_config, model_hash, sampler_of
 from data.check import check_inputs
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, SampleOptions, answer, answer_once, evaluate_model, summarize
+from evaluate import Answered, SampleOptions, Sampler, answer, answer_once, evaluate_model, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.parallel import by_first, computed
@@ -327,8 +327,8 @@ def main() -> None:
         raise InputError(f"{config.task} has no gold solutions: give --no-gold and another --method than sft_gold")
     others = config.held_out()
     check_inputs(config, tokenizer, problems + dev, others)
-    most = len(problems) * (1 if config.method == "sft_gold" else config.pairs_per_question)
-    check_selection(min(most, config.max_pairs or most), config)
+    most = len(problems) * config.pairs_per_question
+    check_selection(len(problems) if config.method == "sft_gold" else min(most, config.max_pairs or most), config)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(problems, dev, others))
 
     notes = {"dev_was_trained_on": True} if config.select_every else {}
@@ -340,7 +340,7 @@ def main() -> None:
         if not by_first(folder.exists):  # then results of fewer iterations are not all any more
             by_first(lambda: (run / "results.json").unlink(missing_ok=True))
 
-        answered = answer_once(folder / "samples.jsonl", M, problems + dev, config, split="train",  # step 1
+        answered = answer_once(folder / "samples.jsonl", Sampler(M, config), problems + dev, split="train",  # step 1
                                num_samples=config.num_samples, seed=derive_seed(config.seed, t, "sample"), reward=True,
                                temperature=config.temperature[min(t, len(config.temperature)) - 1], label="sample")
         made = preference_pairs(answered, golds, config)  # steps 2 and 3

@@ -37,7 +37,7 @@ from checkpoint import flops, load_config, model_hash, sampler_of
 from data.check import check_inputs
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, Sample, SampleOptions, answer, answer_once, evaluate_model, summarize
+from evaluate import Answered, Sample, SampleOptions, Sampler, answer, answer_once, evaluate_model, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import dtype_of
@@ -149,10 +149,9 @@ class Policy(nn.Module):
 
     def __init__(self, model: Llama, config: Config) -> None:
         super().__init__()
-        self.model, self.critic, self.value_head = model, None, None
+        self.model, self.value_head = model, None
+        self.critic = copy.deepcopy(model.model) if config.critic == "separate" else None
         if config.has_critic:
-            if config.critic == "separate":
-                self.critic = copy.deepcopy(model.model)
             D = model.config.hidden_size
             self.value_head = nn.Linear(D, 1)
             bound = D ** -0.5 if config.value_init == "random" else 0.0
@@ -272,8 +271,8 @@ def diagnose(rollouts: list[Rollout], table: dict[str, Tensor]) -> dict[str, flo
 
 UNHEALTHY = {  # name: when a record is unhealthy (rules of thumb), and what to say
     "kl": (lambda record: record["kl"] > 20,
-           "KL blow-up: responses are {kl:.1f} nats away from the warm-up model, healthy is below 20; raise --kl_coef "
-           "or lower --lr"),
+           "KL blow-up: responses are {kl:.1f} nats away from the warm-up model, healthy is below 20; lower --lr, "
+           "or with --method reft raise --kl_coef"),
     "reference": (lambda record: record["step"] == 0 and record["kl_k3"] > 0.5,
                   "KL of {kl_k3:.2f} nats before the first update, healthy is 0 (0.5 with rounding): the reference is "
                   "not the model that is trained"),
@@ -329,28 +328,25 @@ def train_on(policy: Policy, reference: Llama, optimizer: torch.optim.Optimizer,
         reference.to("cpu")
 
     if config.method == "reft":
-        table = add_advantages(table, table["mask"].new_tensor([rollout.score for rollout in rollouts]), config)
+        items, table = rollouts, add_advantages(table, table["mask"].new_tensor([r.score for r in rollouts]), config)
         loss = partial(ppo_loss, table=table, config=config)
     else:  # right samples and gold solutions weigh equally, as groups
         right = [rollout for rollout in rollouts if rollout.right and rollout.finished]
-        half = (len(right) + len(golds)) / 2
+        items, half = right + golds, (len(right) + len(golds)) / 2
         loss = partial(self_training_loss, right=half / max(1, len(right)), gold=half / max(1, len(golds)))
-        mini_batches = [micro_batches(right + golds, config.micro_batch_tokens)] if right + golds else []
+        mini_batches = [micro_batches(items, config.micro_batch_tokens)] if items else []
 
-    record, updates = diagnose(rollouts, table), []
-    for mini_batch in mini_batches * config.ppo_epochs:
-        values = descend(policy, optimizer, mini_batch, loss, config)
-        updates.append({name: mean_or_max(name, x) for name, x in values.items()})
+    updates = [descend(policy, optimizer, parts, loss, config) for parts in mini_batches * config.ppo_epochs]
+    record = diagnose(rollouts, table)
     for name in updates[0] if updates else ():
-        record[name] = mean_or_max(name, [update[name] for update in updates])
+        record[name] = mean_or_max(name, [mean_or_max(name, update[name]) for update in updates])
     if "ratio_error" in record:
-        record["first_ratio_error"] = updates[0]["ratio_error"]
-    trained_on = [item for mini_batch in mini_batches for part in mini_batch for item in part]
+        record["first_ratio_error"] = max(updates[0]["ratio_error"])
     sampled, scored = sum(len(r.response) for r in rollouts), sum(r.tokens for r in rollouts)
     prompts = (scored - sampled) // config.num_samples  # of each question once
     passes = 0 if config.method != "reft" else 2 + (config.critic == "separate")  # policy, reference, critic
     return record | {"tokens_sampled": sampled, "tokens_forward": sampled + prompts + passes * scored,
-                     "tokens": config.ppo_epochs * sum(item.tokens for item in trained_on)}
+                     "tokens": config.ppo_epochs * sum(item.tokens for item in items)}
 
 
 # --- the loop, and the stages around it ------------------------------------------------------------
@@ -415,6 +411,7 @@ def measured(name: str, t: int, directory: str, config: Config, folder: Path) ->
     if config.num_choices:
         answered = read_records(folder / "eval_samples.jsonl", Answered)[1]
         rows[-1]["letter_accuracy"] = fmean(score(q.samples[0], q.gold, config) for q in answered)
+        write_json(folder / "eval.json", rows)
     return rows
 
 
@@ -441,7 +438,7 @@ def main() -> None:
     if config.method == "sft":
         last = train_once(pi, start, partial(sft, config, pi, golds, config.sft_epochs))
     elif config.method == "offline_st":
-        answered = answer_once(pi / "samples.jsonl", start, problems, config, split="train",
+        answered = answer_once(pi / "samples.jsonl", Sampler(start, config), problems, split="train",
                                num_samples=config.offline_samples, temperature=1.0,
                                seed=derive_seed(config.seed, "offline"), label="sample", reward=True)
         paths = offline_paths(answered, config)

@@ -21,6 +21,7 @@ top-50 sampling (the paper states none), and its use of no more than 7,000 rows 
 import random
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -32,7 +33,7 @@ from data.check import check_inputs
 from data.prompts import gold_text
 from data.task import prompt_option
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, Sample, SampleOptions, answer_once, evaluate_model
+from evaluate import Answered, Sample, SampleOptions, Sampler, answer_once, evaluate_model
 from infra import InputError
 from infra.config import option, parse_config
 from infra.parallel import computed
@@ -57,7 +58,7 @@ class Config(TrainOptions, SampleOptions):
     train_fraction: float = option(1.0, "share of the training questions, drawn at random: 0.5, 0.25 ...", above=0,
                                    high=1)
     num_samples: int = option(100, "k, samples per question; from a file: its first k", low=1, group="step 2")
-    temperature: float = option(0.7, "of sampling, for training and for maj@k", above=0)
+    temperature: float = option(0.7, "of sampling, for training (a pool has its own) and for maj@k", above=0)
     pool: tuple[str, ...] = option((), "runs of rft.py whose sample files are used instead of new samples")
     equation_filter: bool = option(True, "drop a path with an equation that does not hold", group="steps 3 and 4")
     dedup: str = option("equations", "paths are the same if they agree in: equations, in <<...>> (string, where no "
@@ -103,22 +104,25 @@ def select_paths(samples: list[str], gold: str, dataset: str, *, answer_format: 
     return distinct_paths(samples, right, dedup, select)
 
 
-def right_paths(samples: list[str], gold: str, dataset: str, marks: str, equation_filter: bool,
-                prompt: str = "") -> list[int]:
+def right_paths(samples: list[str], gold: str, dataset: str, marks: str, equation_filter: bool) -> list[int]:
     """Step 3: indices of the samples with the right answer and equations that hold."""
-    return [i for i, text in enumerate(samples) if is_right(text, gold, dataset, marks, prompt)
+    return [i for i, text in enumerate(samples) if is_right(text, gold, dataset, marks)
             and (equations_hold(text) or not equation_filter)]
 
 
-def is_right(text: str, gold: str, dataset: str, marks: str, prompt: str = "") -> bool:
+def is_right(text: str, gold: str, dataset: str, marks: str) -> bool:
     """Apply the authors' rule for GSM8K's "#### 72" (and the toy world's), and rewards.grade elsewhere.
 
     They differ at the edges: "#### $72" has no answer by the authors' rule, and "#### 6/2" is 6.
     """
-    if marks != "hash" or dataset not in ("toy", "gsm8k"):
-        return grade(text, gold, dataset, marks, prompt).verdict == "correct"
+    if not authors_judge(dataset, marks):
+        return grade(text, gold, dataset, marks).verdict == "correct"
     number, wanted = hash_number(text), hash_number(gold if "####" in gold else f"#### {gold}")
     return number is not None and number == wanted
+
+
+def authors_judge(dataset: str, marks: str) -> bool:
+    return marks == "hash" and dataset in ("toy", "gsm8k")
 
 
 def hash_number(text: str) -> float | None:
@@ -152,24 +156,22 @@ def path_key(text: str, dedup: str = "equations") -> str:
 
 def is_farther(new: str, old: str, kept: list[str]) -> bool:
     """Whether `new` is farther than `old` from the kept paths other than `old`, in sum; a tie is not."""
-    others = [path for path in kept if path != old]
-    return new != old and sum(levenshtein(new, path) for path in others) > sum(
-        levenshtein(old, path) for path in others)
+    return sum(levenshtein(new, path) - levenshtein(old, path) for path in kept if path != old) > 0
 
 
 @lru_cache(maxsize=4096)  # the same paths are compared again and again within a question
-def levenshtein(a: str, b: str) -> int:
+def levenshtein(a: Sequence, b: Sequence) -> int:
     """Edit distance, one column of the table per step, in the bits of two integers (Hyyrö 2003).
 
     Bit i of `up` says that the distance grows by 1 from row i to row i + 1, bit i of `down` that it falls.
     """
-    rows: dict[str, int] = {}  # character -> bits of the rows in which `a` has it
-    for i, character in enumerate(a):
-        rows[character] = rows.get(character, 0) | 1 << i
+    rows = {}  # item -> bits of the rows in which `a` has it
+    for i, item in enumerate(a):
+        rows[item] = rows.get(item, 0) | 1 << i
     full = (1 << len(a)) - 1
     last, up, down, distance = 1 << len(a) >> 1, full, 0, len(a)
-    for character in b:
-        match = rows.get(character, 0)
+    for item in b:
+        match = rows.get(item, 0)
         diagonal = (((match & up) + up) ^ up) | match | down
         right = down | ~(diagonal | up) & full  # the distance grows by 1 from the last column to this
         left = up & diagonal  # ... and falls
@@ -222,8 +224,9 @@ def counted_by(config: Config, problems: list[data.Problem]) -> str:
 
 def check_golds(config: Config, problems: list[data.Problem]) -> None:
     """InputError unless step 3 keeps a gold solution (unchecked with --reward); D holds all of them anyway."""
-    if not all(problem.solution for problem in problems):
-        raise InputError(f"{config.task} has no gold solutions, which step 1 trains on")
+    if absent := [problem.id for problem in problems if not problem.solution]:
+        raise InputError(f"{len(absent)} of {len(problems)} questions of {config.task} have no gold solution, which "
+                         f"step 1 trains on, such as {absent[0]}")
     if config.reward:
         return
     kept = sum(bool(right_paths([gold_text(p, config.marks)], p.answer, config.kind, config.marks,
@@ -260,13 +263,12 @@ def pooled(files: list[list[Answered]]) -> list[list[Sample]]:
 
 
 def all_right_paths(samples: list[list[Sample]], problems: list[data.Problem], config: Config) -> list[list[int]]:
-    """Step 3 for every question."""
-    if config.reward:  # it has judged already
-        return [[i for i, sample in enumerate(group) if sample.right and sample.finished
-                 and (equations_hold(sample.text) or not config.equation_filter)] for group in samples]
-    return computed(range(len(problems)), lambda i: right_paths(
-        [sample.text for sample in samples[i]], problems[i].answer, config.kind, config.marks, config.equation_filter,
-        config.prompt_text(problems[i])))
+    """Step 3 for every question. Where the authors have no rule of their own, the verdicts of step 2 count."""
+    if authors_judge(config.kind, config.marks) and not config.reward:
+        return [right_paths([sample.text for sample in group], problem.answer, config.kind, config.marks,
+                            config.equation_filter) for group, problem in zip(samples, problems)]
+    return [[i for i, sample in enumerate(group) if sample.right and sample.finished
+             and (equations_hold(sample.text) or not config.equation_filter)] for group in samples]
 
 
 def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: list[data.Problem], tokenizer,
@@ -276,8 +278,8 @@ def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: li
     def kept(i: int) -> list[KeptPath]:
         problem, texts = problems[i], [sample.text for sample in samples[i]]
         prompt = config.prompt_ids(tokenizer, problem)
-        return [KeptPath(problem.id, prompt, config.solution_ids(tokenizer, problem, texts[j]) if config.pool
-                         else samples[i][j].ids, texts[j], j // config.num_samples)
+        return [KeptPath(problem.id, prompt, config.solution_ids(tokenizer, problem, texts[j].strip())
+                         if config.pool else samples[i][j].ids, texts[j], j // config.num_samples)
                 for j in distinct_paths(texts, right[i], config.dedup, config.select)]
 
     paths = [path for group in computed(range(len(problems)), kept, label="select") for path in group]
@@ -289,17 +291,17 @@ def kept_paths(samples: list[list[Sample]], right: list[list[int]], problems: li
 def training_row(samples: list[list[Sample]], right: list[list[int]], paths: list[KeptPath], gold: list[Example],
                  problems: list[data.Problem], config: Config, folder: Path) -> dict:
     """Describe what was found, what step 5 learned from besides gold, its steps and tokens, and the FLOPs of all steps
-    (a pool's step 1 is not counted; matched SFT needs neither it nor samples)."""
+    (a pool's step 1 is not counted, and its tokens cost what this model's do; matched SFT needs no samples)."""
     k, golds = config.num_samples, [gold_text(problem, config.marks) for problem in problems]
     count = partial(diversity, dedup=counted_by(config, problems))
     found = [[[(j % k, samples[i][j].text) for j in right[i] if j // k == m] for i in range(len(problems))]
              for m in range(len(samples[0]) // k)]
     done, step_1 = summary(read_jsonl(folder / "train.jsonl")), folder.parent / "iter0" / "train.jsonl"
     sampled = sum(len(sample.ids) for group in samples for sample in group)
-    forward, trained = sampled + sum(len(example.prompt) for example in gold), done["tokens_trained"]
+    forward, trained = sampled + len(found) * sum(len(example.prompt) for example in gold), done["tokens_trained"]
     if config.steps_matched:
         forward = 0
-    elif step_1.exists():
+    if step_1.exists() and not (config.steps_matched and config.restart_from == "base"):
         trained += summary(read_jsonl(step_1))["tokens_trained"]
     return {"name": "RFT", "iteration": 1, "split": "train", "kept": 0 if config.steps_matched else len(paths),
             **count(found, golds, k), "over_k": [{"k": n, **count(found, golds, n)} for n in COUNTS if n <= k],
@@ -333,7 +335,7 @@ def main() -> None:
         pi = train_once(sft, config.model, partial(fine_tune, config.model, gold, config, "SFT", sft))
         rows += evaluate_model("SFT", 0, pi, config, sft, config.temperature)
 
-    files = files or [answer_once(rft / "samples.jsonl", pi, problems, config, split="train",  # step 2
+    files = files or [answer_once(rft / "samples.jsonl", Sampler(pi, config), problems, split="train",  # step 2
                                   num_samples=config.num_samples, temperature=config.temperature,
                                   seed=derive_seed(config.seed, "sample", weights),  # or pooled models would agree
                                   label="sample", reward=True)]

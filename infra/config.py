@@ -120,17 +120,15 @@ def groups_of(Config: type[Options]) -> dict[str, list[dataclasses.Field]]:
 def add_flag(group, field: dataclasses.Field, kind, default) -> None:
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     text = field.metadata["help"] + (f" (default: {shown})" if shown != "" else "")
-    options = {"help": text.replace("%", "%%"), "default": None}
-    if kind is bool:
-        group.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction, **options)
-        group.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", default=None,
-                           help=argparse.SUPPRESS)
-        return
+    options = {"help": text.replace("%", "%%")}
     if typing.get_origin(kind) is tuple:
         kind, options["nargs"] = typing.get_args(kind)[0], "+"
-    choices = ",".join(filter(None, field.metadata["choices"]))
-    group.add_argument(f"--{field.name}", type=kind, metavar=f"{{{choices}}}" if choices else kind.__name__.upper(),
-                       **options)
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        choices = ",".join(filter(None, field.metadata["choices"]))
+        options |= {"type": kind, "metavar": f"{{{choices}}}" if choices else kind.__name__.upper()}
+    group.add_argument(f"--{field.name}", **options)
 
 
 def default_run_dir(Config: type[Options], flags: dict) -> str:

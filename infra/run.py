@@ -230,18 +230,21 @@ def timed(folder: Path, event: str) -> Iterator[None]:
 
 # --- steps -----------------------------------------------------------------------------------------
 
-def once(path: Path, make: Callable[[], object], kind: type | None = None, settings: dict | None = None):
+def once(path: Path, make: Callable[[], object], kind: type | None = None, settings: dict | None = None,
+         defaults: dict | None = None):
     """Return the content of a file; where it is missing, make() it and write it first.
 
     .json holds any value, .jsonl a list of records of the dataclass `kind`. settings: how they were made, for the first
-    line of a .jsonl, with a SHA-256 of all that follows. make() is called on all ranks.
+    line of a .jsonl, with a SHA-256 of all that follows; defaults: what a file means that does not have a setting yet.
+    make() is called on all ranks.
     """
     if parallel.by_first(path.exists):
         Pieces(path).remove()
         if not kind:
             return read_json(path)
         before, records = read_records(path, kind)
-        if changed := differences(before, json.loads(json.dumps(settings or {}))):
+        old, now = json.loads(json.dumps([(defaults or {}) | before, settings or {}]))  # tuples become lists
+        if changed := differences(old, now):
             raise InputError(f"{path} was made with other settings:\n{changed}\nRemove it to make it again.")
         return records
     with timed(path.parent, path.stem):
@@ -266,8 +269,7 @@ class Pieces:
         self.path, self.made_of = path, hash_of(*made_of)
 
     def files(self) -> list[Path]:
-        found = self.path.parent.glob("*.part*") if self.path else ()
-        return [file for file in found if file.stem == self.path.name]
+        return [*self.path.parent.glob(f"{self.path.name}.part[0-9]*")] if self.path else []
 
     def read(self) -> list:
         """Return the pieces that all ranks had finished before this run."""
@@ -308,8 +310,7 @@ class Pieces:
 
 def write_records(path: Path, records: list, settings: dict) -> None:
     rows = [dataclasses.asdict(record) for record in records]
-    header = [{"settings": settings, "sha256": records_hash(settings, rows)}] if settings else []
-    write_jsonl(path, header + rows)
+    write_jsonl(path, [{"settings": settings, "sha256": records_hash(settings, rows)}, *rows])
 
 
 def records_hash(settings: dict, rows: list[dict]) -> str:
@@ -318,15 +319,15 @@ def records_hash(settings: dict, rows: list[dict]) -> str:
 
 def read_records(path: Path, kind: type) -> tuple[dict, list]:
     """Read (settings, records of the dataclass `kind`) from a file; InputError if it was damaged or edited."""
-    rows = read_jsonl(path)
+    lines = read_jsonl(path)
     try:
-        header = rows.pop(0) if rows and "sha256" in rows[0] else {"settings": {}, "sha256": ""}
-        records = [kind(**row) for row in rows]
-    except (ValueError, TypeError, AttributeError) as error:
+        header, *rows = lines
+        settings, sha256, records = header["settings"], header["sha256"], [kind(**row) for row in rows]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path} does not hold records of kind {kind.__name__}: {error!r}") from None
-    if header["sha256"] and header["sha256"] != records_hash(header["settings"], rows):
+    if sha256 != records_hash(settings, rows):
         raise InputError(f"{path} was changed after it was written: its SHA-256 is not the one in its first line")
-    return header["settings"], records
+    return settings, records
 
 
 # --- files -----------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ torch.distributed.checkpoint, so that a run can resume on another number of rank
 made of and the SHA-256 of the other files. The last two states are kept: where one is damaged, the run resumes from the
 other.
 """
-import json
 import shutil
 import warnings
 from pathlib import Path
@@ -17,8 +16,8 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 
 from infra import InputError
-from infra.parallel import by_first, gather, rank, world
-from infra.run import fresh_directory, hash_of, put_in_place, read_json
+from infra.parallel import by_first, computed, rank, world
+from infra.run import fresh_directory, hash_of, put_in_place, read_json, write_json
 
 FILE_BYTES = 2**26  # of a state's file: the writer holds a file twice in memory, besides the tensors
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one rank does not need it
@@ -29,7 +28,7 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     target = folder / f"step-{steps:08}"
 
     def finish() -> None:
-        (temporary / "state.json").write_text(json.dumps({"made_of": made_of, "sha256": hashes}, indent=1) + "\n")
+        write_json(temporary / "state.json", {"made_of": made_of, "sha256": hashes})
         put_in_place(target)
         for old in states(folder)[2:]:
             shutil.rmtree(old)
@@ -43,9 +42,7 @@ def save_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
         dcp.save(named, no_dist=world() == 1, storage_writer=HuggingFaceStorageWriter(
             str(temporary), fqn_to_index_mapping=file_of, save_distributed=True))
         files = by_first(lambda: sorted(path.name for path in temporary.glob("*.safetensors")))
-        hashes = {}
-        for part in gather({name: hash_of(temporary / name) for name in files[rank()::world()]}):
-            hashes |= part
+        hashes = dict(zip(files, computed(files, lambda name: hash_of(temporary / name))))
         by_first(finish)
     except (OSError, CheckpointException) as error:
         failures = getattr(error, "failures", {})
@@ -59,8 +56,7 @@ def load_state(folder: Path, module: nn.Module, optimizer: torch.optim.Optimizer
     found = by_first(lambda: states(folder))
     for path in found:
         if fault := fault_of(path):
-            if rank() == 0:
-                print(f"warning: {path} is damaged and is skipped: {fault}")
+            print(f"warning: {path} is damaged and is skipped: {fault}")
             continue
         if read_json(path / "state.json")["made_of"] != made_of:
             raise InputError(f"{path} is from another training run: its data, seed, steps, lr or batch size differed. "
@@ -88,13 +84,11 @@ def states(folder: Path) -> list[Path]:
 def fault_of(path: Path) -> str:
     """Say what is wrong with the files of a state, or nothing; every rank checks some of them."""
     try:
-        hashes = read_json(path / "state.json")["sha256"]
-    except (InputError, KeyError, TypeError) as error:
+        hashes = dict(read_json(path / "state.json")["sha256"])
+    except (InputError, KeyError, TypeError, ValueError) as error:
         return f"state.json: {error}"
-    faults = [f"{name} is missing" if not (path / name).is_file() else f"{name} has changed"
-              for name in sorted(hashes)[rank()::world()]
-              if not (path / name).is_file() or hash_of(path / name) != hashes[name]]
-    return "; ".join(fault for part in gather(faults) for fault in part)
+    intact = computed([*hashes], lambda name: (path / name).is_file() and hash_of(path / name) == hashes[name])
+    return "; ".join(f"{name} is missing or has changed" for name, whole in zip(hashes, intact) if not whole)
 
 
 def tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -23,18 +23,13 @@ class Config(irpo.Config):
         return super().own_files() | {"pairs": Path(__file__)}  # kept with the run
 
 
-def edit_distance(a: list[int], b: list[int]) -> int:
-    """Count the insertions, deletions and replacements of tokens that make a into b (Levenshtein)."""
-    return levenshtein("".join(map(chr, a)), "".join(map(chr, b)))
-
-
 def preference_pairs(answered: list[Answered], golds: dict[str, list[int]], config: Config) -> list[irpo.Pair]:
     """Steps 2 and 3: the nearest or the farthest of all pairs of a question."""
     pairs = []
     for question in answered:
         right, wrong = irpo.right_and_wrong(question, golds.get(question.id) if config.gold else None, config.dedupe)
-        ranked = sorted(((edit_distance(chosen, rejected), chosen, rejected) for chosen in right for rejected in wrong),
-                        reverse=config.pairing == "far")
+        ranked = sorted(((levenshtein(tuple(chosen), tuple(rejected)), chosen, rejected)
+                         for chosen in right for rejected in wrong), reverse=config.pairing == "far")
         pairs += [irpo.Pair(question.id, question.prompt_ids, chosen, rejected)
                   for _, chosen, rejected in ranked[:config.pairs_per_question]]
     return pairs

@@ -1,13 +1,11 @@
 """Experiments of results/ that are code: pairs by edit distance, and rewards that luck or chance decides."""
-from functools import partial
-
 import pytest
 
 from data import Problem
 from evaluate import Answered, Sample
 from infra.run import write_records
 from irpo import Pair
-from results import controls, describe_pairs, describe_paths, describe_samples, pairs
+from results import controls, describe, pairs
 from rft import KeptPath
 
 
@@ -42,7 +40,7 @@ def test_what_pairs_are_like(tmp_path, capsys):
         write_records(folder / "samples.jsonl", [Answered("q", "?", [0], "7", samples)], {"a": 1})
         write_records(folder / "pairs.jsonl", [Pair("q", [0], ids, [4, 4]) for ids in (
             [1, 2], [1, 2, 3], [9, 9, 9, 9], [9, 9, 9])], {})
-    describe_pairs.print_means(tmp_path, "pairs.jsonl", describe_pairs.describe, describe_pairs.FORMATS)
+    describe.main("pairs", tmp_path)
     assert capsys.readouterr().out.splitlines()[2] == "| mod4 | 1 | 4 | 3.0 | 3.0 | 50.0% | 12.5% |"
 
 
@@ -56,8 +54,7 @@ def test_samples_of_questions_that_need_a_kind(tmp_path, capsys):
     for seed, answer in enumerate(("7", "1")):
         write_records(tmp_path / "irpo" / f"s{seed}" / "iter1" / "samples.jsonl", [
             asked(needs, "7", answer), asked(needs, "1", answer), asked(spares, "1", "1")], {"a": 1})
-    describe_pairs.print_means(tmp_path, "samples.jsonl", partial(describe_samples.describe, kind="spare"),
-                               describe_samples.FORMATS)
+    describe.main("samples", tmp_path, "spare")
     assert capsys.readouterr().out.splitlines()[2] == "| irpo | 1 | 2 | 75.0% | 50.0% |"
 
 
@@ -69,5 +66,5 @@ def test_paths_that_differ_in_the_order_of_two_numbers(tmp_path, capsys):
         path("a", "3 + 10 = 13", "13 - 2 = 11"), path("a", "10 + 3 = 13", "13 - 2 = 11"),
         path("a", "3 + 10 = 13", "2 - 13 = 11"),
         path("b", "3 + 10 = 13"), path("b", "3 * 10 = 30"), path("b", "10 * 3 = 30")], {})
-    describe_pairs.print_means(tmp_path, "paths.jsonl", describe_paths.describe, describe_paths.FORMATS)
+    describe.main("paths", tmp_path)
     assert capsys.readouterr().out.splitlines()[2] == "| k4 | 1 | 6 | 4 | 50.0% |"

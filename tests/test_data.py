@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import sentencepiece
-from tiny import tiny_model
+from tiny import LLAMA3_JSON as LLAMA3
+from tiny import json_dir, tiny_model
 
 import data
 from data import __main__ as show
@@ -372,29 +373,6 @@ def sentencepiece_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spm")
     train_tokenizer([json.dumps(ROWS) + str(TEMPLATES) + " [INST] [/INST] < / s > |"], folder, 140, ["\n"])
     return folder
-
-
-def json_dir(folder, template: str, config: dict):
-    """A byte-level tokenizer.json as Llama 3 (whose template begins with BOS) or Qwen2 (without one) ship it."""
-    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
-    names = ["<|begin|>", "<|end|>"]
-    letters = [*names, *tokenizers.pre_tokenizers.ByteLevel.alphabet()]
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    tokenizer.add_special_tokens(names)
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.enable_truncation(12)  # as some files on the Hub have it
-    tokenizer.enable_padding(length=99)
-    if template:
-        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-            single=template, special_tokens=[(name, i) for i, name in enumerate(names)])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
-LLAMA3 = ("<|begin|> $A", {"eos_token": "<|end|>"})
 
 
 @pytest.mark.parametrize("template, eos, bos", [

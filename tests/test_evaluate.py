@@ -195,8 +195,8 @@ def killed(base, tmp_path, monkeypatch):
 
         monkeypatch.setattr(evaluate, "generate", some)
         with contextlib.suppress(KeyboardInterrupt):
-            evaluate.answer_once(tmp_path / name / "x.jsonl", str(base), options.problems("train", 11), options,
-                                 seed=seed, **how)
+            evaluate.answer_once(tmp_path / name / "x.jsonl", evaluate.Sampler(str(base), options),
+                                 options.problems("train", 11), seed=seed, **how)
         return tmp_path / name / "x.jsonl", sampled
 
     return ask
@@ -263,7 +263,8 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
 
     def ask(speed: dict, **changes) -> list[Answered]:
         options = SampleOptions(task="toy", prompt="irpo", **speed)
-        return evaluate.answer_once(path, str(base), ["problem"], options, label="x", **how | changes)
+        sampler = evaluate.Sampler(str(base), options)
+        return evaluate.answer_once(path, sampler, ["problem"], label="x", **how | changes)
 
     assert ask(dict(batch_rows=7, tensor_parallel=2)) == ask({}) == hand_made()
     [((model, _, problems, options), asked)] = calls
@@ -281,6 +282,11 @@ def test_a_file_of_answers_says_how_they_were_asked(base, tmp_path, monkeypatch)
     for name, value in dict(split="test", num_samples=1, temperature=1.0, seed=4).items():
         with pytest.raises(InputError, match=f"other settings:\n  {name}: "):
             ask({}, **{name: value})
+    before = {name: value for name, value in said.items() if name not in ("toy_steps", "max_new_tokens")}
+    write_records(path, hand_made(), before)  # by code that did not have these flags yet
+    assert ask({}) == hand_made()
+    with pytest.raises(InputError, match="other settings:\n  max_new_tokens: 512 there, 9 now"):
+        ask(dict(max_new_tokens=9))
 
 
 def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys):
@@ -288,11 +294,11 @@ def test_samples_of_which_none_has_finished(tmp_path, monkeypatch, base, capsys)
     with exit status 0. Where nothing is trained it is a warning, as are other shares that say something is amiss."""
     endless = [replace(q, samples=[replace(s, finished=False, text=" ") for s in q.samples]) for q in hand_made()]
     monkeypatch.setattr(evaluate, "answer", lambda *args, **how: endless)
-    how = dict(num_samples=4, temperature=1.0, seed=0, label="", sampler=SimpleNamespace(weights="", loaded=()))
+    sampler = SimpleNamespace(weights="", loaded=(), options=SampleOptions(task="toy"))
+    how = dict(num_samples=4, temperature=1.0, seed=0, label="")
     with pytest.raises(InputError, match="none of 12 responses ended within --max_new_tokens 512: .*eos_token_id"):
-        evaluate.answer_once(tmp_path / "samples.jsonl", "", [], SampleOptions(task="toy"), split="train", **how)
-    assert evaluate.answer_once(tmp_path / "eval.jsonl", "", [], SampleOptions(task="toy"), split="test",
-                                **how) == endless
+        evaluate.answer_once(tmp_path / "samples.jsonl", sampler, [], split="train", **how)
+    assert evaluate.answer_once(tmp_path / "eval.jsonl", sampler, [], split="test", **how) == endless
 
     evaluate.print_summary("M0", summarize(endless, "toy"))
     said, *warnings = capsys.readouterr().out.splitlines()
@@ -313,9 +319,9 @@ def test_the_record_of_a_model(tmp_path, monkeypatch, capsys, eval_samples):
     """Greedy on dev and test; accuracy stays the greedy one where several samples are drawn as well."""
     calls, samplers = [], set()
 
-    def answer_once(path, directory, problems, config, **how) -> list[Answered]:
-        samplers.add(how.pop("sampler"))
-        calls.append((path.name, directory, problems, how))
+    def answer_once(path, sampler, problems, **how) -> list[Answered]:
+        samplers.add(sampler)
+        calls.append((path.name, problems, how))
         return [replace(q, samples=q.samples[-how["num_samples"]:]) for q in hand_made()]
 
     monkeypatch.setattr(evaluate, "answer_once", answer_once)
@@ -323,7 +329,7 @@ def test_the_record_of_a_model(tmp_path, monkeypatch, capsys, eval_samples):
                              problems=lambda split, limit: [f"{limit} of {split}"])
     rows = evaluate.evaluate_model("M1", 1, "directory", config, tmp_path, 0.7, note="n")
     asked = [("eval_dev", "dev", 1, 0.0), ("eval_samples", "test", 1, 0.0), ("eval_sampled", "test", 4, 0.7)]
-    assert calls == [(f"{file}.jsonl", "directory", [f"2 of {split}"], dict(
+    assert calls == [(f"{file}.jsonl", [f"2 of {split}"], dict(
         split=split, num_samples=num_samples, temperature=temperature, seed=5, label=f"M1 {split}"))
         for file, split, num_samples, temperature in asked[:3 if eval_samples else 2]]
     assert [sampler.directory for sampler in samplers] == ["directory"]  # one, that is hashed and loaded once
@@ -333,7 +339,7 @@ def test_the_record_of_a_model(tmp_path, monkeypatch, capsys, eval_samples):
     said = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines() if "accuracy" in line]
     sampled = ["M1 test, the first of 4 samples at temperature 0.7"] if eval_samples else []
     if eval_samples:  # measured again without the flag, it keeps what was sampled
-        (tmp_path / "eval_sampled.jsonl").write_text('{"settings": {"num_samples": 4}, "sha256": ""}\n')
+        write_records(tmp_path / "eval_sampled.jsonl", [], {"num_samples": 4})
         config.eval_samples = 0
         assert evaluate.evaluate_model("M1", 1, "directory", config, tmp_path, 0.7, note="n") == rows
     assert said == ["M1 dev", "M1 test", *sampled]

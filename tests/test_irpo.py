@@ -570,13 +570,19 @@ def test_a_run_that_finds_no_pairs_is_finished_with_fewer_iterations(base, tmp_p
     assert model_hash(tmp_path / "run" / "iter1" / "model") == before
 
 
-def test_selection_with_too_few_steps_is_refused_before_training(base, tmp_path):
+def test_selection_with_too_few_steps_is_refused_before_training(base, tmp_path, monkeypatch):
     """A measurement every 50 steps would never happen; and a schedule would differ in the second training run."""
     with pytest.raises(InputError, match="--select_every 50 is more than the"):
         short_run(base, tmp_path / "run", "--select_every", "50", "--lr_schedule", "constant")
     assert not (tmp_path / "run" / "iter1" / "select").exists()
     with pytest.raises(ValueError, match="--lr_schedule constant"):
         Config(select_every=2, lr_schedule="linear")
+    flags = ["--select_every", "2", "--lr_schedule", "constant", "--max_pairs", "8"]  # in batches of 8
+    with pytest.raises(InputError, match="--select_every 2 is more than the 1 steps"):
+        short_run(base, tmp_path / "run", *flags)
+    monkeypatch.setattr(irpo, "open_run", lambda *args, **inputs: 1 / 0)  # SFT on gold has ten solutions all the same
+    with pytest.raises(ZeroDivisionError):
+        short_run(base, tmp_path / "run", *flags, "--method", "sft_gold")
 
 
 def test_defaults_are_the_papers():

@@ -340,7 +340,8 @@ class Page(HTMLParser):
     "~~~\n<script>x</script>\n~~~", "a\r\r<script>x</script>\r\u2028<b>", "[a](javascript:alert(1)) <a@b.c>",
     "![accuracy.png](accuracy.png)", '<img src="accuracy.png">', "    ```\n<svg/onload=x>", "\x02wzxhzdk:0\x03<b>",
     "</code></pre><script>x</script>", "| a |\n| --- |\n| <i>x</i> |", "&lt;b&gt; <!-- <script> -->", "a|b\\|c\\",
-    "# head\n- item", "`code` ``` *bold*", "\x1b]0;title\x07\x1b[2J\x00\x9b1m", "\u202eleft", "\ud800"])
+    "# head\n- item", "`code` ``` *bold*", "runs/__x__/a_b_c _y_",
+    "\x1b]0;title\x07\x1b[2J\x00\x9b1m", "\u202eleft", "\ud800"])
 def test_text_of_a_model_is_shown_as_text(text, tmp_path, capsys):
     """In a fence, a sentence and a cell: nothing may run, be fetched, change the page or reach a terminal as a command.
     Here <script> in a cell reached report.md, and a lone surrogate ended the report."""

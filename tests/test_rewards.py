@@ -371,7 +371,7 @@ def test_copies_are_seen_wherever_samples_are_graded(tmp_path, monkeypatch, caps
     assert "q: correct in the file, copied now" in capsys.readouterr().out
     config = rft.Config(task="math", prompt="plain", model="m")
     assert rft.all_right_paths([answered[0].samples], [problem], config) == [[]]
-    assert rft.all_right_paths([answered[0].samples], [replace(problem, question="Simplify it.")], config) == [[0, 1]]
+    assert rft.all_right_paths([once_right[0].samples], [problem], config) == [[0]]
 
 
 @pytest.mark.parametrize("text, answer", [

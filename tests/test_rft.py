@@ -9,10 +9,11 @@ import hypothesis
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny import LLAMA3_JSON, json_dir
 
 import rft
 from checkpoint import load_model, model_hash, num_parameters
-from data import load_problems, toy
+from data import Problem, load_problems, toy
 from data.prompts import encode_solution
 from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample
@@ -20,7 +21,7 @@ from infra import InputError
 from infra.run import derive_seed, read_json, read_records, write_jsonl, write_records
 from rft import diversity, levenshtein, path_key, right_paths, select_paths
 from runs import call, narrower, read_lines, refusal, settings
-from train import num_steps
+from train import Example, num_steps
 
 GOLD = "Ann has 2+3=<<2+3=5>>5. That makes 5*2=<<5*2=10>>10.\n#### 10"
 
@@ -181,9 +182,9 @@ def no_luck():
     """What a tiny model answers to training questions is replaced."""
     answer_once = rft.answer_once
 
-    def answered(path, directory, problems, options, **how) -> list[Answered]:
+    def answered(path, sampler, problems, **how) -> list[Answered]:
         return [by_hand(*pair, SAMPLES[:how["num_samples"]])
-                for pair in zip(answer_once(path, directory, problems, options, **how), problems)]
+                for pair in zip(answer_once(path, sampler, problems, **how), problems)]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(toy.SIZES, "train", 40)
@@ -329,6 +330,20 @@ def test_steps_matched_sees_gold_alone_for_as_many_steps(started, base, pool):
     assert training_row(run)["flops"] == num_parameters(base) * 6 * training_row(run)["tokens_trained"], "no samples"
 
 
+def test_flops_are_of_all_that_a_model_is_made_of(tmp_path, monkeypatch):
+    """Each pooled model reads the prompts once; step 1 counts where step 5 has its model or its samples."""
+    monkeypatch.setattr(rft, "flops", lambda directory, forward, trained: (forward, trained))
+    for t, tokens in (0, 1000), (1, 10):
+        write_jsonl(tmp_path / f"iter{t}" / "train.jsonl", [{"step": 0, "loss": 1.0, "tokens": tokens}])
+    problem, sample = Problem("q", "Q?", "5", "#### 5"), Sample([5, 2], True, "#### 5", "correct", "5")
+    for flags, expected in (({}, (4 * 2 + 2 * 7, 1010)), (dict(steps_matched=True), (0, 10)),
+                            (dict(steps_matched=True, restart_from="sft"), (0, 1010))):
+        config = rft.Config(model="m", task="toy", prompt="plain", num_samples=2, **flags)
+        row = rft.training_row([[sample] * 4], [[0, 1, 2, 3]], [], [Example("q", [1] * 7, [2])], [problem], config,
+                               tmp_path / "iter1")
+        assert row["flops"] == expected
+
+
 def test_steps_matched_counts_what_is_trained_on(started, base, pool, tmp_path):
     """Gold solutions that the model has no positions for are in neither of the two runs that are compared."""
     tokenizer, config = load_tokenizer(base), rft.Config(model="m", **rft.TOY)
@@ -375,6 +390,19 @@ def test_a_pool_of_two_keeps_their_order_and_knows_its_models(started, base, poo
     assert [(of["k"], of["correct_paths"]) for of in row["over_k"]] == [(1, 2.0)]
 
 
+def test_a_pooled_text_begins_with_one_space(tmp_path):
+    """Of a byte-level tokenizer a sampled text already has the space that a written solution needs: with two, every
+    pooled path was learnt as "  It is"."""
+    tokenizer = load_tokenizer(json_dir(tmp_path, *LLAMA3_JSON))
+    problem = Problem("q", "2+3?", "5", "It is <<2+3=5>>5.\n#### 5")
+    for pool in (), ("runs/other",):
+        config = rft.Config(model="m", task="gsm8k", num_samples=1, pool=pool)
+        ids = config.gold_ids(tokenizer, problem)
+        sample = Sample(ids, True, tokenizer.decode(ids), "correct", "5")
+        [path] = rft.kept_paths([[sample]], [[0]], [problem], tokenizer, config)
+        assert path.text == " It is <<2+3=5>>5.\n#### 5" and path.response == ids
+
+
 def test_a_replaced_pool_is_refused(started, base, tmp_path, capsys):
     """Its paths would be of other samples than those that are counted."""
     started("--pool", pool_of(tmp_path / "pool", base))
@@ -402,7 +430,8 @@ def test_gold_solutions_must_pass_step_3(capsys):
     unsound = [replace(p, solution=f"So <<2+2=5>>.\n#### {p.answer}") for p in problems]
     rft.check_golds(config, [unsound[0], *problems[1:]])
     assert "9 of 10 gold solutions pass" in capsys.readouterr().out
-    for golds, said in ((unsound, "would drop every path"), ([replace(problems[0], solution="")], "no gold solutions")):
+    absent = [*problems[1:], replace(problems[0], solution="")]
+    for golds, said in (unsound, "would drop every path"), (absent, f"1 of 10 .* no gold .* as {problems[0].id}"):
         with pytest.raises(InputError, match=said):
             rft.check_golds(config, golds)
     rft.check_golds(replace(config, equation_filter=False), unsound)

@@ -1,6 +1,8 @@
-"""Small random models, and slow references written from the formulas, that several tests share."""
+"""Small random models, a tokenizer, and slow references written from the formulas, that several tests share."""
+import json
 import math
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +36,29 @@ def random_tokens(seed: int, *shape: int, vocab: int = 24) -> Tensor:
 
 def random_prompts(seed: int, lengths: list[int], vocab: int = 24) -> list[list[int]]:
     return [random_tokens(seed + i, n, vocab=vocab).tolist() for i, n in enumerate(lengths)]
+
+
+def json_dir(folder, template: str, config: dict):
+    """A byte-level tokenizer.json as Llama 3 (whose template begins with BOS) or Qwen2 (without one) ship it."""
+    tokenizers = pytest.importorskip("tokenizers", reason="pip install tokenizers")
+    names = ["<|begin|>", "<|end|>"]
+    letters = [*names, *tokenizers.pre_tokenizers.ByteLevel.alphabet()]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    tokenizer.add_special_tokens(names)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.enable_truncation(12)  # as some files on the Hub have it
+    tokenizer.enable_padding(length=99)
+    if template:
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[(name, i) for i, name in enumerate(names)])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+LLAMA3_JSON = ("<|begin|> $A", {"eos_token": "<|end|>"})
 
 
 def slow_angle(config: ModelConfig, i: int, position: int) -> float:

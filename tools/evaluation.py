@@ -12,7 +12,7 @@ import data
 from checkpoint import model_hash
 from data.check import check_inputs
 from data.tokenizer import load_tokenizer
-from evaluate import Answered, SampleOptions, answer_once, print_summary, summarize
+from evaluate import Answered, SampleOptions, Sampler, answer_once, print_summary, summarize
 from infra import InputError
 from infra.config import option, parse_config
 from infra.hardware import ComputeOptions
@@ -90,9 +90,9 @@ def main() -> None:
     tokenizer, problems = load_tokenizer(config.model), config.problems(config.split, config.limit)
     check_inputs(config, tokenizer, problems)
     run = open_run(config, weights=model_hash(config.model), problems=hash_of(*problems))
-    answered = answer_once(run / "eval_samples.jsonl", config.model, problems, config, split=config.split,
-                           num_samples=config.num_samples, temperature=config.temperature, seed=config.seed,
-                           label="evaluate", reward=True)
+    answered = answer_once(run / "eval_samples.jsonl", Sampler(config.model, config), problems,
+                           split=config.split, num_samples=config.num_samples, temperature=config.temperature,
+                           seed=config.seed, label="evaluate", reward=True)
     found = summarize(answered, config.task)
     write_json(run / "results.json", [{"name": "model", "iteration": 0, "split": config.split, **found}])
     print_shares(f"{config.task} {config.split}", found)

@@ -1,9 +1,9 @@
 """Tell what fits into a GPU before one is rented: bytes from formulas, for training (IRPO, SFT) and for sampling.
 
     python -m tools.memory                                                            # the published shapes
-    python -m tools.memory --model_shape llama-2-70b --gpus 24 --tensor_parallel 4    # one of them
+    python -m tools.memory --model llama-2-70b --gpus 24 --tensor_parallel 4    # one of them
     python -m tools.memory --model DIR
-    python -m tools.memory --preset cpu --model_shape smollm2-135m                    # on a CPU, in float32
+    python -m tools.memory --preset cpu --model smollm2-135m                    # on a CPU, in float32
 
 P parameters are trained on n = --gpus GPUs that share one training state (with --shard_within_node: those of a node).
 GB are 10^9 bytes. Activations and gradients on their way are upper bounds, under CUDA's fused attention. Assumed:
@@ -32,8 +32,7 @@ SHAPES = {  # as in their config.json: vocabulary, width, inner, layers, heads, 
 
 @dataclass(frozen=True)
 class Config(Options):
-    model_shape: str = option("", "one of the published shapes alone", choices=("", *SHAPES))
-    model: str = option("", "the shape in a model directory's config.json alone")
+    model: str = option("", f"one alone: {', '.join(SHAPES)}, or a model directory")
     cpu: bool = option(False, "a CPU that computes in float32, in place of GPUs")
     gpus: int = option(8, "GPUs that share one training state", low=1)
     gpu_gb: float = option(80.0, "memory of a GPU", above=0)
@@ -125,8 +124,8 @@ def responses(needed: dict[str, float], config: Config) -> int:
 
 def main() -> None:
     config = parse_config(Config, PRESETS, __doc__)
-    models = {config.model: load_config(config.model)} if config.model else {
-        name: model_config(name) for name in ([config.model_shape] if config.model_shape else SHAPES)}
+    models = {name: model_config(name) if name in SHAPES else load_config(name)
+              for name in ([config.model] if config.model else SHAPES)}
     needed = {name: memory(model, config) for name, model in models.items()}
     rows = [([name, f"{parameters(model)[0]:,}", f"{responses(needed[name], config):,}"], needed[name])
             for name, model in models.items()]

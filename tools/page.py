@@ -61,7 +61,8 @@ def text_of(value, spec: str) -> str:
 
 def plain(text: str) -> str:
     """Show a name, a path or a command in a line of Markdown: nothing in it is markup, nor another line or cell."""
-    return re.sub(r"([\\`*\[\]|#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+    markup = r"([\\`*\[\]|#]|(?<![a-zA-Z0-9])_|_(?![a-zA-Z0-9]))"  # inside a word _ is none
+    return re.sub(markup, r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def fenced(text: str) -> str:

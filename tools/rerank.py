@@ -101,7 +101,7 @@ def scores(model: RewardModel, responses: list[Example], config: Config) -> list
 def best(question: Answered, score: list[float]) -> int:
     """Step 3: the sample with the highest score among those that give an answer; the first of equals."""
     answers = [i for i, sample in enumerate(question.samples) if sample.answer is not None]
-    return max(answers or range(len(score)), key=lambda i: (score[i], -i))
+    return max(answers or range(len(score)), key=lambda i: score[i])
 
 
 def read_inputs(config: Config) -> tuple[list[Labelled], list[Answered], str]:
