@@ -502,16 +502,17 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
     labels = [*(label_of(kind, cell) for cell in PAPER[kind]["cells"]), *(row["label"] for row in summary.values())]
     order = list(dict.fromkeys(label.rpartition(": ")[2] for label in labels))
     runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
-    steps = {cell: [run.steps for run in seeds.values() if run.kind == "reft"] for cell, seeds in cells.items()}
-    ks, bars = over_k(summary), "bars: 95% intervals, dots: seeds"
-    label = f"test accuracy; {bars}"
+    bars = "bars: 95% intervals, dots: seeds"
+    if kind == "compare":
+        steps = {cell: [run.steps for run in seeds.values() if run.kind == "reft"] for cell, seeds in cells.items()}
+        drawn = {"compute": render(over_compute(summary, steps), bars, "FLOPs", order, "share")}
+    elif ks := over_k(summary):
+        drawn = {"accuracy": render(ks, f"test accuracy; {bars}", "k, samples per question", order, "share", "symlog")}
+    else:
+        drawn = {"accuracy": render(over_models(summary), f"test accuracy; {bars}", "iteration (0: the first model)",
+                                    order, "share")}
     probes = {label: probe_lines(seeds[0].models) for label, seeds in runs.items()}
-    compute = over_compute(summary, steps) if kind == "compare" else {}
-    drawn = {"accuracy": render(ks, label, "k, samples per question", order, "share", "symlog") if ks
-             else render({} if kind == "compare" else over_models(summary), label, "iteration (0: the first model)",
-                         order, "share"),
-             "compute": render(compute, bars, "FLOPs", order, "share"),
-             "logps": render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")}
+    drawn["logps"] = render(probes, "mean summed log-prob, nats, first seed", "optimizer steps")
     for name, (key, label, scale) in PAPER["curves"].items():
         lines = {cell: curve([run.steps for run in seeds if run.kind == "reft"], key) for cell, seeds in runs.items()}
         drawn[name] = render({"": lines}, label, "batches of questions", order, scale)
