@@ -256,7 +256,7 @@ def add_advantages(table: dict[str, Tensor], scores: Tensor, config: Config) -> 
 def diagnose(rollouts: list[Rollout], table: dict[str, Tensor]) -> dict[str, float]:
     """What a batch says about the run. KL and length are per response, entropy is per token."""
     mask = table["mask"].bool()
-    log_ratio = torch.where(mask, table["logps"] - table["ref_logps"], 0.0)
+    log_ratio = table["logps"] - table["ref_logps"]  # both are 0 where mask is off
     record = {"reward": fmean(r.score for r in rollouts), "accuracy": fmean(r.right for r in rollouts),
               "kl": float(log_ratio.sum(-1).mean()),  # k1, which the reward uses
               "kl_k3": float(((-log_ratio).exp() - 1 + log_ratio).sum(-1).mean()),  # never below 0
@@ -415,6 +415,17 @@ def measured(name: str, t: int, directory: str, config: Config, folder: Path) ->
     return rows
 
 
+def training_row(config: Config, pi_0: Path, pi: Path, found: dict) -> dict:
+    """What training did, and the tokens and FLOPs that it took, warm-up included."""
+    records = read_jsonl(pi / "train.jsonl")
+    totals = {key: sum(record.get(key, 0) for record in records) for key in ("tokens_sampled", "tokens_forward")}
+    row = {"name": METHODS[config.method], "iteration": 1, "split": "train", **summary(records), **totals, **found}
+    trained = row["tokens_trained"] * (1 + (config.critic == "separate"))
+    if config.warmup_epochs and config.method != "sft":  # which starts at the base
+        trained += summary(read_jsonl(pi_0 / "train.jsonl"))["tokens_trained"]
+    return row | {"flops": flops(config.model, row["tokens_forward"], trained)}
+
+
 def main() -> None:
     config = parse_config(Config, {"toy": TOY, "smoke": SMOKE}, __doc__)
     tokenizer, problems = load_tokenizer(config.model), config.problems("train", config.num_questions)
@@ -434,7 +445,7 @@ def main() -> None:
         start = train_once(pi_0, config.model, partial(sft, config, pi_0, golds, config.warmup_epochs))
     rows = measured("warm-up" if config.warmup_epochs else "base", 0, start, config, pi_0)
 
-    found, name = {}, METHODS[config.method]
+    found = {}
     if config.method == "sft":
         last = train_once(pi, start, partial(sft, config, pi, golds, config.sft_epochs))
     elif config.method == "offline_st":
@@ -450,14 +461,8 @@ def main() -> None:
         by_id = {example.id: example for example in golds if config.online_gold}
         last = train_once(pi, start, partial(reinforce, config, pi, start, tokenizer, problems, by_id))
 
-    records = read_jsonl(pi / "train.jsonl")
-    totals = {key: sum(record.get(key, 0) for record in records) for key in ("tokens_sampled", "tokens_forward")}
-    row = {"name": name, "iteration": 1, "split": "train", **summary(records), **totals, **found}
-    trained = row["tokens_trained"] * (1 + (config.critic == "separate"))
-    if config.warmup_epochs and config.method != "sft":  # which starts at the base
-        trained += summary(read_jsonl(pi_0 / "train.jsonl"))["tokens_trained"]
-    rows.append(row | {"flops": flops(config.model, row["tokens_forward"], trained)})
-    rows += measured(name, 1, last, config, pi)
+    rows.append(training_row(config, pi_0, pi, found))
+    rows += measured(METHODS[config.method], 1, last, config, pi)
     write_json(run / "results.json", rows)
     print(f"{run / 'results.json'} is complete; python -m tools.report {run} draws it")
 

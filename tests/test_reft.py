@@ -97,6 +97,7 @@ def test_lucky_letters_are_counted_on_test_only(tmp_path, monkeypatch):
     counted = [measured("M", 1, "somewhere", config_of(num_choices=n), tmp_path) for n in (2, 0)]
     assert counted == [[{"split": "dev"}, {"split": "test", "letter_accuracy": pytest.approx(2 / 3)}],
                        [{"split": "dev"}, {"split": "test"}]]
+    assert read_json(tmp_path / "eval.json") == counted[0]  # which the report of an unfinished run reads
 
 
 def test_rollouts_are_samples_with_their_scores_and_rows(monkeypatch):
