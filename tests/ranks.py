@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import irpo  # noqa: E402
 import reft  # noqa: E402
 from checkpoint import load_model, sampler_of, save_model  # noqa: E402
+from evaluate import SampleOptions, sample_all  # noqa: E402
 from infra import hardware, parallel  # noqa: E402
 from infra.parallel import full_weight, rank, world  # noqa: E402
+from infra.run import Pieces  # noqa: E402
 from infra.state import load_state, save_state  # noqa: E402
-from sample import generate  # noqa: E402
 from test_irpo import some_pairs  # noqa: E402
 from test_reft import config_of, some_rollouts  # noqa: E402
 from test_train import examples, nll  # noqa: E402
@@ -111,10 +112,12 @@ def sampled(model_dir: str) -> dict:
     """Sample from a split model, from a complete one, and from a copy of one in training."""
     prompts, ranks = random_prompts(0, [3, 9, 1]), min(2, world())
     found = {}
-    for name, model in (("complete", load_model(model_dir)), ("split", load_model(model_dir, ranks=ranks)),
-                        ("of training", sampler_of(load_for_training(model_dir, options_here()), "fp32", ranks))):
-        found[name] = [[r.ids for r in group] for group in
-                       generate(model, prompts, num_samples=3, max_new_tokens=12, eos_ids=(2,), seed=0)]
+    for name, model, held in (
+            ("complete", load_model(model_dir), 1), ("split", load_model(model_dir, ranks=ranks), ranks),
+            ("of training", sampler_of(load_for_training(model_dir, options_here()), "fp32", ranks), ranks)):
+        options = SampleOptions(max_new_tokens=12, batch_rows=3, tensor_parallel=held)  # a group for each prompt
+        found[name] = [[r.ids for r in group] for group in sample_all(
+            model, prompts, options, (2,), num_samples=3, temperature=1.0, seed=0, label="", pieces=Pieces())]
         found[f"logits {name}"] = model(random_tokens(5, 2, 7)).flatten().tolist()[:50]
     return found
 

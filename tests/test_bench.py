@@ -8,6 +8,7 @@ import pytest
 
 from infra import InputError
 from model import ModelConfig
+from runs import call
 from tools import bench
 
 TINY = ModelConfig(96, 64, 160, 2, 4, 2, 16, max_position_embeddings=256)
@@ -99,11 +100,6 @@ def test_busy_compares_what_each_run_chose(monkeypatch):
     assert started == [0, 1] and spinning[0].wait(10) < 0
 
 
-def run_main(monkeypatch, *flags) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, flags)])
-    bench.main()
-
-
 def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsys):
     """A mean, the best of each side, or a busy minute that one of them has alone would flatter the other; so would
     numbers of rows that do not suit one of them."""
@@ -117,7 +113,7 @@ def test_engines_take_turns_and_medians_are_printed(monkeypatch, tmp_path, capsy
 
     monkeypatch.setattr(bench, "measure_elsewhere", fake)
     monkeypatch.setattr(bench, "pythons_of", lambda half, peers: {"ours": sys.executable, "trl": peers[0]})
-    run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--peers", "/bin/true", "--out", tmp_path)
+    call(bench, "--halves", "training", "--shapes", "toy", "--peers", "/bin/true", "--out", tmp_path)
     assert asked == 3 * [("ours", sys.executable, None), ("trl", "/bin/true", "sdpa"), ("trl", "/bin/true", "eager")]
     text = (tmp_path / "bench.md").read_text()
     assert text in capsys.readouterr().out
@@ -137,7 +133,7 @@ def test_an_engine_that_fails_is_said_and_nothing_measured_is_lost(monkeypatch, 
         return [job | {"num_samples": "", "rows": 32, "tokens": 1000, "cpu": 2, "wall": 4, "peak_mb": 70.0}]
 
     def text(*flags: object) -> str:
-        run_main(monkeypatch, "--halves", "training", "--shapes", "toy", "--out", tmp_path, *flags)
+        call(bench, "--halves", "training", "--shapes", "toy", "--out", tmp_path, *flags)
         return (tmp_path / "bench.md").read_text()
 
     asked, fine, failed = [], 4, "\n- trl failed with the toy model: no such attention\n"
@@ -157,10 +153,10 @@ def test_parts_alone_are_written_and_nothing_to_measure_is_said(monkeypatch, tmp
     """Minutes of measuring were lost, or the page of an earlier run was printed."""
     shares = {half: {"attention": 1.0} for half in ("sampling", "training")}
     monkeypatch.setattr(bench, "measure_elsewhere", lambda python, job: shares)
-    run_main(monkeypatch, "--halves", "parts", "--shapes", "toy", "--out", tmp_path)
+    call(bench, "--halves", "parts", "--shapes", "toy", "--out", tmp_path)
     assert "| attention | 100% | 100% |" in (tmp_path / "bench.md").read_text()
     with pytest.raises(InputError, match="nothing to measure: toy, 6.5m, 1b are trained"):
-        run_main(monkeypatch, "--halves", "training", "--shapes", "135m", "--out", tmp_path)
+        call(bench, "--halves", "training", "--shapes", "135m", "--out", tmp_path)
 
 
 def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(monkeypatch, tmp_path, capsys):
@@ -168,7 +164,7 @@ def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(mo
     monkeypatch.setitem(bench.ENGINES, "sampling", {
         "ours": bench.Engine(bench.sample_ours),
         "absent": bench.Engine(bench.sample_ours, packages=("no_such_package",))})
-    run_main(monkeypatch, "--halves", "sampling", "parts", "--shapes", "6.5m", "--rounds", 1, "--rows", 32,
+    call(bench, "--halves", "sampling", "parts", "--shapes", "6.5m", "--rounds", 1, "--rows", 32,
              "--new_tokens", 2, "--out", tmp_path)
     assert "absent is left out: no Python with no_such_package" in capsys.readouterr().out
     results = json.loads((tmp_path / "bench.json").read_text())["sampling"]
@@ -180,6 +176,6 @@ def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(mo
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, flags):
     """Before minutes of work, not after."""
     with pytest.raises((InputError, SystemExit)) as error:
-        run_main(monkeypatch, "--out", tmp_path / "out", *flags)
+        call(bench, "--out", tmp_path / "out", *flags)
     assert flags[0] in capsys.readouterr().err + str(error.value)
     assert not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ from infra import InputError
 from infra.config import option
 from infra.run import run_script
 from rewards import EXTRACT, OWN_FORMAT, grade
+from runs import refusal
 
 ROWS = {  # one record of each format, as the data sets write them
     "gsm8k": {"question": "Ann has 4 pens and buys 3. How many has she?",
@@ -599,12 +600,24 @@ def test_inputs_that_do_not_fit_are_refused(gsm8k_run, flags, tokenizer, said):
         check_inputs(dataclasses.replace(gsm8k_run, **flags), other, *problems)
 
 
+@pytest.mark.parametrize("module", ["irpo", "reft", "rft", "tools.evaluation"])
+def test_questions_that_are_only_measured_must_fit_too(gsm8k_run, module, tmp_path, capsys):
+    """Else a run of hours ends at its first evaluation."""
+    shutil.copytree(gsm8k_run.path, tmp_path / "data")
+    write(tmp_path / "data" / "test.jsonl", [ROWS["gsm8k"] | {"question": "How many? " * 40}])
+    flags = ["--task", "gsm8k", "--path", tmp_path / "data", "--prompt", "plain", "--max_new_tokens", 16, "--model",
+             gsm8k_run.model, "--run_dir", tmp_path / "run", *["--select_every", 0][:2 * (module == "irpo")]]
+    assert "the longest prompt has" in refusal(capsys, importlib.import_module(module), *flags)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("module", ["irpo", "reft", "rft", "tools.sft", "tools.evaluation"])
 def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path, monkeypatch):
     """Its samples, pairs, reference log-probabilities and states are token ids: with another tokenizer of the same size
     a resumed run trained on noise, and with another end token on responses that do not end."""
     model, run, main = tmp_path / "model", tmp_path / "run", importlib.import_module(module)
     shutil.copytree(gsm8k_run.model, model)
+    shutil.copytree(gsm8k_run.path, tmp_path / "data")
     config = json.loads((model / "config.json").read_text())
 
     class Opened(Exception):
@@ -616,7 +629,7 @@ def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path
 
     monkeypatch.setattr(main, "open_run", open_run)
     monkeypatch.setattr(main, "check_inputs", lambda *args: None, raising=False)
-    monkeypatch.setattr("sys.argv", [module, "--task", "gsm8k", "--path", gsm8k_run.path, "--model", str(model),
+    monkeypatch.setattr("sys.argv", [module, "--task", "gsm8k", "--path", str(tmp_path / "data"), "--model", str(model),
                                      "--run_dir", str(run), *["--select_every", "0"][:2 * (module == "irpo")]])
     for _ in range(2):
         with pytest.raises(Opened):
@@ -630,6 +643,14 @@ def test_a_run_is_not_resumed_with_another_tokenizer(gsm8k_run, module, tmp_path
         change()
         with pytest.raises(InputError, match="other inputs:\n  weights: "):
             main.main()
+
+    shutil.rmtree(model)
+    shutil.copytree(gsm8k_run.model, model)
+    for split in {"tools.sft": ["train"], "tools.evaluation": ["test"]}.get(module, ["train", "test"]):
+        write(tmp_path / "data" / f"{split}.jsonl", numbered("gsm8k", 11))
+        with pytest.raises(InputError, match="other inputs:\n  problems: "):
+            main.main()
+        write(tmp_path / "data" / f"{split}.jsonl", numbered("gsm8k", 10))
 
 
 # --- show -----------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """Scripts end to end on a tiny base model: what they write, interrupted or not, and what they refuse."""
 import dataclasses
-import io
 import json
 import os
 import runpy
@@ -18,7 +17,6 @@ import pytest
 import irpo
 import reft
 import rft
-from data import toy
 from data.fresh import fresh_model
 from data.prompts import TEMPLATES
 from evaluate import Answered
@@ -108,6 +106,16 @@ def test_help_is_in_the_order_of_the_steps_and_shows_what_would_be_used(capsys):
     assert "--method {irpo,sft_chosen,sft_gold} " in text and "(default: )" not in text
 
 
+@pytest.mark.parametrize("module, more", [(irpo, "iterations eval_samples"), (rft, "eval_samples"),
+                                          (reft, "eval_samples offload_reference")])
+def test_what_may_change_when_a_run_is_resumed(module, more):
+    """Nothing that results follow from: half of a run would be of one setting, half of another."""
+    free = {field.name for field in dataclasses.fields(module.Config) if field.metadata["free"]}
+    assert free == {*more.split(), "device", "threads", "batch_rows", "tensor_parallel", "micro_batch_tokens",
+                    "checkpoint_activations", "compile", "save_every", "track", "anyway", "skip_nonfinite",
+                    "shard_within_node", "cpu_offload"}
+
+
 @pytest.mark.parametrize("values", [{"beta": "0.1"}, {"iterations": None}, {"gold": "no"}])
 def test_a_config_made_by_hand_needs_numbers_where_numbers_belong(values):
     """Config(beta="0.1") ended in a traceback of the first training step, and Config(gold="no") meant yes."""
@@ -140,13 +148,6 @@ def contents(run: Path) -> dict[str, bytes]:
     """Read all files of a run, apart from those that say when and where it ran."""
     return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*")
             if path.is_file() and path.name not in ("command.txt", "config.json", "lock", "log.jsonl")}
-
-
-def test_the_same_command_again_does_nothing_new(copy, tmp_path):
-    """It must neither train again nor change a byte."""
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}, contents(tmp_path / "run")
-    call(irpo, *copy)
-    assert before == ({path: path.stat().st_mtime_ns for path in before[0]}, contents(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("module", [irpo, rft, reft], ids=lambda module: module.__name__)
@@ -210,52 +211,16 @@ def test_killed_and_resumed_equals_uninterrupted(run, base, tmp_path):
     assert {name: contents(folder).get(name) for name in contents(run)} == contents(run)
 
 
-@pytest.mark.parametrize("damage, said", [
-    # `make base` was run with other code: the samples are not those of the new model
-    (lambda run, flags: [*flags, "--model", copied(run / "iter1" / "model", run.parent / "other")], "weights: "),
-    # M_1 was replaced after iteration 2 had sampled from it
-    (lambda run, flags: [path.unlink() for path in (run / "iter1").glob("eval*")]
-     and copied(run / "iter2" / "model", run / "iter1" / "model") and flags,
-     "iter2/samples.jsonl was made with other settings:\n  weights: ")])
-def test_files_of_another_model_or_config_are_refused(damage, said, copy, tmp_path, capsys):
-    """With the difference, before anything is sampled or trained from them, and without touching the record."""
-    flags, before = damage(tmp_path / "run", copy), (tmp_path / "run" / "results.json").read_bytes()
-    message = refusal(capsys, irpo, *flags)
-    assert said in message and str(tmp_path / "run") in message
-    assert (tmp_path / "run" / "results.json").read_bytes() == before
-
-
-def copied(source: Path, target: Path) -> Path:
-    return shutil.copytree(source, target, dirs_exist_ok=True)
-
-
-# --- python train.py: base models ------------------------------------------------------------------
-
-TRAIN = ["--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--max_steps", "3"]
-
-
-def test_train_makes_a_base_model_once(tmp_path, monkeypatch, capsys):
-    """Everything calls `make base`: it must train when its config is new, and only then, the same model each time. A
-    config that is refused leaves the model alone; once, another --micro_batch_tokens deleted it. Its folder is no place
-    for another run, nor is one with somebody else's model."""
-    rows = toy.corpus(0, 120)
-    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
-    call(sft, *TRAIN, "--run_dir", tmp_path / "run")
-    weights = tmp_path / "run" / "model" / "model.safetensors"
-    assert len(read_lines(tmp_path / "run" / "train.jsonl")) == 3
-    before = weights.stat().st_mtime_ns
-    capsys.readouterr()
-    call(sft, *TRAIN, "--micro_batch_tokens", "2048", "--save_every", "7", "--run_dir", tmp_path / "run")
-    assert str(tmp_path / "run" / "model") in capsys.readouterr().out
-    assert "is inside" in refusal(capsys, sft, *TRAIN, "--run_dir", tmp_path / "run" / "model")
-    shutil.copytree(tmp_path / "run" / "model", tmp_path / "mine" / "model")
-    monkeypatch.chdir(tmp_path / "mine")
-    assert ". has model, and no run made that" in refusal(capsys, sft, *TRAIN, "--run_dir", ".")
-    assert [*tmp_path.joinpath("mine").iterdir()] == [tmp_path / "mine" / "model"]
-    assert "lr: 0.003 there, 0.5 now" in refusal(capsys, sft, *TRAIN, "--lr", "0.5", "--run_dir", tmp_path / "run")
-    assert weights.stat().st_mtime_ns == before
-    call(sft, *TRAIN, "--run_dir", tmp_path / "again")
-    assert (tmp_path / "again" / "model" / "model.safetensors").read_bytes() == weights.read_bytes()
+def test_samples_of_another_model_are_refused(copy, tmp_path, capsys):
+    """M_1 was replaced after iteration 2 had sampled from it: nothing is trained on them, and the record stays."""
+    run = tmp_path / "run"
+    before = (run / "results.json").read_bytes()
+    for path in (run / "iter1").glob("eval*"):
+        path.unlink()
+    shutil.copytree(run / "iter2" / "model", run / "iter1" / "model", dirs_exist_ok=True)
+    said = refusal(capsys, irpo, *copy)
+    assert f"{run}/iter2/samples.jsonl was made with other settings:\n  weights: " in said
+    assert (run / "results.json").read_bytes() == before
 
 
 # --- python evaluate.py and python sample.py -------------------------------------------------------
@@ -288,14 +253,6 @@ def test_rescore_refuses_what_it_cannot_read_or_use(tmp_path, capsys):
     for path in (tmp_path / "none.jsonl", tmp_path, tmp_path / "x.jsonl"):
         assert str(path) in refusal(capsys, evaluation, "--rescore", path)
     assert "--answer_format" in refusal(capsys, evaluation, "--rescore", "x", "--answer_format", "boxed")
-
-
-def test_sample_answers_questions(base, monkeypatch, capsys):
-    """A line in, responses out, until the input ends; blank lines and bytes that are no text do not end it."""
-    question = b"Ben has 4 apples. How many apples does Ben have?\n"
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(question + b"\n\xff\xfe\n" + question)))
-    call(chat, "--model", base, "--num_samples", "2", "--temperature", "1", "--max_new_tokens", "8")
-    assert len(capsys.readouterr().out.splitlines()) >= 6
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py", "train.py"])
@@ -332,15 +289,6 @@ def test_a_missing_model_is_refused(module, kind, base, tmp_path, capsys):
     flags = {irpo: SMALL, evaluation: [*toy_task, "--max_new_tokens", "8"], sft: toy_task}.get(module, [])
     where = [] if module is chat else ["--run_dir", tmp_path / "run"]
     assert str(path) in refusal(capsys, module, *flags, "--model", path, *where)
-
-
-@pytest.mark.parametrize("module", [irpo, evaluation], ids=lambda module: module.__name__)
-def test_inputs_are_checked_before_anything_is_written(module, base, tmp_path, capsys):
-    """With the numbers and the flag: 512 new tokens do not fit 224 positions."""
-    message = refusal(capsys, module, "--preset", "toy", "--max_new_tokens", "512", "--model", base, "--run_dir",
-                      tmp_path / "run")
-    assert "--max_new_tokens 512" in message and "224 positions" in message
-    assert not (tmp_path / "run").exists()
 
 
 # --- other data sets -------------------------------------------------------------------------------

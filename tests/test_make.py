@@ -43,15 +43,11 @@ def test_make_runs_the_right_programs(arguments, programs):
 
 @pytest.mark.parametrize("goal", ["irpo", "rft", "reft", "sft", "eval"])
 def test_a_model_is_one_argument(goal):
-    """MODEL="a b" was the model a and an argument b."""
-    dry = dry_run([goal, "TASK=gsm8k", "MODEL=models/it's a 7B"])
+    """MODEL="a b" was the model a and an argument b. And all GPUs are used."""
+    dry = dry_run([goal, "TASK=gsm8k", "MODEL=models/it's a 7B", "GPUS=2"])
+    script = {"sft": "train", "eval": "evaluate"}.get(goal, goal)
     assert "models/it's a 7B" in shlex.split(dry.stdout.replace("\n", " "))
-
-
-@pytest.mark.parametrize("goal", ["irpo", "rft", "reft", "sft", "eval"])
-def test_gpus_are_used(goal):
-    dry, script = dry_run([goal, "TASK=gsm8k", "MODEL=dir", "GPUS=2"]), {"sft": "train", "eval": "evaluate"}
-    assert f"torchrun --standalone --nproc_per_node 2 {script.get(goal, goal)}.py" in dry.stdout
+    assert f"torchrun --standalone --nproc_per_node 2 {script}.py" in dry.stdout
 
 
 @pytest.mark.parametrize("variables, folder", [

@@ -15,7 +15,7 @@ from model import KVCache, Llama, ModelConfig
 from runs import call, refusal
 from tiny import tiny_model
 from tools import memory
-from tools.memory import SHAPES, Config, model_config
+from tools.memory import Config, model_config
 
 PUBLISHED = {  # parameters, as the files on Hugging Face have them
     "smollm2-135m": 134_515_008, "llama-3.2-1b": 1_235_814_400, "llama-2-7b": 6_738_415_616,
@@ -24,11 +24,6 @@ PUBLISHED = {  # parameters, as the files on Hugging Face have them
 DEEP = ModelConfig(vocab_size=100, hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8,
                    num_key_value_heads=2, head_dim=32)
 WORDY = replace(DEEP, vocab_size=8000, num_hidden_layers=1)
-
-
-def test_parameters_are_the_published_ones():
-    assert {name: memory.parameters(model_config(name))[0] for name in SHAPES if name != "toy"} == PUBLISHED
-    assert memory.parameters(model_config("toy"))[0] == sum(p.numel() for p in Llama(model_config("toy")).parameters())
 
 
 @pytest.mark.parametrize("gpus", [1, 4])
@@ -120,7 +115,6 @@ def test_the_table_has_all_shapes_or_the_one_asked_for(capsys, tmp_path):
         return capsys.readouterr().out
     table = shown()
     assert all(re.search(rf"^\| {name} +\| +{total:,} ", table, re.M) for name, total in PUBLISHED.items())
-    assert re.search("^\\| llama-2-70b .* 284.52 .* 167.94 ", table, re.M), "to train on 8 GPUs"
     one = shown("--model", "llama-2-70b", "--gpus", 24)
     assert "of 24 GPUs" in one and "llama-2-70b" in one and "llama-2-7b" not in one
     save_model(tiny_model(), tmp_path / "m")

@@ -702,12 +702,3 @@ def test_tables_that_cannot_be_made_are_refused_with_the_reason(tmp_path):
     reft_run(tmp_path / "reft" / "s0", 0.6)
     with pytest.raises(InputError, match="runs of reft, rft"):
         call(report, "--table", tmp_path)
-
-
-@pytest.mark.parametrize("models", [("runs/base-s0/model", "runs/base-s0/model"),
-                                    ("runs/base-s0/model", "runs/base-s1/model")])
-def test_seeds_of_one_method_are_made_alike(models, tmp_path):
-    """With both seeds from one base model, seed 0 of one method was paired with seed 1 of the other."""
-    configs = [{"model": model, "seed": seed, "method": "irpo"} for seed, model in enumerate(models)]
-    made = [report.how_made(report.Run(tmp_path, [], [], config, {}, True, "irpo")) for config in configs]
-    assert made[0] == made[1] and made[0]["model"] == "runs/base-sSEED/model"

@@ -94,8 +94,10 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path):
     write_records(tmp_path / "alike.jsonl", [Answered("a", "p", [1], "1", [sample([3], True)])], settings("train"))
     write_records(tmp_path / "train.jsonl", rows, settings("train"))
     write_records(tmp_path / "test.jsonl", rows, settings("test"))
+    write_records(tmp_path / "other.jsonl", rows, settings("test") | {"task": "gsm8k"})
     for labelled, candidates, said in (("alike", "test", "nothing to tell apart"), ("test", "train", "must be train"),
-                                       ("train", "train", "the second dev or test")):
+                                       ("train", "train", "the second dev or test"),
+                                       ("train", "other", "of the same task")):
         with pytest.raises(InputError, match=said):
             call(rerank, "--model", tmp_path / "m", "--labelled", tmp_path / f"{labelled}.jsonl",
                  "--candidates", tmp_path / f"{candidates}.jsonl", "--run_dir", tmp_path / "run")

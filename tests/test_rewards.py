@@ -125,7 +125,8 @@ NUMBER_SPELLINGS = {
     "7": ["+7", "$7$", r"\(7\)", r"\mathbf{7}", r"\text{7 cm}", r"\textcolor{red}{7}", "*7*", "It is **7**.",
           r"7^\circ", r"7\%", "7km/h", "7 km/h", "7-year-old", "7 times as many", "7 cats and dogs", "7 = 14/2",
           "14/2 = 7", "f(2) = 7", "3(2)+1 = 7", r"\sqrt{49} = 7", "7, not 8", "7 (not 8)", "7 because 3+4=7",
-          "seven (7)", "7 M&M's", "7 K-cups", "7 cm²", r"7 \text{ cm}^2", "7 ft.^{2}", "7 m/s²", "7 (eggs or so)"],
+          "seven (7)", "7 M&M's", "7 K-cups", "7 cm²", r"7 \text{ cm}^2", "7 ft.^{2}", "7 m/s²", "7 (eggs or so)",
+          r"\left(7\right)", r"7\quad"],
     "-0.5": ["-½", r"-\frac{1}{2}", "-1/2"],
     "3.75": ["3¾", "3 3/4", "3 and 3/4", r"3\frac{3}{4}", r"3\dfrac34"],
     "-3.75": ["-3 3/4", "-3¾"],
@@ -265,6 +266,8 @@ SAME_SPELLING = [
     (r"\left(\begin{matrix}8\\9\\\end{matrix}\right)", r"\begin{pmatrix}8\\9\end{pmatrix}"),
     (r"{\color{red}8}", "8"), (r"\textcolor{blue}{8}", "8"), (r"{\sqrt{3}\over 8}", r"\frac{\sqrt{3}}{8}"),
     (r"3\over8", r"\frac38"), ("–8", "-8"), (r"x\geqslant 8", r"x \ge 8"), (r"x = 8 \text{ or } x = 9", "8,9"),
+    ("2π", r"2\pi"), ("3pi", r"3\pi"), ("(0,∞)", r"(0,\infty)"), ("[8,9)∪(9,10]", r"[8,9) \cup (9,10]"),
+    (r"\mbox{Evelyn}", r"\text{Evelyn}"), (r"\(8\)", "8"),
     (r"45^\circ,135^\circ", r"45^\circ, 135^\circ"), (r"\$40,\$135", r"40, 135"), ("5%,10%", "5, 10"),
     ("2 3/8", r"\frac{19}{8}"), (r"2\ 3/8", "2.375"), (r"12\,345", "12345"), (r"11,\! 222", "11222"),
 ]

@@ -19,7 +19,7 @@ from data.tokenizer import load_tokenizer
 from evaluate import Answered, Sample
 from infra import InputError
 from infra.run import derive_seed, read_json, read_records, write_jsonl, write_records
-from rft import diversity, levenshtein, path_key, right_paths, select_paths
+from rft import diversity, levenshtein, right_paths, select_paths
 from runs import call, narrower, read_lines, refusal, settings
 from train import Example, num_steps
 
@@ -84,23 +84,6 @@ def test_selection_is_algorithm_1(samples):
     right = right_paths(samples, GOLD, "toy", "hash", True)
     assert right == [i for i, text in enumerate(samples) if "#### 9" not in text and "2+2" not in text]
     assert select_paths(samples, GOLD, "toy") == slow_select(samples, right)
-
-
-def test_a_replacement_is_in_place_and_strict():
-    """A farther path takes the place of the one with its equations; an equally far one does not; with one kept path
-    there is nothing to be far from."""
-    short, long, other = path("2+3=5"), path("2+3=5", words="x" * 30), path("3+2=5")
-    assert select_paths([short, long], "10", "toy") == [0]
-    assert select_paths([short, other, long], "10", "toy") == [2, 1]
-    assert select_paths([long, other, short], "10", "toy") == [0, 1]
-    assert select_paths([short, other, short], "10", "toy") == [0, 1]
-    assert select_paths([short, other, long], "10", "toy", select="first") == [0, 1]
-
-
-def test_the_order_of_equations_counts():
-    """Two ways to the answer, though the same equations are in both."""
-    assert path_key(path("2+3=5", "5*2=10")) != path_key(path("5*2=10", "2+3=5")) != path_key(path("2*5=10", "2+3=5"))
-    assert select_paths([path("2+3=5", "5*2=10"), path("5*2=10", "2+3=5")], "10", "toy") == [0, 1]
 
 
 @pytest.mark.parametrize("dedup, kept", [
@@ -422,6 +405,13 @@ def test_pools_and_flags_that_do_not_fit_are_refused(base, pool, tmp_path, monke
     pool_of(tmp_path / "other", base, gold="-3")
     assert said in refusal(capsys, rft, *SMALL, "--model", base, "--pool", pool, *flags, "--run_dir", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name, changes", [("task", dict(task="gsm8k")), ("prompt", dict(prompt="reft")),
+                                           ("marks", dict(answer_format="boxed"))])
+def test_a_pool_that_was_asked_otherwise_is_refused(name, changes, pool):
+    with pytest.raises(InputError, match=f"was sampled with {name} "):
+        rft.pooled_samples(pool, questions(), rft.Config(model="m", **rft.TOY | changes))
 
 
 def test_gold_solutions_must_pass_step_3(capsys):

@@ -16,6 +16,7 @@ import torch
 
 import infra.state
 import torture
+from test_checkpoint import change_a_bit as flip
 from infra import InputError
 from infra.progress import Progress, iterations, print_above
 from infra.run import read_jsonl, stop_asked
@@ -119,6 +120,7 @@ def test_a_second_ctrl_c_does_not_wait():
         assert asked()
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+        pytest.fail("it waited")
 
 
 def test_ctrl_c_that_nobody_saw_is_not_lost():
@@ -142,12 +144,6 @@ def saved(tmp_path) -> list[Path]:
     assert len(found) == 2
     assert {file.suffix for path in found for file in path.iterdir()} == {".json", ".safetensors"}
     return found
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-5] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("file, spoil", [

@@ -196,15 +196,17 @@ def test_the_world_is_pinned(monkeypatch):
 def test_the_corpus_is_learnt_as_it_is_written(tmp_path, monkeypatch):
     """Base models were taught the right answer after reasoning that leads to another: `#### 18` after 22-2=20, in a
     fifth of all texts, since a gold solution is written with the problem's right answer."""
-    learnt, rows = [], toy.corpus(0, 200)
-    monkeypatch.setattr(toy, "corpus", lambda seed, steps: rows)
+    learnt, asked, rows = [], [], toy.corpus(0, 200)
+    monkeypatch.setattr(toy, "corpus", lambda seed, steps: asked.append((seed, steps)) or rows)
     monkeypatch.setattr(sft, "fit_sft", lambda model, examples, config, *more: learnt.extend(examples))
-    call(sft, "--preset", "base", "--hidden_size", "32", "--num_layers", "1", "--run_dir", tmp_path / "base")
+    call(sft, "--preset", "base", "--seed", 7, "--toy_steps", 2, "--hidden_size", 32, "--num_layers", 1, "--run_dir",
+         tmp_path / "base")
+    assert asked == [(7, (2,))]
     tokenizer = load_tokenizer(tmp_path / "base" / "model")
     assert [tokenizer.decode(example.response) for example in learnt] == [row["solution"] for row in rows]
 
 
-def test_a_base_model_is_measured_before_it_is_accepted(base, capsys):
+def test_a_base_model_is_measured_before_it_is_accepted(base, capsys, monkeypatch):
     """Lucky is who is right in spite of a wrong step. This small model is good for nothing, which each range says."""
     lines = ["Ivy <<4+3=7>>7", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"]
     wrong = ["Ivy <<4+4=8>>8", "Tom <<7+7=14>>14", "Leo <<14-2=12>>12"]
@@ -215,3 +217,6 @@ def test_a_base_model_is_measured_before_it_is_accepted(base, capsys):
     with pytest.raises(InputError, match="^not accepted: greedy accuracy, pass@8"):
         call(accept, "--model", base, "--max_new_tokens", "12")
     assert "greedy by depth: 2 (12.5% of all) 0.0% right, 3 (12.5% of all) " in capsys.readouterr().out
+    monkeypatch.setattr(accept, "RANGES", dict.fromkeys(accept.RANGES, (0.0, 1.0)))
+    call(accept, "--model", base, "--max_new_tokens", "12")
+    assert capsys.readouterr().out.endswith("\naccepted\n")
