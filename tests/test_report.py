@@ -437,6 +437,15 @@ def test_pictures_show_any_name(name):
     assert b"<svg" in (svg := page.picture(figure, "svg")) and svg == page.picture(figure, "svg"), "other bytes"
 
 
+def test_the_best_cell_comes_first_whatever_its_name(tmp_path):
+    """By its last model, not by its best one."""
+    for cell, accuracies in dict(dpo=[0.5, 0.9, 0.6], irpo=[0.5, 0.7, 0.8], sft_chosen=[0.5, 0.6, 0.7]).items():
+        irpo_run(tmp_path / "table" / cell / "s0", accuracies)
+    call(report, "--table", tmp_path / "table", "--seeds", 0, "--out", tmp_path / "out")
+    labels = re.findall(r"^\| (\S.*?) +\| +M2 ", (tmp_path / "out" / "table.md").read_text(), re.MULTILINE)
+    assert labels[:3] == ["IRPO", "SFT on chosen (STaR)", "DPO"]
+
+
 def test_html_carries_its_pictures_and_needs_nothing_else(tmp_path):
     run = irpo_run(tmp_path / "run", [0.5, 0.7, 0.9])
     call(report, run, "--out", tmp_path / "out")
