@@ -67,7 +67,7 @@ WHAT = {  # name -> function, and the formats of its columns
 
 
 def main(what: str = "", root: str = "", *kind: str) -> None:
-    if what not in WHAT or not Path(root).is_dir() or kind and kind[0] not in toy.KINDS:
+    if what not in WHAT or not Path(root).is_dir() or len(kind) != (what == "samples") or set(kind) - set(toy.KINDS):
         raise SystemExit(f"{__doc__}\nkinds: {', '.join(toy.KINDS)}")
     describe, formats = WHAT[what]
     found = {}  # (cell, iteration) -> what each seed has

@@ -57,6 +57,9 @@ def test_samples_of_questions_that_need_a_kind(tmp_path, capsys):
             asked(needs, "7", answer), asked(needs, "1", answer), asked(spares, "1", "1")], {"a": 1})
     describe.main("samples", tmp_path, "spare")
     assert capsys.readouterr().out.splitlines()[2] == "| irpo | 1 | 2 | 75.0% | 50.0% |"
+    for wrong in ("samples", tmp_path), ("samples", tmp_path, "spares"), ("pairs", tmp_path / "absent"), ():
+        with pytest.raises(SystemExit, match="kinds: more, fewer"):
+            describe.main(*wrong)
 
 
 def test_paths_that_differ_in_the_order_of_two_numbers(tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Tell what fits into a GPU before one is rented: bytes from formulas, for training (IRPO, SFT) and for sampling.
 
-    python -m tools.memory                                                            # the published shapes
+    python -m tools.memory                                                      # the published shapes
     python -m tools.memory --model llama-2-70b --gpus 24 --tensor_parallel 4    # one of them
     python -m tools.memory --model DIR
     python -m tools.memory --preset cpu --model smollm2-135m                    # on a CPU, in float32
