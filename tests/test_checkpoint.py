@@ -143,6 +143,13 @@ def test_models_that_cannot_be_computed_are_refused(fields, named, tmp_path):
     assert str(path) in said and named in said
 
 
+def test_a_qwen3_that_does_not_name_its_heads_width_has_heads_of_128(tmp_path):
+    """As in transformers: 36 / 4 is odd, and has nothing to do with it."""
+    save_model(tiny_model(qk_norm=True), tmp_path / "model")
+    edit(tmp_path / "model" / "config.json", head_dim=None, hidden_size=36)
+    assert load_config(tmp_path / "model").head_dim == 128
+
+
 INDEX, FIRST, SECOND = checkpoint.INDEX, *(f"model-0000{i}-of-00003.safetensors" for i in (1, 2))
 
 
