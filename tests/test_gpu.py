@@ -6,12 +6,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 import irpo
 import reft
 import sample
 import train
 from checkpoint import model_hash
+from infra import parallel
 from infra.run import read_json
 from irpo import Config, Pair, preference_loss
 from model import Llama
@@ -95,6 +99,33 @@ def test_a_step_in_bfloat16_goes_down():
     losses = [train.descend(model, optimizer, [pairs], lambda model, part: preference_loss(model, part, config),
                             config)["loss"] for _ in range(8)]
     assert sum(losses[-1]) < 0.8 * sum(losses[0])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_sharding_over_nccl_changes_no_step(offload):
+    """Of one rank: its collectives reach nobody, but calls, data types and divisors are those of several."""
+    config = Config(model="somewhere", precision="fp32")
+    alone, sharded = on_gpu(), on_gpu()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parallel.shard(sharded, list(sharded.model.layers), torch.float32, within_node=False, cpu_offload=offload)
+        values, gradients, weights = [], [], []
+        for model in (alone, sharded):
+            optimizer = train.new_optimizer(model, config)
+            values.append(train.accumulate(model, [some_pairs()[:4], some_pairs()[4:]],
+                                           lambda model, part: preference_loss(model, part, config), "fp32"))
+            gradients.append([parallel.full_weight(p.grad).cpu() for p in model.parameters()])
+            values[-1]["norm"] = [float(parallel.full_weight(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))]
+            optimizer.step()
+            weights.append([parallel.full_weight(p.detach()).cpu() for p in model.parameters()])
+        where = "cpu" if offload else "cuda"
+        assert all(isinstance(p, DTensor) and p.device.type == where for p in sharded.parameters())
+        for ours, theirs in (values, gradients, weights):
+            torch.testing.assert_close(theirs, ours)
+        del sharded, model, optimizer
+    finally:
+        parallel.finish()
+        parallel.mesh.cache_clear()
 
 
 def test_the_cache_holds_what_is_free():

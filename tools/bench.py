@@ -31,7 +31,7 @@ import torch
 
 import irpo
 import sample
-from checkpoint import load_model, load_sampler, save_model
+from checkpoint import load_sampler, save_model
 from data.fresh import initialize
 from infra import InputError
 from infra.config import Options, option, parse_config
@@ -40,7 +40,7 @@ from infra.parallel import device
 from infra.run import read_json, run_card, run_script, write_json, write_text
 from irpo import Pair, preference_loss
 from model import Llama, ModelConfig
-from train import fit
+from train import fit, load_for_training
 
 SHAPES = {  # random weights
     "toy": ModelConfig(288, 128, 336, 3, 8, 8, 16, qk_norm=True),
@@ -137,9 +137,10 @@ def random_pairs(job: dict) -> list[Pair]:
 def train_ours(job: dict, tick: Tick) -> None:
     """`fit` on preference_loss, as irpo.py does."""
     config = irpo.Config(model=job["model"], batch_size=BATCH, epochs=2, precision=job["dtype"],
-                         micro_batch_tokens=job["micro_batch_tokens"])
+                         micro_batch_tokens=job["micro_batch_tokens"],
+                         checkpoint_activations=job["checkpoint_activations"])
     with tempfile.TemporaryDirectory() as folder:
-        fit(load_model(job["model"], device()), random_pairs(job),
+        fit(load_for_training(job["model"], config), random_pairs(job),
             lambda model, part: preference_loss(model, part, config), config, 0, Path(folder),
             after_step=lambda step: tick() or {})
 
@@ -166,7 +167,8 @@ def train_trl(job: dict, tick: Tick) -> None:
     with tempfile.TemporaryDirectory() as folder:
         options = DPOConfig(
             output_dir=folder, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
-            precompute_ref_log_probs=True, per_device_train_batch_size=BATCH, num_train_epochs=2, learning_rate=1e-6,
+            precompute_ref_log_probs=True, per_device_train_batch_size=job["trl_pairs"],
+            gradient_accumulation_steps=BATCH // job["trl_pairs"], num_train_epochs=2, learning_rate=1e-6,
             bf16=job["dtype"] == "bf16", gradient_checkpointing=False, max_length=2048, use_cpu=device() == "cpu",
             save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
         trainer = DPOTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[Ticks()])
@@ -397,6 +399,8 @@ class Config(Options):
     prompt_tokens: int = option(65, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
     micro_batch_tokens: int = option(1024, "of our training", low=1)
+    checkpoint_activations: bool = option(False, "likewise: compute blocks again in the backward pass, for less memory")
+    trl_pairs: int = option(BATCH, f"pairs that TRL's training has at once: a divisor of {BATCH}", low=1, high=BATCH)
     dtype: str = option("fp32", "of all engines where the setting names no other", choices=PRECISIONS)
     rounds: int = option(3, "measurements behind each median", low=1)
     threads: int = option(1, "on a CPU", low=1)
@@ -404,9 +408,14 @@ class Config(Options):
     busy: bool = option(False, "only measure what one busy process costs training")
     out: str = option("runs/bench", "folder of bench.md and bench.json")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if BATCH % self.trl_pairs:
+            raise ValueError(f"--trl_pairs {self.trl_pairs} does not divide a batch of {BATCH} pairs")
+
 
 PRESETS = {"gpu": dict(shapes=("1b",), rows=(1024,), prompt_tokens=512, new_tokens=512, micro_batch_tokens=16384,
-                       dtype="bf16")}
+                       trl_pairs=8, dtype="bf16")}
 
 
 def jobs(config: Config, folder: Path) -> Iterator[tuple[str, dict]]:
