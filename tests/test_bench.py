@@ -13,7 +13,7 @@ from tools import bench
 
 TINY = ModelConfig(96, 64, 160, 2, 4, 2, 16, max_position_embeddings=256)
 JOB = dict(shape="tiny", rows=[8], num_samples=[1, 4], prompt_tokens=20, new_tokens=5, dtype="fp32", threads=1,
-           micro_batch_tokens=4096)
+           micro_batch_tokens=4096, trl_pairs=1, checkpoint_activations=False)
 
 
 @pytest.fixture
