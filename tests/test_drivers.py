@@ -75,7 +75,7 @@ def test_kinds_of_flags():
     ("--temperature 0.8 -1", "--temperature -1.0: must be at least 0"), ("--batch_size 0", "--batch_size 0"),
     ("--warmup_share 1.1", "--warmup_share 1.1: must be at most 1"), ("--epochs 0", "--epochs 0"),
     ("--max_steps -1", "--max_steps -1"), ("--save_every 0", "--save_every 0"), ("--max_pairs -1", "--max_pairs -1"),
-    ("--micro_batch_tokens 0", "--micro_batch_tokens 0"), ("--precision fp16", "--precision fp16: choose from auto"),
+    ("--micro_batch_tokens -1", "--micro_batch_tokens -1"), ("--precision fp16", "--precision fp16: choose from auto"),
     ("--lr_schedule step", "--lr_schedule step"), ("--prompt none", "--prompt none"), ("--preset bad", "--alpha -2"),
     ("--task gsm9k", "--task gsm9k: choose from toy"), ("--start_from nowhere", "--start_from nowhere"),
     ("--method ppo", "--method ppo: choose from irpo, sft_chosen, sft_gold"),
@@ -309,7 +309,8 @@ def test_a_task_without_gold_solutions(tmp_path, capsys):
             for i in range(4)]
         (tmp_path / "arc" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = ["--task", "arc", "--path", tmp_path / "arc", "--model", reader(tmp_path)]
-    flags = [*data, "--select_every", "0", "--num_samples", "2", "--max_new_tokens", "8", "--run_dir", tmp_path / "run"]
+    flags = [*data, "--select_every", "0", "--num_samples", "2", "--max_new_tokens", "1",
+             "--temperature", "0.1", "--run_dir", tmp_path / "run"]
     assert "--no-gold" in refusal(capsys, irpo, *flags)
     assert not (tmp_path / "run").exists()
     assert "none of 16 responses ended" in refusal(capsys, irpo, *flags, "--no-gold")

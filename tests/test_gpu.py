@@ -114,10 +114,10 @@ def test_sharding_over_nccl_changes_no_step(offload):
             optimizer = train.new_optimizer(model, config)
             values.append(train.accumulate(model, [some_pairs()[:4], some_pairs()[4:]],
                                            lambda model, part: preference_loss(model, part, config), "fp32"))
-            gradients.append([parallel.full_weight(p.grad).cpu() for p in model.parameters()])
+            gradients.append([parallel.full_weight(p.grad).to("cpu", copy=True) for p in model.parameters()])
             values[-1]["norm"] = [float(parallel.full_weight(nn.utils.clip_grad_norm_(model.parameters(), 1.0)))]
             optimizer.step()
-            weights.append([parallel.full_weight(p.detach()).cpu() for p in model.parameters()])
+            weights.append([parallel.full_weight(p.detach()).to("cpu", copy=True) for p in model.parameters()])
         where = "cpu" if offload else "cuda"
         assert all(isinstance(p, DTensor) and p.device.type == where for p in sharded.parameters())
         for ours, theirs in (values, gradients, weights):

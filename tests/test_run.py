@@ -231,8 +231,10 @@ def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path):
     (KeyboardInterrupt(), "run the same command again"), (BrokenPipeError(), "^141$"),
     (ModuleNotFoundError("get x by y"), "error: get x by y"),
     (InputError("no such model"), "^no such model$")])
-def test_a_script_ends_with_a_sentence(error, said):
+def test_a_script_ends_with_a_sentence(error, said, tmp_path, monkeypatch):
     """Not with twenty lines of traceback; and a second Ctrl-C, as it ends, ends it at once, without one either."""
+    monkeypatch.setattr(sys, "stdout", open(tmp_path / "stdout", "w"))  # a broken pipe puts /dev/null in its place
+
     def failing():
         raise error
 
