@@ -83,7 +83,7 @@ sft: $(if $(MODEL),setup,base)  ## fine-tuning on a task's gold solutions: make 
 eval: $(if $(MODEL),setup,base)  ## greedy test accuracy of a model directory: make eval TASK=gsm8k MODEL=dir
 	$(RUN) evaluate.py $(if $(filter toy,$(TASK)),--preset toy,--task $(call quoted,$(TASK))) --model $(call quoted,$(or $(MODEL),$(BASE))) $(ARGS)
 
-tables: setup  ## all seeds of TABLE="irpo rft reft", compare, rates, norm or nll (hours); JOBS=2 runs two at a time
+tables: setup  ## all seeds of TABLE="irpo rft reft", compare, rates, norm, gold or nll (hours); JOBS=2 runs two at a time
 	$(foreach table,$(TABLE),$(SWEEP) $(table) $(ARGS) &&) true
 bench: .venv/development  ## our sampling and training beside other programs (hours; ARGS="--shapes toy": 15 minutes)
 	$(PY) -m tools.bench $(ARGS)
