@@ -65,7 +65,7 @@ def source(run: str) -> str:
     made_by = command(run)
     if made_by.startswith("runs/"):
         return made_by
-    own = "--warmup_epochs" in made_by or "--reward" in made_by
+    own = any(flag in made_by for flag in ("--warmup_epochs", "--reward", "--toy_gold"))
     if own or not made_by.startswith(("irpo.py", "-m results.pairs", "reft.py")):
         return ""
     _, folder, _, seed = run.split("/")
