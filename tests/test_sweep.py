@@ -250,9 +250,9 @@ def test_shared_files_are_copied_only_when_complete(complete, tmp_path, monkeypa
         name: name for name in ("iter0/eval.json", "iter1/samples.jsonl")}
 
 
-@pytest.mark.parametrize("run", ["table/irpo/s0", "compare/ppo/s0", "base-s0", "rft/k1/s0"])
+@pytest.mark.parametrize("run", ["table/irpo/s0", "compare/ppo/s0", "base-s0", "rft/k1/s0", "gold/half/s0"])
 def test_runs_that_share_nothing_copy_nothing(run, tmp_path, monkeypatch):
-    """Another length of the warm-up makes another model in iter0."""
+    """Another length of the warm-up makes another model in iter0, and files there name the kind of gold."""
     monkeypatch.chdir(tmp_path)
     sweep.copy_shared(f"runs/{run}")
     assert not list(tmp_path.iterdir())
