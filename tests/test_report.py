@@ -429,6 +429,14 @@ def test_lines_show_their_intervals_and_seeds_within_0_and_100_percent():
     assert list(bars.get_segments()[0][:, 1]) == [0.0, 1.0], "error bars went to 115 and 130 %"
 
 
+def test_numbers_at_an_axis_do_not_overlap():
+    """A run's last step is often next to the one before it; on a logarithmic axis k = 1 and 3 are far apart."""
+    for xs, scale, shown in (([0, 19, 38, 190, 192], "linear", ["0", "19", "38", "190"]),
+                             ([1, 3, 100], "log", ["1", "3", "100"])):
+        axis = page.render({"a": {"b": [(x, 0.5, 0.4, 0.6, []) for x in xs]}}, "y", "x", [], x_scale=scale).axes[0]
+        assert [tick.get_text() for tick in axis.get_xticklabels()] == shown
+
+
 @pytest.mark.parametrize("name", ["$x_$ $\\frac{$", "_hidden", ""])
 def test_pictures_show_any_name(name):
     """A $ begins a formula for matplotlib, which raises where it is none, and _ at the start hides a line."""
