@@ -31,9 +31,9 @@ class TrainOptions(ComputeOptions):
                            "length of all responses, so that every token weighs alike", ("response", "token"))
     clip_norm: float = option(1.0, "gradients are scaled down to this norm", above=0)
     weight_decay: float = option(0.0, "AdamW's weight decay, on matrices only", low=0)
-    micro_batch_tokens: int = option(0, "padded tokens per forward pass, which affect only speed and memory; 0: 1024 "
-                                     "on a CPU (items of a pass are of similar length), 4096 on a GPU, where more are "
-                                     "faster if they fit", low=0, free=True, group="engine")
+    micro_batch_tokens: int = option(0, "padded tokens per forward pass; affects only speed and memory; 0: 1024 on a "
+                                     "CPU, 4096 on a GPU, where more are faster if they fit", low=0, free=True,
+                                     group="engine")
     checkpoint_activations: bool = option(False, "keep only the input of each block and recompute the rest in the "
                                           "backward pass: far less memory, a third more work", free=True)
     compile: bool = option(False, "torch.compile the blocks; the first steps take minutes", free=True)
@@ -68,7 +68,7 @@ def batch_at(step: int, items: list, batch_size: int, seed: int) -> list:
 
 
 def micro_batches(items: list, budget: int) -> list[list]:
-    """Split items, sorted by length, so that padded tokens stay within the budget, --micro_batch_tokens (one item
+    """Split items, sorted by length, so that padded tokens stay within the budget (0: that of the device; one item
     always fits).
 
     Use as few micro-batches as possible, and make the largest one as small as possible: the same number of passes, but

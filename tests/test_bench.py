@@ -172,7 +172,7 @@ def test_a_measurement_is_a_process_and_engines_without_packages_are_left_out(mo
 
 
 @pytest.mark.parametrize("flags", [["--rows", 31], ["--rounds", 0], ["--threads", 0], ["--shapes", "huge"],
-                                   ["--peers", sys.executable, "no/such/python"]], ids=str)
+                                   ["--trl_pairs", 5], ["--peers", sys.executable, "no/such/python"]], ids=str)
 def test_what_cannot_be_measured_is_refused(monkeypatch, capsys, tmp_path, flags):
     """Before minutes of work, not after."""
     with pytest.raises((InputError, SystemExit)) as error:

@@ -301,7 +301,7 @@ def reader(folder: Path) -> Path:
 
 def test_a_task_without_gold_solutions(tmp_path, capsys):
     """ARC has none: refused with the flag that helps, not trained on empty responses; and --no-gold gets as far as
-    samples, none of which a model without training ends."""
+    samples, where a model without training hardly ever ends."""
     (tmp_path / "arc").mkdir()
     for name in ("ARC-Challenge-Train", "ARC-Easy-Train", "ARC-Challenge-Dev", "ARC-Challenge-Test"):
         rows = [{"id": f"{name}-{i}", "answerKey": "AB"[i % 2], "question": {

@@ -431,7 +431,7 @@ def test_lines_show_their_intervals_and_seeds_within_0_and_100_percent():
 
 def test_numbers_at_an_axis_do_not_overlap():
     """A run's last step is often next to the one before it; on a logarithmic axis k = 1 and 3 are far apart."""
-    for xs, scale, shown in (([0, 19, 38, 190, 192], "linear", ["0", "19", "38", "190"]),
+    for xs, scale, shown in (([0, 4, 8, 100, 102], "linear", ["0", "8", "100"]),
                              ([1, 3, 100], "log", ["1", "3", "100"])):
         axis = page.render({"a": {"b": [(x, 0.5, 0.4, 0.6, []) for x in xs]}}, "y", "x", [], x_scale=scale).axes[0]
         assert [tick.get_text() for tick in axis.get_xticklabels()] == shown

@@ -280,7 +280,7 @@ def test_micro_batches_keep_to_the_budget_and_are_few_and_the_largest_is_small(l
 
 @pytest.mark.parametrize("device, items", [("cpu", 10), ("cuda", 40)])
 def test_a_micro_batch_is_larger_on_a_gpu(device, items, monkeypatch):
-    """There a pass over 1,024 tokens takes as long as one over 4,096."""
+    """Small passes waste its time."""
     monkeypatch.setattr("infra.steps.device", lambda: device)
     found = micro_batches([Item(str(i), tokens=100) for i in range(80)], 0)
     assert [len(part) for part in found] == [items] * (80 // items)

@@ -169,8 +169,8 @@ def train_trl(job: dict, tick: Tick) -> None:
             output_dir=folder, loss_type=["sigmoid", "sft"], loss_weights=[1.0, 1.0], beta=0.1,
             precompute_ref_log_probs=True, per_device_train_batch_size=job["trl_pairs"],
             gradient_accumulation_steps=BATCH // job["trl_pairs"], num_train_epochs=2, learning_rate=1e-6,
-            bf16=job["dtype"] == "bf16", gradient_checkpointing=False, max_length=2048, use_cpu=device() == "cpu",
-            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
+            bf16=job["dtype"] == "bf16", gradient_checkpointing=job["checkpoint_activations"], max_length=2048,
+            use_cpu=device() == "cpu", save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True)
         trainer = DPOTrainer(model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[Ticks()])
         for pair, row in zip(pairs, trainer.train_dataset):
             if [row["prompt_ids"], row["chosen_ids"], row["rejected_ids"]] != [pair.prompt, pair.chosen, pair.rejected]:
@@ -399,7 +399,7 @@ class Config(Options):
     prompt_tokens: int = option(65, "length of a prompt", low=10)
     new_tokens: int = option(64, "length of a response", low=1)
     micro_batch_tokens: int = option(1024, "of our training", low=1)
-    checkpoint_activations: bool = option(False, "likewise: compute blocks again in the backward pass, for less memory")
+    checkpoint_activations: bool = option(False, "training computes blocks again in the backward pass, for less memory")
     trl_pairs: int = option(BATCH, f"pairs that TRL's training has at once: a divisor of {BATCH}", low=1, high=BATCH)
     dtype: str = option("fp32", "of all engines where the setting names no other", choices=PRECISIONS)
     rounds: int = option(3, "measurements behind each median", low=1)

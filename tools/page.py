@@ -149,7 +149,9 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
         axis.plot(*numpy.array(dots).reshape(-1, 2).T, ".", color=color, markersize=4, alpha=0.7)
     if len(xs) <= 12 and max(xs) < 10**6:
         room = (xs[-1] - xs[0]) / 20 if x_scale == "linear" else 0
-        ticks = xs[:1] + [b for a, b in pairwise(xs) if b - a > room]  # numbers of the others would overlap
+        ticks = xs[:1]
+        for x in xs:  # numbers too close to the one before would overlap
+            ticks += [x] * (x - ticks[-1] > room)
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
     if y_scale == "symlog":
