@@ -21,7 +21,7 @@ SWEEP = $(PY) -m tools.sweep --jobs $(JOBS) --gpus $(GPUS)
 
 .PHONY: help setup lint test data smollm base irpo rft reft sft eval tables bench report smoke torture clean
 .DELETE_ON_ERROR:
-.NOTPARALLEL:  # two runs with all threads each would take ten times as long; JOBS=2 gives each run one
+.NOTPARALLEL:  # two runs with all threads each take several times as long; JOBS=2 gives each run one
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'

@@ -118,7 +118,7 @@ def usable_cores() -> int:
 
 def idle_cores() -> int:
     """Cores, at least one, that nobody else uses. With a thread more than that, all wait for the slowest at every
-    product: beside one busy process, two threads on two cores were 30 times slower than one.
+    product: beside one busy process, two threads on two cores took several times as long as one.
 
     Linux only, a measurement of 0.2 s; elsewhere all usable cores count as idle.
     """

@@ -204,7 +204,7 @@ def run_card() -> str:
         commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     ranks = f", {parallel.world()} ranks" if parallel.world() > 1 else ""
-    return (f"command  {' '.join([Path(sys.executable).name, *sys.argv])}\n"
+    return (f"command  {' '.join([Path(sys.executable).name, *sys.orig_argv[1:]])}\n"
             f"commit   {commit or 'unknown'}\n"
             f"torch    {torch.__version__}, {torch.get_num_threads()} threads, {device}{ranks}\n"
             f"machine  {platform.machine()}, {os.cpu_count()} processors, {platform.platform()}\n"

@@ -24,7 +24,8 @@ def real(task: str, name: str) -> Path:
     for folder in (task, "mwp_reft", "cases"):
         if (ROOT / folder / name).is_file():
             return ROOT / folder / name
-    pytest.skip(f"no {name} in {ROOT}: run `make data TASK={task}`, or set SIR_DATA_DIR")
+    pytest.skip(f"no {name} in {ROOT}, " + ("and nowhere to download it: set SIR_DATA_DIR" if task == "cases" else
+                                            f"run `make data TASK={task}`, or set SIR_DATA_DIR"))
 
 
 @pytest.mark.parametrize("task, name, count", [

@@ -15,7 +15,8 @@ import infra.run
 from infra import parallel
 from infra import InputError
 from infra.config import Options, option, parse_config
-from infra.run import Pieces, hash_of, log, once, open_run, read_json, read_jsonl, read_records, run_script, write_json
+from infra.run import (Pieces, hash_of, log, once, open_run, read_json, read_jsonl, read_records, run_card, run_script,
+                       write_json)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -213,6 +214,13 @@ def test_a_run_needs_no_git(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     open_run(config(tmp_path / "run"))
     assert "\ncommit   unknown\n" in (tmp_path / "run" / "command.txt").read_text()
+
+
+def test_the_card_of_a_module_has_its_command(monkeypatch):
+    """sys.argv has the file of a module that was run with -m, which as a script finds no imports."""
+    monkeypatch.setattr("sys.orig_argv", [sys.executable, "-m", "tools.rerank", "--seed", "3"])
+    monkeypatch.setattr("sys.argv", [str(ROOT / "tools" / "rerank.py"), "--seed", "3"])
+    assert run_card().partition("\n")[0] == f"command  {Path(sys.executable).name} -m tools.rerank --seed 3"
 
 
 def test_a_place_that_cannot_be_written_is_named_with_the_reason(tmp_path):

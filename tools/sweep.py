@@ -7,7 +7,7 @@
 
 What a run prints is in its output.txt; where one runs at a time, progress and errors are on the screen. Ctrl-C stops
 the runs, and the same command resumes them. On two cores, two runs with one thread each are faster than one with two;
-two base models with two threads each took ten times as long.
+two with two threads each take several times as long.
 """
 import argparse
 import os
