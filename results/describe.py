@@ -1,16 +1,18 @@
 """What a table's runs made: a row for each cell and iteration, means over seeds.
 
     python -m results.describe pairs runs/nll                 # results/nll/pairs.md
-    python -m results.describe paths runs/rft
+    python -m results.describe paths runs/rft                 # or one run, such as runs/rft/w96/s0
     python -m results.describe samples runs/compare spare     # results/compare/samples.md
 
 pairs: distance is in edits of tokens from the chosen response to the rejected one; gold winners are those that are no
 sample, wrong ones lack the right answer, which the run's reward calls right all the same. paths: of those beyond the
 first of their question, swapped are those with the equations of another one, but for the order of the two numbers in a
-sum or a product. samples: of training questions that need a kind of fact (data/toy.py:KINDS).
+sum or a product; of all, those with a step that is wrong (data/toy.py:judge). samples: of training questions that need
+a kind of fact (data/toy.py:KINDS).
 """
 import re
 import sys
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 
@@ -42,12 +44,20 @@ def unordered(text: str) -> tuple[str, ...]:
     return tuple(re.sub(r"^(\d+)([+*])(\d+)(?==)", ordered, equation) for equation in equations(text))
 
 
+@cache
+def questions() -> dict[str, str]:
+    """Map the ids of the toy world's training questions to the questions."""
+    return {problem["id"]: problem["question"] for problem in toy.problems("train")}
+
+
 def paths(folder: Path) -> dict[str, float]:
     """Describe the paths that RFT's step 5 trained on, besides gold."""
     kept = read_records(folder / "paths.jsonl", KeptPath)[1]
     extra = len(kept) - len({path.id for path in kept})
     swapped = len(kept) - len({(path.id, unordered(path.text)) for path in kept})
-    return {"paths": len(kept), "beyond the first of a question": extra, "swapped": swapped / max(1, extra)}
+    wrong = [any(verdict != "right" for _, verdict in toy.judge(questions()[path.id], path.text)) for path in kept]
+    return {"paths": len(kept), "beyond the first of a question": extra, "swapped": swapped / max(1, extra),
+            "with a wrong step": fmean(wrong)}
 
 
 def samples(folder: Path, kind: str) -> dict[str, float]:
@@ -62,7 +72,7 @@ def samples(folder: Path, kind: str) -> dict[str, float]:
 
 
 WHAT = {  # name -> function, and the formats of its columns
-    "pairs": (pairs, [",.0f", ".1f", ".1f", ".1%", ".1%"]), "paths": (paths, [",.0f", ",.0f", ".1%"]),
+    "pairs": (pairs, [",.0f", ".1f", ".1f", ".1%", ".1%"]), "paths": (paths, [",.0f", ",.0f", ".1%", ".1%"]),
     "samples": (samples, [".0f", ".1%", ".1%"])}
 
 
@@ -71,7 +81,8 @@ def main(what: str = "", root: str = "", *kind: str) -> None:
         raise SystemExit(f"{__doc__}\nkinds: {', '.join(toy.KINDS)}")
     describe, formats = WHAT[what]
     found = {}  # (cell, iteration) -> what each seed has
-    for file in sorted(Path(root).glob(f"*/s*/iter*/{what}.jsonl")):
+    files = [file for runs in ("*/s*/", "") for file in Path(root).absolute().glob(f"{runs}iter*/{what}.jsonl")]
+    for file in sorted(files):
         found.setdefault((file.parts[-4], file.parts[-2][4:]), []).append(describe(file.parent, *kind))
     names = [*next(iter(found.values()), [{}])[0]]
     print(f"| cell | iteration | {' | '.join(names)} |\n|---|---|{'---:|' * len(names)}")
