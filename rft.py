@@ -12,8 +12,9 @@ other runs are put together, in the order given, before step 4 (the paper's U13B
 --num_samples takes the first k samples of its file.
 
 Selection is that of the authors' code, which differs from "keep the farthest": it is greedy, goes by the order of
-samples, and does not count the gold solution, so a path may have its equations. Left out: a second round, the code's
-top-50 sampling (the paper states none), and its use of no more than 7,000 rows of a file of samples.
+samples, and does not count the gold solution, so a path may have its equations. Left out: further rounds (another run,
+from the model of this one), the code's top-50 sampling (the paper states none), and its use of no more than 7,000 rows
+of a file of samples.
 
     python rft.py --preset toy --model runs/base-s0/model
     python rft.py --preset toy --model runs/base-s0/model --pool runs/a runs/b --num_samples 25
