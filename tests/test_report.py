@@ -402,6 +402,9 @@ def test_accuracy_over_compute(tmp_path):
         "GRPO": [(28 * 10**11, 0.65), (55 * 10**11, 0.7)]}
     assert len({*map(line_of, report.PAPER["compare"]["cells"])}) == len(report.PAPER["compare"]["cells"])
     assert (root / "out" / "compute.png").exists() and not (root / "out" / "accuracy.png").exists()
+    irpo_run(tmp_path / "compare-long" / "irpo" / "s0", [0.4, 0.5])
+    table(tmp_path / "compare-long", "compare")
+    assert (tmp_path / "compare-long" / "out" / "compute.png").exists(), "a table of the same name, of other cells"
     assert {"dpo", "separate"} < {*record["missing"]}, "planned, and never begun"
 
 

@@ -503,7 +503,7 @@ def pictures(kind: str, cells: dict, summary: dict) -> dict:
     order = list(dict.fromkeys(label.rpartition(": ")[2] for label in labels))
     runs = {row["label"]: [*cells[cell].values()] for cell, row in summary.items()}
     bars = "bars: 95% intervals, dots: seeds"
-    if kind == "compare":
+    if PAPER[kind]["name"] == "compare":
         steps = {cell: [run.steps for run in seeds.values() if run.kind == "reft"] for cell, seeds in cells.items()}
         drawn = {"compute": render(over_compute(summary, steps), bars, "FLOPs", order, "share")}
     elif ks := over_k(summary):
