@@ -7,9 +7,11 @@
 pairs: distance is in edits of tokens from the chosen response to the rejected one; gold winners are those that are no
 sample, wrong ones lack the right answer, which the run's reward calls right all the same. paths: of those beyond the
 first of their question, swapped are those with the equations of another one, but for the order of the two numbers in a
-sum or a product; of all, those with a step that is wrong (data/toy.py:judge). samples: of training questions that need
-a kind of fact (data/toy.py:KINDS).
+sum or a product; of all, those with a step that is wrong (data/toy.py:judge; nan where the toy world's training
+questions, of 2 to 5 steps, are not the data). samples: of training questions that need a kind of fact
+(data/toy.py:KINDS).
 """
+import math
 import re
 import sys
 from functools import cache
@@ -55,9 +57,10 @@ def paths(folder: Path) -> dict[str, float]:
     kept = read_records(folder / "paths.jsonl", KeptPath)[1]
     extra = len(kept) - len({path.id for path in kept})
     swapped = len(kept) - len({(path.id, unordered(path.text)) for path in kept})
-    wrong = [any(verdict != "right" for _, verdict in toy.judge(questions()[path.id], path.text)) for path in kept]
+    wrong = [toy.tags(questions()[path.id], path.text)["first wrong"] != "nothing"
+             for path in kept if path.id in questions()]
     return {"paths": len(kept), "beyond the first of a question": extra, "swapped": swapped / max(1, extra),
-            "with a wrong step": fmean(wrong)}
+            "with a wrong step": fmean(wrong) if wrong else math.nan}
 
 
 def samples(folder: Path, kind: str) -> dict[str, float]:
@@ -81,8 +84,8 @@ def main(what: str = "", root: str = "", *kind: str) -> None:
         raise SystemExit(f"{__doc__}\nkinds: {', '.join(toy.KINDS)}")
     describe, formats = WHAT[what]
     found = {}  # (cell, iteration) -> what each seed has
-    files = [file for runs in ("*/s*/", "") for file in Path(root).absolute().glob(f"{runs}iter*/{what}.jsonl")]
-    for file in sorted(files):
+    folder = Path(root).absolute()
+    for file in sorted([*folder.glob(f"*/s*/iter*/{what}.jsonl"), *folder.glob(f"iter*/{what}.jsonl")]):
         found.setdefault((file.parts[-4], file.parts[-2][4:]), []).append(describe(file.parent, *kind))
     names = [*next(iter(found.values()), [{}])[0]]
     print(f"| cell | iteration | {' | '.join(names)} |\n|---|---|{'---:|' * len(names)}")

@@ -62,18 +62,16 @@ def test_samples_of_questions_that_need_a_kind(tmp_path, capsys):
             describe.main(*wrong)
 
 
-def test_paths_that_differ_in_the_order_of_two_numbers(tmp_path, capsys, monkeypatch):
+def test_paths_that_differ_in_the_order_of_two_numbers(tmp_path, capsys):
     """Sums and products have no order, differences do; the same equations of another question are not compared."""
     def path(question: str, *lines: str) -> KeptPath:
         return KeptPath(question, [0], [1], "\n".join(f"<< {line} >>" for line in lines), 0)
-    monkeypatch.setattr(describe.toy, "judge", lambda question, text: [])
-    monkeypatch.setattr(describe, "questions", lambda: {"a": "", "b": ""})
     write_records(tmp_path / "k4" / "s0" / "iter1" / "paths.jsonl", [
         path("a", "3 + 10 = 13", "13 - 2 = 11"), path("a", "10 + 3 = 13", "13 - 2 = 11"),
         path("a", "3 + 10 = 13", "2 - 13 = 11"),
         path("b", "3 + 10 = 13"), path("b", "3 * 10 = 30"), path("b", "10 * 3 = 30")], {})
     describe.main("paths", tmp_path)
-    assert capsys.readouterr().out.splitlines()[2] == "| k4 | 1 | 6 | 4 | 50.0% | 0.0% |"
+    assert capsys.readouterr().out.splitlines()[2] == "| k4 | 1 | 6 | 4 | 50.0% | nan% |", "steps of another data set"
 
 
 def test_paths_with_a_wrong_step(tmp_path, capsys):
@@ -85,3 +83,6 @@ def test_paths_with_a_wrong_step(tmp_path, capsys):
     write_records(folder / "iter1" / "paths.jsonl", [KeptPath(problem["id"], [0], [1], text, 0) for text in texts], {})
     describe.main("paths", folder)
     assert capsys.readouterr().out.splitlines()[2].endswith("| 66.7% |")
+    write_records(folder / "iter1" / "paths.jsonl", [], {})
+    describe.main("paths", folder)
+    assert capsys.readouterr().out.splitlines()[2] == "| pool | 1 | 0 | 0 | 0.0% | nan% |", "no path was kept"

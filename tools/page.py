@@ -150,8 +150,9 @@ def draw(axis, lines: dict[str, list[tuple]], labels: list[str], y_scale: str, x
     if len(xs) <= 12 and max(xs) < 10**6:
         room = (xs[-1] - xs[0]) / 20 if x_scale == "linear" else 0
         ticks = xs[:1]
-        for x in xs:  # numbers too close to the one before would overlap
-            ticks += [x] * (x - ticks[-1] > room)
+        for x in xs:
+            if x - ticks[-1] > room:  # else the numbers would overlap
+                ticks.append(x)
         axis.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axis.minorticks_off()
     if y_scale == "symlog":
