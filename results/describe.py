@@ -14,13 +14,13 @@ questions, of 2 to 5 steps, are not the data). samples: of training questions th
 import math
 import re
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 
 from data import toy
 from evaluate import Answered
-from infra.run import read_records
+from infra.run import read_records, run_script
 from irpo import Pair
 from rewards import equations
 from rft import KeptPath, levenshtein
@@ -95,4 +95,4 @@ def main(what: str = "", root: str = "", *kind: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    run_script(partial(main, *sys.argv[1:]))
